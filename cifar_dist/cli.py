@@ -1,0 +1,126 @@
+"""Command lines from dataclasses: defaults < YAML file < `--section.key value`.
+
+tyro does the parsing, the help and the closest names. This module adds the YAML file: its entries are handed
+to tyro as if they had been typed, so that one set of types and messages serves both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+from cifar_dist.config import Config, validate
+from cifar_dist.errors import UserError, speaks
+
+T = TypeVar("T")
+
+
+def parse(cls: type[T], args: Sequence[str], command: str, default: T | None = None, description: str = "") -> T:
+    """Parse `args` into the dataclass `cls`; on a mistake, print it with the closest option and exit with 2."""
+    return tyro.cli(  # type: ignore[return-value]  # a default of None stands for no default
+        cls,
+        args=list(args),
+        prog=f"python -m cifar_dist.{command}",
+        description=description,
+        default=default,
+        use_underscores=True,
+        console_outputs=speaks(),
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+    )
+
+
+def load_config(args: Sequence[str], command: str = "train", description: str = "") -> Config:
+    """The validated configuration that `args` ask for; answers `--help` and `--print-config` itself.
+
+    Raises:
+        UserError: the file cannot be used, or values contradict each other.
+    """
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--config", type=Path)
+    own.add_argument("--print-config", "--print_config", action="store_true")
+    known, rest = own.parse_known_args(args)
+    base = Config() if known.config is None else read_yaml(known.config, command)
+    text = f"{description} --config FILE reads a YAML file first; --print-config prints the result and exits."
+    config = parse(Config, rest, command, base, text)
+    validate(config)
+    if known.print_config:
+        print(to_yaml(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The complete configuration as YAML that `--config` reads back."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return str(value) if isinstance(value, Path) else value
+
+    text: str = yaml.safe_dump(plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def read_yaml(path: Path, command: str = "train") -> Config:
+    """Read a YAML file of sections and keys over the defaults.
+
+    Raises:
+        UserError: the file is missing, no UTF-8, no YAML, or has a key or a value that no configuration has.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"--config {path}: {error.strerror}. The configurations of this project are in configs/."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        detail = " ".join(str(error).split())
+        raise UserError(f"--config {path} is not readable as YAML: {detail}") from None
+    return from_tree({} if tree is None else tree, f"--config {path}", command)
+
+
+def from_tree(tree: Any, origin: str, command: str = "train") -> Config:
+    """The configuration of nested sections, as read from YAML; `origin` says where from, for messages."""
+    arguments = list(_arguments(tree, Config(), "", origin))
+    try:
+        return parse(Config, arguments, command)
+    except SystemExit:
+        if speaks():
+            print(f"error: the value above comes from {origin}.", file=sys.stderr)
+        raise
+
+
+def _arguments(tree: Any, defaults: Any, prefix: str, origin: str) -> Iterator[str]:
+    if not isinstance(tree, dict):
+        raise UserError(f"{origin}: {prefix.rstrip('.') or 'the file'} must hold keys and values, not {tree!r}.")
+    names = [item.name for item in fields(defaults)]
+    for key, value in tree.items():
+        if key not in names:
+            raise UserError(f"{origin}: unknown key {prefix}{key}.{_closest(str(key), prefix, names)}")
+        current = getattr(defaults, key)
+        if is_dataclass(current):
+            yield from _arguments({} if value is None else value, current, f"{prefix}{key}.", origin)
+        elif isinstance(value, (dict, list)):
+            raise UserError(f"{origin}: {prefix}{key} must be a single value, not {value!r}.")
+        else:
+            # YAML reads a bare on or off as a boolean.
+            typed = value if isinstance(current, bool) or not isinstance(value, bool) else ("off", "on")[value]
+            yield from (f"--{prefix}{key}", str(typed))
+
+
+def _closest(key: str, prefix: str, names: list[str]) -> str:
+    places = {name: f"{prefix}{name}" for name in names}
+    if not prefix:
+        sections = Config()
+        places |= {f.name: f"{s.name}.{f.name}" for s in fields(sections) for f in fields(getattr(sections, s.name))}
+    close = difflib.get_close_matches(key, places, n=1, cutoff=0.5)
+    hint = f" Did you mean {places[close[0]]}?" if close else ""
+    return f"{hint} Valid here: {', '.join(names)}."

@@ -1,0 +1,153 @@
+"""This process among the others: ranks, devices, and the few collectives that are not DDP's.
+
+Tensors and JSON cross the wire, never pickled objects: torch's store and gloo check no identities.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cifar_dist.errors import KINDS, PeerError, UserError, shared
+
+TIMEOUT_S = 600  # for a collective; longer than one rank needs to download and write the dataset
+
+
+_SIGNS_OF_A_LOST_PEER = ("by peer", "Timed out", "Broken pipe", "Connection refused", "NCCL")
+
+
+@dataclass(frozen=True)
+class World:
+    """rank of size processes, local_rank of local_size on this machine, at work on device."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def speaks(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def joined(device: str) -> Iterator[World]:
+    """Join the processes that torchrun started, or be alone without it; leave them at the end.
+
+    On CPUs, torch's threads are the processors that this process may use, divided by the ranks on the machine.
+
+    Raises:
+        UserError: the device is not there.
+        PeerError: a collective failed because another process did.
+    """
+    env = os.environ
+    size, local_size = int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_WORLD_SIZE", 1))
+    local_rank = int(env.get("LOCAL_RANK", 0))
+    world = World(int(env.get("RANK", 0)), size, local_rank, local_size, _device(device, local_rank, local_size))
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    else:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    if size > 1:
+        backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+        device_id = world.device if world.device.type == "cuda" else None
+        dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S), device_id=device_id)
+    try:
+        yield world
+    except RuntimeError as error:
+        if size > 1 and any(sign in str(error) for sign in _SIGNS_OF_A_LOST_PEER):
+            detail = (str(error).splitlines() or [""])[0][:200]
+            raise PeerError(
+                f"rank {world.rank} lost contact with another process, which failed or was stopped: {detail}\n"
+                f"Look for the first error above and in the run's logs/; then go on with --run.resume auto."
+            ) from error
+        raise
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+def _device(wanted: str, local_rank: int, local_size: int) -> torch.device:
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cpu" or (wanted == "auto" and not found):
+        return torch.device("cpu")
+    if not found:
+        raise UserError(
+            "train.device is cuda, but torch finds no GPU here. Check nvidia-smi, or use --train.device cpu."
+        )
+    if local_size > found:
+        raise UserError(
+            f"{local_size} processes on this machine, but only {found} GPU{'s' if found > 1 else ''}. "
+            f"Start at most {found} here (--nproc_per_node {found}), or use --train.device cpu."
+        )
+    return torch.device("cuda", local_rank)
+
+
+def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:
+    """Add `tensor` up over all ranks, in place."""
+    if world.size > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
+def together(world: World, work: Callable[[], Any], at_work: bool) -> Any:
+    """Run `work` on the ranks where `at_work`; all ranks wait, and all raise when it fails on one.
+
+    Returns what `work` returned, on the other ranks None.
+
+    Raises:
+        UserError: the error of the lowest rank that failed, of its kind, with its message.
+    """
+    value, failure = None, None
+    if at_work:
+        try:
+            value = work()
+        except UserError as error:
+            failure = error
+    if world.size == 1:
+        if failure:
+            raise failure
+        return value
+    failed = torch.full((), world.rank if failure else world.size)
+    dist.all_reduce(failed, op=dist.ReduceOp.MIN)
+    first = int(failed)
+    if first < world.size:
+        told = _broadcast({"kind": type(failure).__name__, "text": str(failure)} if failure else None, world, first)
+        kind = next((k for k in KINDS if k.__name__ == told["kind"]), UserError)
+        raise shared(kind(told["text"]))
+    return value
+
+
+def from_rank0(world: World, work: Callable[[], Any]) -> Any:
+    """Run `work` on rank 0 and give every rank what it returned (JSON types) or raised (`UserError`)."""
+    value = together(world, work, at_work=world.rank == 0)
+    return _broadcast(value, world, 0) if world.size > 1 else value
+
+
+def broadcast_bytes(data: bytes, world: World, source: int = 0) -> bytes:
+    """The `data` of rank `source` on every rank."""
+    if world.size == 1:
+        return data
+    mine = world.rank == source
+    length = torch.tensor(len(data))
+    dist.broadcast(length, source)
+    # frombuffer refuses zero bytes, so one more travels along.
+    payload = torch.empty(int(length) + 1, dtype=torch.uint8)
+    if mine:
+        payload = torch.frombuffer(bytearray(data + b" "), dtype=torch.uint8)
+    dist.broadcast(payload, source)
+    return payload.numpy()[:-1].tobytes()
+
+
+def _broadcast(value: Any, world: World, source: int) -> Any:
+    return json.loads(broadcast_bytes(json.dumps(value).encode(), world, source))
