@@ -1,0 +1,107 @@
+"""What a person sees: a progress bar on a terminal, plain lines in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Never
+
+from tqdm import tqdm
+
+from cifar_dist.tracking.records import Value, number
+
+# Key, words, and the scale and unit shown; in the order shown.
+FIELDS = (
+    ("epoch", "epoch {:.2f}", 1),
+    ("train/loss", "loss {:.3f}", 1),
+    ("train/accuracy", "accuracy {:.1f} %", 100),
+    ("lr", "lr {:.3g}", 1),
+    ("images_per_second", "{:,.0f} images/s", 1),
+    ("val/loss", "validation loss {:.3f}", 1),
+    ("val/accuracy", "validation accuracy {:.2f} %", 100),
+    ("val/n", "n {:.0f}", 1),
+    ("test/accuracy", "test accuracy {:.2f} %", 100),
+    ("test/accuracy_tta", "with mirror images {:.2f} %", 100),
+    ("test/n", "n {:.0f}", 1),
+)
+BAR_KEYS = ("train/loss", "train/accuracy", "images_per_second")
+BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+
+
+def describe(metrics: Mapping[str, Value], keys: tuple[str, ...] | None = None) -> str:
+    """The known metrics as `epoch 0.87  loss 1.412  accuracy 61.2 %`; accuracies come in as shares of 1."""
+    parts = []
+    for key, words, scale in FIELDS:
+        value = number(metrics.get(key))
+        if value is not None and (keys is None or key in keys):
+            parts.append(words.format(scale * value))
+    return "  ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """12:41 or 1:02:03."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+class Console:
+    """A bar on stderr where that is a terminal, else plain lines on stdout; both go with `say`.
+
+    Args:
+        total_steps: optimizer steps of the whole run.
+        start_step: steps already done.
+    """
+
+    def __init__(self, total_steps: int, start_step: int) -> None:
+        self._total = total_steps
+        self._first: tuple[int, float] | None = None  # step and time from which the time left is estimated
+        self._bar: tqdm[Never] | None = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total_steps, initial=start_step, file=sys.stderr, bar_format=BAR_FORMAT,
+                dynamic_ncols=True, mininterval=0.2, miniters=1,
+            )  # fmt: skip
+
+    def progress(self, step: int) -> None:
+        """Move the bar to `step`; it is drawn five times a second at most, and nothing waits."""
+        if self._first is None:  # after the first step, so that its compilation does not count
+            self._first = (step, time.monotonic())
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def show(self, step: int, metrics: Mapping[str, Value]) -> None:
+        """Show one record: training metrics in the bar where there is one, everything else as a line."""
+        self.progress(step)
+        left = self._time_left(step) if "train/loss" in metrics else ""
+        if self._bar is not None and "train/loss" in metrics:
+            text = "  ".join(part for part in (describe(metrics, BAR_KEYS), left) if part)
+            self._bar.set_postfix_str(text)
+            metrics = {key: value for key, value in metrics.items() if not key.startswith("train/")}
+            if not any(key.startswith(("val/", "test/")) for key in metrics):
+                return
+            metrics = {key: value for key, value in metrics.items() if key not in ("lr", "images_per_second")}
+            left = ""
+        parts = (f"step {step}/{self._total}", describe(metrics), left)
+        self.say("  ".join(part for part in parts if part))
+
+    def _time_left(self, step: int) -> str:
+        if self._first is None or step <= self._first[0] or step >= self._total:
+            return ""
+        first_step, first_time = self._first
+        seconds_per_step = (time.monotonic() - first_time) / (step - first_step)
+        return f"{clock(seconds_per_step * (self._total - step))} left"
+
+    def say(self, text: str) -> None:
+        """Print a line to stdout, above the bar where there is one."""
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Leave the bar as it stands and end its line; a second call does nothing."""
+        if self._bar is not None:
+            self._bar.close()
