@@ -1,0 +1,73 @@
+"""Sums on the device between two log steps; one all-reduce of one small tensor brings them to the host."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cifar_dist.distributed import World, all_reduce_sum
+
+
+@dataclass(frozen=True)
+class Window:
+    """What happened since the last log step, over all ranks."""
+
+    loss: float
+    accuracy: float
+    num_samples: int
+    num_nonfinite: int
+
+
+class Metrics:
+    """Adds up losses, hits and the data receipt without waiting for the device."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        # Sums of 32-bit hashes over an epoch stay below 2**53, so float64 holds them exactly beside the rest.
+        self._sums = torch.zeros(8, dtype=torch.float64, device=world.device)
+        self.receipt = Receipt()
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor, receipt: Tensor) -> None:
+        """Take in a micro-batch: mean loss (), logits (N, C), labels (N,), receipt words (4,) int64."""
+        hits = (logits.argmax(dim=1) == labels).sum()
+        n = torch.full_like(hits, len(labels))
+        nonfinite = (~torch.isfinite(loss)).long()
+        self._sums += torch.cat((torch.stack((loss * len(labels), hits, n, nonfinite)).double(), receipt.double()))
+
+    def window(self) -> Window:
+        """Wait for the device, add up over ranks, and start anew."""
+        loss, hits, n, nonfinite, *words = all_reduce_sum(self._sums, self._world).tolist()
+        self._sums.zero_()
+        self.receipt.add([int(word) for word in words], int(n))
+        return Window(loss / n, hits / n, int(n), int(nonfinite))
+
+
+@dataclass
+class Receipt:
+    """Evidence of what a run was fed: one digest per epoch over the set of (index, augmentation) pairs.
+
+    A digest depends on neither order nor world size: the words of all samples are added up.
+    """
+
+    epochs: list[str] = field(default_factory=list)
+    words: list[int] = field(default_factory=lambda: [0] * 4)
+    num_samples: int = 0
+
+    def add(self, words: list[int], num_samples: int) -> None:
+        self.words = [a + b for a, b in zip(self.words, words, strict=True)]
+        self.num_samples += num_samples
+
+    def end_epoch(self) -> None:
+        self.epochs.append(self._digest())
+        self.words, self.num_samples = [0] * 4, 0
+
+    def digests(self) -> list[str]:
+        """One per epoch, the last perhaps of an unfinished one."""
+        return [*self.epochs, *([self._digest()] if self.num_samples else [])]
+
+    def _digest(self) -> str:
+        text = ",".join(map(str, [self.num_samples, *self.words]))
+        return hashlib.sha256(text.encode()).hexdigest()[:32]

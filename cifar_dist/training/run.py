@@ -1,0 +1,158 @@
+"""A whole run, composed: data, run directory, trainer, trackers, the final test, and what is left behind."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import yaml
+
+from cifar_dist.cli import to_yaml
+from cifar_dist.config import NUM_TEST, Config
+from cifar_dist.data import dataset
+from cifar_dist.data.beton import read_arrays
+from cifar_dist.data.loader import BetonLoader
+from cifar_dist.data.order import split
+from cifar_dist.distributed import World, broadcast_bytes, from_rank0, together
+from cifar_dist.files import write_text_atomic
+from cifar_dist.models.layers import num_parameters
+from cifar_dist.tracking.curves import draw_curves
+from cifar_dist.tracking.tracker import Tracker
+from cifar_dist.training import checkpoint, debug, run_directory
+from cifar_dist.training.precision import number_format, set_backends
+from cifar_dist.training.stepper import Stepper
+from cifar_dist.training.summary import device_names, summarize, to_json
+from cifar_dist.training.trainer import Trainer
+
+log = logging.getLogger("cifar_dist")
+
+
+class Reporter:
+    """Rank 0 prints and tracks, every rank keeps a log file."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.tracker: Tracker | None = None
+
+    def say(self, text: str) -> None:
+        log.info(text)
+        if self.tracker is not None:
+            self.tracker.say(text)
+        elif self.world.speaks:
+            print(text, flush=True)
+
+    def report(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
+        log.info("step %d %s", step, metrics)
+        if self.tracker is not None:
+            self.tracker.log(step, metrics)
+
+    def tick(self, step: int) -> None:
+        if self.tracker is not None:
+            self.tracker.progress(step)
+
+
+def run(config: Config, world: World, stack: ExitStack) -> None:
+    """Train as `config` says, in the given world; what is opened is closed by `stack`.
+
+    Raises:
+        UserError: anything that a user can mend; see `errors` for the kinds.
+    """
+    reporter = Reporter(world)
+    formats = number_format(config.train.precision, world.device)
+    set_backends(config.train, config.run.deterministic)
+    data_dir = config.data.dir
+    together(world, lambda: dataset.ensure(data_dir, config.data.source, reporter.say), at_work=world.local_rank == 0)
+    directory, start = _claim(config, world, stack, reporter)
+    _log_to(directory / "logs" / f"rank-{world.rank}.log", stack)
+    devices = device_names(world)
+    _, labels = read_arrays(data_dir / "train.beton")
+    parts = split(np.asarray(labels, dtype=np.int64), config.data.train_on, config.data.subset)
+    loader = stack.enter_context(BetonLoader(data_dir / "train.beton", world.device, config.data.num_workers))
+    stepper = Stepper(config, world, formats)
+    checkpoints = directory / "checkpoints"
+    trainer = Trainer(config, stepper, parts, loader, reporter.report, reporter.tick, checkpoints)
+    if start:
+        trainer.restore(checkpoint.decode(start, "the checkpoint"), "the checkpoint")
+    _introduce(config, trainer, devices, directory, reporter)
+    if trainer.progress.step == trainer.schedule.total_steps and (directory / "summary.json").exists():
+        reporter.say(f"this run is complete; its figures are in {directory / 'summary.json'}")
+        return
+    debug.check(config, trainer, reporter.say)
+    if world.speaks:
+        name = directory.resolve().name
+        plain: dict[str, Any] = yaml.safe_load(to_yaml(config))
+        reporter.tracker = stack.enter_context(
+            Tracker(directory, config.track, plain, trainer.schedule.total_steps, trainer.progress.step, name)
+        )
+    trainer.train()
+    _finish(config, trainer, devices, directory, reporter)
+
+
+def _claim(config: Config, world: World, stack: ExitStack, reporter: Reporter) -> tuple[Path, bytes]:
+    """The run's directory, and the bytes of the checkpoint to go on from (empty: none), on every rank."""
+    data = b""
+
+    def claim() -> str:
+        nonlocal data
+        directory = stack.enter_context(run_directory.claimed(config))
+        found = run_directory.starting_point(config, directory, reporter.say)
+        run_directory.write_config(config, directory)
+        if found:
+            reporter.say(f"going on from {found[0]}")
+            data = found[1]
+        return str(directory)
+
+    directory = Path(from_rank0(world, claim))
+    return directory, broadcast_bytes(data, world)
+
+
+def _log_to(path: Path, stack: ExitStack) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    stack.callback(handler.close)
+    stack.callback(log.removeHandler, handler)
+    stack.push(_log_failure)
+
+
+def _log_failure(kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    if error is not None:
+        log.error("stopped by %s", kind, exc_info=error)
+
+
+def _introduce(config: Config, trainer: Trainer, devices: list[str], directory: Path, reporter: Reporter) -> None:
+    order, schedule = trainer.order, trainer.schedule
+    kinds = ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))
+    reporter.say(
+        f"{config.model.name} ({config.model.stem} stem, width {config.model.width:g}), "
+        f"{num_parameters(trainer.stepper.model):,} parameters, {trainer.stepper.number_format.name}, on {kinds}\n"
+        f"{len(order.samples):,} training samples in {schedule.steps_per_epoch} steps of {config.train.batch_size} "
+        f"({config.train.micro_batch_size} x {trainer.world.size} x {trainer.stepper.accumulation} accumulated); "
+        f"{order.dropped_per_epoch} samples dropped per epoch\n"
+        f"steps {trainer.progress.step} to {schedule.total_steps}; run directory {directory}"
+    )
+
+
+def _finish(config: Config, trainer: Trainer, devices: list[str], directory: Path, reporter: Reporter) -> None:
+    """Read the test set, once, and write what the run leaves."""
+    with BetonLoader(config.data.dir / "test.beton", trainer.world.device, config.data.num_workers) as loader:
+        test = trainer.score(loader, np.arange(NUM_TEST), config.eval.tta)
+    figures = {"test/accuracy": test.accuracy, "test/accuracy_tta": test.accuracy_tta, "test/n": test.n}
+    reporter.report(trainer.progress.step, figures)
+    summary = summarize(config, trainer, test, devices)
+    if reporter.tracker is not None:
+        write_text_atomic(directory / "summary.json", to_json(summary))
+        draw_curves(directory / "metrics.jsonl", directory / "curves.png", directory.resolve().name)
+        reporter.tracker.finish({key: value for key, value in summary.items() if isinstance(value, (int, float, str))})
+    tta = "" if test.accuracy_tta is None else f", {test.accuracy_tta:.2%} with flip"
+    reporter.say(
+        f"test accuracy {test.accuracy:.2%}{tta} on {test.n} images; "
+        f"{trainer.progress.train_seconds:.0f} s of training; see {directory}/summary.json and curves.png"
+    )

@@ -1,0 +1,79 @@
+"""Score a checkpoint outside its run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cifar_dist.config import NUM_TEST
+from cifar_dist.data import dataset
+from cifar_dist.data.beton import read_arrays
+from cifar_dist.data.loader import BetonLoader
+from cifar_dist.data.order import split
+from cifar_dist.distributed import World, broadcast_bytes, together
+from cifar_dist.errors import UserError, shared
+from cifar_dist.files import write_text_atomic
+from cifar_dist.models.registry import create_model
+from cifar_dist.training import checkpoint, evaluation
+from cifar_dist.training.optim import build_ema
+from cifar_dist.training.precision import number_format, set_backends
+from cifar_dist.training.run_directory import config_of
+from cifar_dist.training.summary import to_json
+
+
+def score_checkpoint(
+    path: Path, world: World, validation: bool, data_dir: Path | None, json_path: Path | None
+) -> evaluation.Score:
+    """Score the model in the file `path` on all ranks; rank 0 prints the result as JSON.
+
+    Batch-norm statistics are taken anew from training images, as at the end of training, so that checkpoints from
+    the middle of a run count alike.
+
+    Raises:
+        UserError: the checkpoint, the data or the choice of split cannot be used.
+    """
+    say = print if world.speaks else lambda _: None
+    data = together(world, lambda: checkpoint.read_verified(path, need_digest=False), at_work=world.rank == 0)
+    state = checkpoint.decode(broadcast_bytes(data or b"", world), str(path))
+    config = config_of(state["config"], str(path))
+    if validation and config.data.train_on == "all":
+        raise shared(UserError(f"{path} was trained on all 50,000 images (data.train_on all): no validation split."))
+    folder = data_dir or config.data.dir
+    together(world, lambda: dataset.ensure(folder, config.data.source, say), at_work=world.local_rank == 0)
+    formats = number_format(config.train.precision, world.device)
+    set_backends(config.train, config.run.deterministic)
+    model = create_model(config.model).to(world.device, formats.parameters).to(memory_format=torch.channels_last)
+    ema = build_ema(model, config.optim)
+    checkpoint.load_weights(model if ema is None else ema, state["model" if ema is None else "ema"], str(path))
+    scored = model if ema is None else ema.module
+    _, labels = read_arrays(folder / "train.beton")
+    parts = split(np.asarray(labels, dtype=np.int64), config.data.train_on, config.data.subset)
+    samples = evaluation.calibration_samples(parts, config.eval)
+    chunk = config.eval.batch_size
+    with BetonLoader(folder / "train.beton", world.device) as loader:
+        evaluation.recalibrate(scored, loader, samples, min(chunk, len(samples)), formats, world)
+        if validation:
+            result = evaluation.score(scored, loader, parts.validation, chunk, formats, world, config.eval.tta)
+    if not validation:
+        with BetonLoader(folder / "test.beton", world.device) as loader:
+            result = evaluation.score(scored, loader, np.arange(NUM_TEST), chunk, formats, world, config.eval.tta)
+    if world.speaks:
+        figures = {
+            "checkpoint": str(path),
+            "step": state["step"],
+            "split": "validation" if validation else "test",
+            "n": result.n,
+            "accuracy": result.accuracy,
+            "accuracy_tta": result.accuracy_tta,
+            "loss": result.loss,
+            "class_accuracy": result.class_accuracy,
+            "confusion": result.confusion,
+            "confusion_tta": result.confusion_tta,
+            "world_size": world.size,
+        }
+        print(to_json(figures), end="")
+        if json_path:
+            write_text_atomic(json_path, to_json(figures))
+    return result

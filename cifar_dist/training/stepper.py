@@ -1,0 +1,126 @@
+"""One optimizer step: micro-batches forward and backward, gradients summed over ranks, the weights moved."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cifar_dist.config import Config, accumulation_steps
+from cifar_dist.data import augment
+from cifar_dist.data.loader import Batch
+from cifar_dist.distributed import World
+from cifar_dist.hashing import derive
+from cifar_dist.models.registry import create_model
+from cifar_dist.training import checkpoint, optim
+from cifar_dist.training.metrics import Metrics
+from cifar_dist.training.precision import NumberFormat
+
+
+class Stepper:
+    """All that a step changes. The raw `model` owns the weights; `_stepped`, the same one compiled and wrapped in
+    DDP, only steps."""
+
+    def __init__(self, config: Config, world: World, number_format: NumberFormat) -> None:
+        self.config, self.world, self.number_format = config, world, number_format
+        self.accumulation = accumulation_steps(config.train.batch_size, config.train.micro_batch_size, world.size)
+        torch.manual_seed(derive(config.run.seed, "init"))
+        self.model = create_model(config.model).to(world.device, number_format.parameters)
+        if config.train.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self.optimizer = optim.build_optimizer(self.model, config.optim)
+        self.scaler = number_format.grad_scaler()
+        self.ema = optim.build_ema(self.model, config.optim)
+        on_gpu = world.device.type == "cuda"
+        self._compiled = config.train.compile == "on" or (config.train.compile == "auto" and on_gpu)
+        self._augment = torch.compile(augment.apply, dynamic=False) if self._compiled else augment.apply
+        self._stepped = self._wrap()
+
+    def _wrap(self) -> nn.Module:
+        self.model.train()
+        stepped: nn.Module = self.model
+        if self._compiled:
+            # A wrapper of its own: the raw model stays uncompiled for evaluation, and its state-dict keys clean.
+            stepped = torch.compile(self.model, dynamic=False)  # type: ignore[assignment]
+        if self.world.size == 1:
+            return stepped
+        # Training does not touch batch-norm buffers, so there is nothing to broadcast.
+        wrapped = DistributedDataParallel(stepped, gradient_as_bucket_view=True, broadcast_buffers=False)
+        # DDP regroups its buckets after the first backward pass, and sums over three or more ranks round by bucket.
+        # One pass of zeros first, so that a resumed run adds up in the same order as one that never stopped.
+        images = torch.zeros(self.config.train.micro_batch_size, 3, 32, 32, device=self.world.device)
+        images = images.to(self.number_format.inputs, memory_format=torch.channels_last)
+        with self.number_format.autocast():
+            torch.autograd.backward(wrapped(images).sum() * 0)
+        self.optimizer.zero_grad()
+        return wrapped
+
+    @property
+    def scored_model(self) -> nn.Module:
+        """What is evaluated: the moving average where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def step(self, step: int, rate: float, batches: Iterator[tuple[int, Batch]], metrics: Metrics) -> None:
+        """Do optimizer step number `step` with learning rate `rate`; takes `accumulation` (epoch, micro-batch)s."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        for part in range(self.accumulation):
+            epoch, batch = next(batches)
+            self._forward_backward(step, part, epoch, batch, metrics)
+        if self.config.optim.grad_clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+
+    def _forward_backward(self, step: int, part: int, epoch: int, batch: Batch, metrics: Metrics) -> None:
+        config = self.config
+        draws = augment.draw(batch.indices, config.run.seed, epoch, config.augment)
+        images = self._augment(batch.images, draws, config.augment.cutout, self.number_format.inputs)
+        if not config.train.channels_last:
+            images = images.contiguous()
+        if config.model.dropout:
+            # By place in the global batch, not by rank, so that dropout too is the same at any world size.
+            place = self.world.rank * self.accumulation + part
+            torch.manual_seed(derive(config.run.seed, "dropout", step, place))
+        with self._no_sync() if part < self.accumulation - 1 else contextlib.nullcontext():
+            with self.number_format.autocast():
+                logits = self._stepped(images)
+            logits = logits.to(self.number_format.parameters)
+            loss = F.cross_entropy(logits, batch.labels, label_smoothing=config.optim.label_smoothing)
+            torch.autograd.backward(self.scaler.scale(loss / self.accumulation))
+        with torch.no_grad():
+            metrics.add(loss, logits, batch.labels, augment.receipt_words(batch.indices, draws))
+
+    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
+        wrapped = isinstance(self._stepped, DistributedDataParallel)
+        return self._stepped.no_sync() if wrapped else contextlib.nullcontext()  # type: ignore[operator]
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this, the same on every rank."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any], origin: str) -> None:
+        """Go back to a state from `state()`.
+
+        Raises:
+            CheckpointError: it is of another model.
+        """
+        checkpoint.load_weights(self.model, state["model"], origin)
+        if self.ema is not None:
+            checkpoint.load_weights(self.ema, state["ema"], origin)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])

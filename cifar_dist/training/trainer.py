@@ -1,0 +1,235 @@
+"""The training loop: steps, log windows, checkpoints and validations, all counted in optimizer steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from cifar_dist.cli import to_yaml
+from cifar_dist.config import Config
+from cifar_dist.data.loader import Batch, BetonLoader
+from cifar_dist.data.order import Indices, Order, Split
+from cifar_dist.distributed import together
+from cifar_dist.errors import NonFiniteError, shared
+from cifar_dist.training import checkpoint, evaluation, optim
+from cifar_dist.training.metrics import Metrics, Receipt, Window
+from cifar_dist.training.stepper import Stepper
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Durations in steps; `done` is the number of steps done."""
+
+    steps_per_epoch: int
+    total_steps: int
+    log_every: int
+    checkpoint_every: int
+    validate_every: int  # 0: at the end only
+
+    def ends_epoch(self, done: int) -> bool:
+        return done % self.steps_per_epoch == 0
+
+    def should_save(self, done: int) -> bool:
+        return done == self.total_steps or bool(self.checkpoint_every and done % self.checkpoint_every == 0)
+
+    def should_validate(self, done: int) -> bool:
+        return done == self.total_steps or bool(self.validate_every and done % self.validate_every == 0)
+
+    def should_log(self, done: int) -> bool:
+        """Also where an epoch ends, to close its receipt, and before saving, to know that all losses were finite."""
+        due = self.ends_epoch(done) or self.should_save(done) or self.should_validate(done)
+        return due or done % self.log_every == 0
+
+
+def schedule_of(config: Config, steps_per_epoch: int) -> Schedule:
+    train = config.train
+    total = train.max_steps if train.max_steps is not None else train.epochs * steps_per_epoch
+    every = config.eval.every_epochs * steps_per_epoch
+    return Schedule(steps_per_epoch, total, train.log_every_steps, train.checkpoint_every_steps, every)
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Times in seconds: `train` is spent in steps, over all sittings, without start-up,
+    validation and saving; `first_step` is from the start of this process to the end of its first step."""
+
+    step: int = 0
+    train_seconds: float = 0.0
+    first_step_seconds: float | None = None
+    last_saved: int | None = None
+    best_step: int | None = None
+    best_accuracy: float = -1.0
+    last_validation: dict[str, float] | None = None
+
+
+class Trainer:
+    """A run on this rank.
+
+    Args:
+        loader: reads the training file.
+        report: takes (step, metrics) of a log step, on every rank.
+        tick: takes the number of steps done after every step; must not wait for the device.
+        directory: of the checkpoints, written by rank 0.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        stepper: Stepper,
+        split: Split,
+        loader: BetonLoader,
+        report: Callable[[int, dict[str, float]], None],
+        tick: Callable[[int], None],
+        directory: Path,
+    ) -> None:
+        self.config, self.stepper, self.world = config, stepper, stepper.world
+        self.split, self.loader, self.directory = split, loader, directory
+        self.report, self.tick = report, tick
+        self.order = Order(split.train, config.train.batch_size, config.run.seed)
+        self.schedule = schedule_of(config, self.order.steps_per_epoch)
+        self.metrics = Metrics(self.world)
+        self.progress = Progress()
+
+    def train(self) -> None:
+        """Run to the last step, from wherever the state is.
+
+        Raises:
+            NonFiniteError: on every rank; nothing was saved since the last finite log step.
+            CheckpointError: a checkpoint could not be written.
+        """
+        progress, total = self.progress, self.schedule.total_steps
+        started, window_start = time.perf_counter(), progress.step
+        batches = self._batches()
+        while progress.step < total:
+            rate = optim.learning_rate(progress.step, total, self.config.train.batch_size, self.config.optim)
+            self.stepper.step(progress.step, rate, batches, self.metrics)
+            progress.step += 1
+            self.tick(progress.step)
+            if progress.first_step_seconds is None:
+                progress.first_step_seconds = self._seconds_since_process_start()
+            if self.schedule.should_log(progress.step):
+                window = self.metrics.window()
+                seconds = time.perf_counter() - started
+                progress.train_seconds += seconds
+                self._log(window, window_start, rate, seconds)
+                self._validate_and_save()
+                started, window_start = time.perf_counter(), progress.step
+
+    def _batches(self) -> Iterator[tuple[int, Batch]]:
+        """(epoch, micro-batch) from the current step on: this rank's slice of each global batch, in order."""
+        step, share = self.progress.step, self.config.train.batch_size // self.world.size
+        while step < self.schedule.total_steps:
+            order = self.order.rest_of_epoch(step, self.world.rank, self.world.size)
+            order = order[: (self.schedule.total_steps - step) * share]
+            epoch = step // self.order.steps_per_epoch
+            for batch in self.loader.read(order, self.config.train.micro_batch_size):
+                yield epoch, batch
+            step += len(order) // share
+
+    def _seconds_since_process_start(self) -> float:
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+        return time.time() - psutil.Process().create_time()
+
+    def _log(self, window: Window, window_start: int, rate: float, seconds: float) -> None:
+        step = self.progress.step
+        if window.num_nonfinite:
+            what = f"the loss became infinite or NaN between steps {window_start + 1} and {step}"
+            raise self._nonfinite(f"{what}; nothing was saved since.")
+        if self.schedule.ends_epoch(step):
+            self.metrics.receipt.end_epoch()
+        figures = {
+            "epoch": step / self.order.steps_per_epoch,
+            "train/loss": window.loss,
+            "train/accuracy": window.accuracy,
+            "lr": rate,
+            "images_per_second": window.num_samples / seconds,
+            "seconds": self.progress.train_seconds,
+        }
+        self.report(step, figures)
+
+    def _nonfinite(self, what: str) -> Exception:
+        last = self.progress.last_saved
+        good = "There is no good checkpoint yet" if last is None else f"The last good checkpoint is that of step {last}"
+        advice = "Lower optim.lr, set optim.grad_clip, or see where it starts with --debug.anomaly True."
+        return shared(NonFiniteError(f"{what} {good}. {advice}"))
+
+    def _validate_and_save(self) -> None:
+        progress, ends = self.progress, self.progress.step == self.schedule.total_steps
+        save = self.schedule.should_save(progress.step)
+        validate = self.schedule.should_validate(progress.step) and len(self.split.validation) > 0
+        if validate or ends:
+            self.recalibrate()
+        if validate:
+            result = self.score(self.loader, self.split.validation)
+            figures = {"val/accuracy": result.accuracy, "val/loss": result.loss, "val/n": result.n}
+            self.report(progress.step, figures)
+            progress.last_validation = figures
+            if result.accuracy > progress.best_accuracy:
+                progress.best_accuracy, progress.best_step, save = result.accuracy, progress.step, True
+        if save:
+            self.save()
+
+    def recalibrate(self) -> None:
+        """Set the batch-norm statistics of the scored model, over the same training samples every time."""
+        samples = evaluation.calibration_samples(self.split, self.config.eval)
+        chunk = min(self.config.eval.batch_size, len(samples))
+        stepper = self.stepper
+        evaluation.recalibrate(stepper.scored_model, self.loader, samples, chunk, stepper.number_format, self.world)
+
+    def score(self, loader: BetonLoader, samples: Indices, tta: str = "none") -> evaluation.Score:
+        """Score the model, recalibrated before, on `samples` (N,) of the file behind `loader`."""
+        stepper, chunk = self.stepper, self.config.eval.batch_size
+        return evaluation.score(stepper.scored_model, loader, samples, chunk, stepper.number_format, self.world, tta)
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step on rank 0; all ranks raise when that fails.
+
+        Raises:
+            NonFiniteError: a parameter is not finite.
+            CheckpointError: it cannot be written.
+        """
+        finite = torch.stack([torch.isfinite(p).all() for p in self.stepper.model.parameters()]).all()
+        if not bool(finite):
+            what = f"a parameter is infinite or NaN after step {self.progress.step}, so it is not saved."
+            raise self._nonfinite(what)
+        together(self.world, self._write, at_work=self.world.speaks)
+        self.progress.last_saved = self.progress.step
+
+    def _write(self) -> None:
+        checkpoint.save(self.directory, self.progress.step, self.state())
+        best = [] if self.progress.best_step is None else [self.progress.best_step]
+        checkpoint.retain(self.directory, self.config.train.keep_checkpoints, best)
+
+    def state(self) -> dict[str, Any]:
+        """All that a run needs to go on; the same on every rank."""
+        receipt, progress = self.metrics.receipt, self.progress
+        return {
+            "step": progress.step,
+            "config": to_yaml(self.config),
+            **self.stepper.state(),
+            "train_seconds": progress.train_seconds,
+            "best": [progress.best_step, progress.best_accuracy],
+            "last_validation": progress.last_validation,
+            "receipt": [receipt.epochs, receipt.words, receipt.num_samples],
+        }
+
+    def restore(self, state: dict[str, Any], origin: str) -> None:
+        """Go back to a state from `state()`.
+
+        Raises:
+            CheckpointError: it is of another model.
+        """
+        self.stepper.restore(state, origin)
+        progress = self.progress
+        progress.step = progress.last_saved = state["step"]
+        progress.train_seconds = state["train_seconds"]
+        progress.best_step, progress.best_accuracy = state["best"]
+        progress.last_validation = state["last_validation"]
+        self.metrics.receipt = Receipt(*state["receipt"])

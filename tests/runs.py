@@ -1,0 +1,78 @@
+"""Start real training processes, as a person would."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPOSITORY = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+# The quickstart network at half its width, and as little scoring as a run allows.
+SMALL = (
+    "--config", str(REPOSITORY / "configs/quickstart.yaml"), "--model.width", "0.125", "--data.subset", "1920",
+    "--train.batch_size", "96", "--train.micro_batch_size", "16", "--train.max_steps", "20", "--eval.tta", "none",
+    "--eval.bn_samples", "500", "--track.wandb", "disabled",
+)  # fmt: skip
+
+
+def command(world_size: int, module: str = "train") -> list[str]:
+    """Plain python for one process, torchrun on this machine for more."""
+    if world_size == 1:
+        return [sys.executable, "-m", f"cifar_dist.{module}"]
+    return [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(world_size), "-m", f"cifar_dist.{module}"]
+
+
+def start(
+    world_size: int, *arguments: str | Path, module: str = "train", cwd: Path = REPOSITORY
+) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*command(world_size, module), *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"WANDB_MODE": "offline"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], expected: int = 0, timeout_s: float = 240) -> str:
+    """Wait for the end and return the output; anything but the `expected` exit code is a failure that shows it."""
+    output, _ = process.communicate(timeout=timeout_s)
+    assert process.returncode == expected, output
+    return output
+
+
+def run(world_size: int, *arguments: str | Path, expected: int = 0, module: str = "train") -> str:
+    return finish(start(world_size, *arguments, module=module), expected)
+
+
+def summary(run_dir: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
+    return values
+
+
+def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    state = torch.load(run_dir / "checkpoints" / f"step-{step:08d}.pt", weights_only=True)
+    model: dict[str, torch.Tensor] = state["model"]
+    return model
+
+
+def children_with(text: str) -> list[int]:
+    """Pids of living processes with `text` among their arguments."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (entry / "cmdline").read_bytes().decode(errors="replace")
+            state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            continue
+        if text in arguments and state != "Z":
+            found.append(int(entry.name))
+    return found

@@ -1,0 +1,258 @@
+"""The parts of training, one by one, with real tensors and files."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cifar_dist.config import Config, OptimConfig, TrainConfig
+from cifar_dist.data.augment import normalize
+from cifar_dist.data.loader import BetonLoader
+from cifar_dist.distributed import World
+from cifar_dist.errors import CheckpointError
+from cifar_dist.models.inception_v1 import InceptionV1
+from cifar_dist.training import checkpoint, evaluation, optim
+from cifar_dist.training.metrics import Metrics, Receipt
+from cifar_dist.training.precision import NumberFormat, number_format
+from cifar_dist.training.trainer import schedule_of
+
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+FP32 = NumberFormat("fp32", "cpu")
+
+
+def test_learning_rate_rises_then_falls_to_zero() -> None:
+    config = OptimConfig(lr=0.1, warmup_share=0.2, warmup_min_steps=0)
+    rates = [optim.learning_rate(step, 100, 256, config) for step in range(101)]
+    assert max(rates) == pytest.approx(0.2)  # 0.1 x 256 / 128
+    assert rates[0] == pytest.approx(0.2 / 20)
+    assert rates[19] == rates[20] == max(rates)
+    assert rates[60] == pytest.approx(0.1)
+    assert rates[100] == 0
+    cosine = replace(config, schedule="cosine")
+    assert optim.learning_rate(60, 100, 256, cosine) == pytest.approx(0.1)
+    assert optim.learning_rate(40, 100, 256, cosine) == pytest.approx(0.2 * (1 + 2**-0.5) / 2)
+    assert optim.learning_rate(0, 1, 128, replace(config, warmup_share=0)) == pytest.approx(0.1)
+
+
+def test_short_runs_rise_no_faster_than_long_ones() -> None:
+    config = OptimConfig(lr=0.1, warmup_share=0.2, warmup_min_steps=50)
+    rates = [optim.learning_rate(step, 20, 128, config) for step in range(20)]
+    assert rates[:10] == pytest.approx([0.1 * (step + 1) / 50 for step in range(10)])
+    assert max(rates) < 0.04
+    assert rates[-1] == pytest.approx(0.1 / 16)
+    long_run = [optim.learning_rate(step, 1000, 128, config) for step in range(1000)]
+    assert long_run[199] == long_run[200] == 0.1
+
+
+def test_no_weight_decay_on_norms_and_biases() -> None:
+    model = InceptionV1("strided", 0.125)
+    decayed, others = optim.build_optimizer(model, OptimConfig()).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (5e-4, 0.0)
+    assert {p.ndim for p in decayed["params"]} == {2, 4}
+    assert {p.ndim for p in others["params"]} == {1}
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+def test_sgd_is_nesterov_as_sutskever_wrote_it() -> None:
+    """Three steps on one weight against the recurrence, done by hand."""
+    weight = nn.Parameter(torch.tensor([[2.0]], dtype=torch.float64))
+    layer = nn.Linear(1, 1, bias=False)
+    layer.weight = weight
+    optimizer = optim.build_optimizer(layer, OptimConfig(momentum=0.9, weight_decay=0.1))
+    expected, velocity = 2.0, 0.0
+    for rate in (0.1, 0.2, 0.05):
+        optimizer.param_groups[0]["lr"] = rate
+        weight.grad = 3 * weight.detach()
+        gradient = 3 * expected + 0.1 * expected
+        velocity = 0.9 * velocity + gradient
+        expected -= rate * (gradient + 0.9 * velocity)
+        optimizer.step()
+    assert weight.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_ema_follows_the_weights() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    ema = optim.build_ema(model, OptimConfig(ema_decay=0.75))
+    assert ema is not None
+    for value in (1.0, 2.0, 4.0):
+        model.weight.data.fill_(value)
+        ema.update_parameters(model)
+    (average,) = ema.module.parameters()
+    # The first update copies; then 0.75 x old + 0.25 x new.
+    assert average.item() == pytest.approx(0.75 * (0.75 * 1 + 0.25 * 2) + 0.25 * 4)
+
+
+def test_metrics_add_up_and_count_what_is_not_finite() -> None:
+    metrics = Metrics(ALONE)
+    logits, labels = torch.tensor([[3.0, 0], [0, 1], [5, 0]]), torch.tensor([0, 0, 0])
+    metrics.add(torch.tensor(1.5), logits, labels, torch.tensor([1, 2, 3, 4]))
+    metrics.add(torch.tensor(float("nan")), logits[:1], labels[:1], torch.tensor([10, 20, 30, 2**45]))
+    window = metrics.window()
+    assert (window.num_samples, window.num_nonfinite) == (4, 1)
+    assert window.accuracy == 0.75
+    assert metrics.receipt.words == [11, 22, 33, 2**45 + 4]
+    metrics.add(torch.tensor(2.0), logits, labels, torch.zeros(4, dtype=torch.int64))
+    assert metrics.window().loss == 2.0
+
+
+def test_receipt_is_one_digest_per_epoch() -> None:
+    receipt, other = Receipt(), Receipt()
+    receipt.add([1, 2, 3, 4], 5)
+    receipt.add([10, 20, 30, 40], 5)
+    other.add([11, 22, 33, 44], 10)
+    receipt.end_epoch()
+    other.end_epoch()
+    assert receipt.digests() == other.digests()
+    receipt.add([1, 1, 1, 1], 1)
+    assert len(receipt.digests()) == 2
+    assert receipt.digests()[0] != receipt.digests()[1]
+
+
+def test_schedule_counts_in_steps() -> None:
+    config = Config(train=TrainConfig(epochs=3, checkpoint_every_steps=4, log_every_steps=3))
+    schedule = schedule_of(config, steps_per_epoch=5)
+    assert schedule.total_steps == 15
+    assert [s for s in range(1, 16) if schedule.should_save(s)] == [4, 8, 12, 15]
+    assert [s for s in range(1, 16) if schedule.should_log(s)] == [3, 4, 5, 6, 8, 9, 10, 12, 15]
+    assert schedule_of(replace(config, train=TrainConfig(max_steps=7)), 5).total_steps == 7
+
+
+def test_recalibrated_statistics_are_those_of_the_samples(data_dir: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3072, 10)).double().train()
+    samples = np.arange(1000)
+    with BetonLoader(data_dir / "train.beton", ALONE.device) as loader:
+        evaluation.recalibrate(model, loader, samples, 250, NumberFormat("fp64", "cpu"), ALONE)
+        batch = next(iter(loader.read(samples, 1000)))
+    images = normalize(batch.images, torch.float64)
+    norm = model[0]
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert torch.allclose(norm.running_mean, images.mean(dim=(0, 2, 3)), atol=1e-12)
+    chunks = images.view(4, 250, 3, 32, 32).var(dim=(1, 3, 4)).mean(dim=0)
+    assert torch.allclose(norm.running_var, chunks, rtol=1e-12)
+    assert model.training
+
+
+def test_score_counts_each_sample_once(data_dir: Path) -> None:
+    class FirstPixel(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return nn.functional.one_hot((images[:, 0, 0, 0] > 0).long(), 10).double()
+
+    with BetonLoader(data_dir / "test.beton", ALONE.device) as loader:
+        result = evaluation.score(FirstPixel(), loader, np.arange(1003), 100, FP32, ALONE, "flip")
+        batch = next(iter(loader.read(np.arange(1003), 1003)))
+    bright = (batch.images[:, 0, 0, 0].double() > 125.307).long()
+    confusion = torch.zeros(10, 10, dtype=torch.int64)
+    confusion.index_put_((batch.labels, bright), torch.ones(1003, dtype=torch.int64), accumulate=True)
+    assert result.n == 1003
+    assert result.confusion == confusion.tolist()
+    assert result.confusion_tta is not None
+    assert sum(map(sum, result.confusion_tta)) == 1003
+    assert result.accuracy == (bright == batch.labels).sum().item() / 1003
+
+
+def state(value: float) -> dict[str, Any]:
+    return {"model": {"weight": torch.full((1000,), value)}, "config": "run: {}"}
+
+
+def test_checkpoints_keep_the_newest_and_the_best(tmp_path: Path) -> None:
+    for step in (1, 20, 3, 100_000_000, 7):
+        checkpoint.save(tmp_path, step, state(step))
+    assert checkpoint.all_steps(tmp_path) == [1, 3, 7, 20, 100_000_000]
+    checkpoint.retain(tmp_path, newest=2, keep=[3])
+    assert checkpoint.all_steps(tmp_path) == [3, 20, 100_000_000]
+    assert len(list(tmp_path.iterdir())) == 6
+    subprocess.run(["sha256sum", "--quiet", "-c", "step-00000020.pt.sha256"], cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "no digest", "directory"])
+def test_newest_valid_passes_over_damage(damage: str, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, state(1.0))
+    path = checkpoint.save(tmp_path, 2, state(2.0))
+    data = path.read_bytes()
+    if damage == "flip":
+        path.write_bytes(data[:2000] + bytes([data[2000] ^ 4]) + data[2001:])
+    elif damage == "truncate":
+        path.write_bytes(data[:-1])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "no digest":
+        path.with_name(path.name + ".sha256").unlink()
+    else:
+        path.unlink()
+        path.mkdir()
+    warnings: list[str] = []
+    found = checkpoint.newest_valid(tmp_path, warnings.append)
+    assert found is not None
+    assert found[0] == checkpoint.path_of(tmp_path, 1)
+    assert checkpoint.decode(found[1], "it")["model"]["weight"][0] == 1.0
+    assert len(warnings) == 1
+    assert str(path) in warnings[0]
+
+
+def test_no_valid_checkpoint_is_an_error_and_none_is_not(tmp_path: Path) -> None:
+    assert checkpoint.newest_valid(tmp_path / "nothing", print) is None
+    checkpoint.save(tmp_path, 1, state(1.0)).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
+        checkpoint.newest_valid(tmp_path, lambda _: None)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="NOT TESTED: a small file system needs root")
+def test_full_disk_leaves_the_former_checkpoint(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)], check=True)
+    try:
+        first = checkpoint.save(tmp_path, 1, state(1.0))
+        digest = hashlib.sha256(first.read_bytes()).hexdigest()
+        with pytest.raises(CheckpointError, match=os.strerror(errno.ENOSPC)):
+            checkpoint.save(tmp_path, 2, {"model": {"weight": torch.zeros(200_000)}, "config": ""})
+        assert checkpoint.all_steps(tmp_path) == [1]
+        assert hashlib.sha256(first.read_bytes()).hexdigest() == digest
+        assert not [path for path in tmp_path.iterdir() if "tmp" in path.name]
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_other_peoples_files(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(CheckpointError, match="no checkpoint of cifar_dist"):
+        checkpoint.decode(checkpoint.read_verified(path, need_digest=False), "x.pt")
+    with pytest.raises(CheckpointError, match="another model"):
+        checkpoint.load_weights(nn.Linear(2, 2), {"weight": torch.zeros(3, 2)}, "x.pt")
+
+
+def test_model_digest_ignores_memory_order_and_sees_every_bit() -> None:
+    torch.manual_seed(0)
+    model = InceptionV1("strided", 0.125)
+    digest = checkpoint.sha256_of_parameters(model)
+    named = model.named_parameters()
+    by_hand = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for _, p in named)).hexdigest()
+    assert digest == by_hand
+    model.to(memory_format=torch.channels_last)
+    assert checkpoint.sha256_of_parameters(model) == digest
+    with torch.no_grad():
+        model.classifier.bias[3] = torch.nextafter(model.classifier.bias[3], torch.tensor(9.0))
+    assert checkpoint.sha256_of_parameters(model) != digest
+
+
+def test_number_formats() -> None:
+    cpu = torch.device("cpu")
+    assert number_format("fp64", cpu).parameters == torch.float64
+    assert number_format("bf16", cpu).inputs == torch.bfloat16
+    assert number_format("fp16", cpu).grad_scaler().is_enabled()
+    assert not number_format("fp32", cpu).grad_scaler().is_enabled()
+    assert number_format("auto", cpu).name in ("bf16", "fp32")
+    with number_format("fp16", cpu).autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float16
