@@ -52,7 +52,8 @@ def load_config(args: Sequence[str], command: str = "train", description: str = 
     config = parse(Config, rest, command, base, text)
     validate(config)
     if known.print_config:
-        print(to_yaml(config), end="")
+        if speaks():
+            print(to_yaml(config), end="")
         raise SystemExit(0)
     return config
 

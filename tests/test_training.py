@@ -22,9 +22,9 @@ from cifar_dist.distributed import World
 from cifar_dist.errors import CheckpointError
 from cifar_dist.models.inception_v1 import InceptionV1
 from cifar_dist.training import checkpoint, evaluation, optim
-from cifar_dist.training.metrics import Metrics, Receipt
+from cifar_dist.training.metrics import Metrics, Receipt, Window
 from cifar_dist.training.precision import NumberFormat, number_format
-from cifar_dist.training.trainer import schedule_of
+from cifar_dist.training.schedule import schedule_of
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 FP32 = NumberFormat("fp32", "cpu")
@@ -97,7 +97,7 @@ def test_metrics_add_up_and_count_what_is_not_finite() -> None:
     logits, labels = torch.tensor([[3.0, 0], [0, 1], [5, 0]]), torch.tensor([0, 0, 0])
     metrics.add(torch.tensor(1.5), logits, labels, torch.tensor([1, 2, 3, 4]))
     metrics.add(torch.tensor(float("nan")), logits[:1], labels[:1], torch.tensor([10, 20, 30, 2**45]))
-    window = metrics.window()
+    window = metrics.window() + Window()
     assert (window.num_samples, window.num_nonfinite) == (4, 1)
     assert window.accuracy == 0.75
     assert metrics.receipt.words == [11, 22, 33, 2**45 + 4]
@@ -123,7 +123,8 @@ def test_schedule_counts_in_steps() -> None:
     schedule = schedule_of(config, steps_per_epoch=5)
     assert schedule.total_steps == 15
     assert [s for s in range(1, 16) if schedule.should_save(s)] == [4, 8, 12, 15]
-    assert [s for s in range(1, 16) if schedule.should_log(s)] == [3, 4, 5, 6, 8, 9, 10, 12, 15]
+    assert [s for s in range(1, 16) if schedule.should_log(s)] == [3, 6, 9, 12, 15]
+    assert [s for s in range(1, 16) if schedule.should_read(s)] == [3, 4, 5, 6, 8, 9, 10, 12, 15]
     assert schedule_of(replace(config, train=TrainConfig(max_steps=7)), 5).total_steps == 7
 
 

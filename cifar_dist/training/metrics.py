@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,12 +13,23 @@ from cifar_dist.distributed import World, all_reduce_sum
 
 @dataclass(frozen=True)
 class Window:
-    """What happened since the last log step, over all ranks."""
+    """Sums over the samples of some steps, on all ranks; windows add up."""
 
-    loss: float
-    accuracy: float
-    num_samples: int
-    num_nonfinite: int
+    loss_sum: float = 0.0
+    num_hits: int = 0
+    num_samples: int = 0
+    num_nonfinite: int = 0
+
+    def __add__(self, other: Window) -> Window:
+        return Window(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.num_samples
+
+    @property
+    def accuracy(self) -> float:
+        return self.num_hits / self.num_samples
 
 
 class Metrics:
@@ -39,10 +50,11 @@ class Metrics:
 
     def window(self) -> Window:
         """Wait for the device, add up over ranks, and start anew."""
-        loss, hits, n, nonfinite, *words = all_reduce_sum(self._sums, self._world).tolist()
+        loss, *counts = all_reduce_sum(self._sums, self._world).tolist()
         self._sums.zero_()
-        self.receipt.add([int(word) for word in words], int(n))
-        return Window(loss / n, hits / n, int(n), int(nonfinite))
+        hits, n, nonfinite, *words = map(int, counts)
+        self.receipt.add(words, n)
+        return Window(loss, hits, n, nonfinite)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +19,8 @@ from cifar_dist.distributed import together
 from cifar_dist.errors import NonFiniteError, shared
 from cifar_dist.training import checkpoint, evaluation, optim
 from cifar_dist.training.metrics import Metrics, Receipt, Window
+from cifar_dist.training.schedule import schedule_of
 from cifar_dist.training.stepper import Stepper
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Durations in steps; `done` is the number of steps done."""
-
-    steps_per_epoch: int
-    total_steps: int
-    log_every: int
-    checkpoint_every: int
-    validate_every: int  # 0: at the end only
-
-    def ends_epoch(self, done: int) -> bool:
-        return done % self.steps_per_epoch == 0
-
-    def should_save(self, done: int) -> bool:
-        return done == self.total_steps or bool(self.checkpoint_every and done % self.checkpoint_every == 0)
-
-    def should_validate(self, done: int) -> bool:
-        return done == self.total_steps or bool(self.validate_every and done % self.validate_every == 0)
-
-    def should_log(self, done: int) -> bool:
-        """Also where an epoch ends, to close its receipt, and before saving, to know that all losses were finite."""
-        due = self.ends_epoch(done) or self.should_save(done) or self.should_validate(done)
-        return due or done % self.log_every == 0
-
-
-def schedule_of(config: Config, steps_per_epoch: int) -> Schedule:
-    train = config.train
-    total = train.max_steps if train.max_steps is not None else train.epochs * steps_per_epoch
-    every = config.eval.every_epochs * steps_per_epoch
-    return Schedule(steps_per_epoch, total, train.log_every_steps, train.checkpoint_every_steps, every)
 
 
 @dataclass
@@ -62,6 +31,9 @@ class Progress:
     step: int = 0
     train_seconds: float = 0.0
     first_step_seconds: float | None = None
+    logged_steps: int = 0  # at the last log step
+    since_log: Window = field(default_factory=Window)  # read, but not logged yet
+    seconds_since_log: float = 0.0
     last_saved: int | None = None
     best_step: int | None = None
     best_accuracy: float = -1.0
@@ -104,7 +76,7 @@ class Trainer:
             CheckpointError: a checkpoint could not be written.
         """
         progress, total = self.progress, self.schedule.total_steps
-        started, window_start = time.perf_counter(), progress.step
+        started = time.perf_counter()
         batches = self._batches()
         while progress.step < total:
             rate = optim.learning_rate(progress.step, total, self.config.train.batch_size, self.config.optim)
@@ -113,13 +85,12 @@ class Trainer:
             self.tick(progress.step)
             if progress.first_step_seconds is None:
                 progress.first_step_seconds = self._seconds_since_process_start()
-            if self.schedule.should_log(progress.step):
-                window = self.metrics.window()
-                seconds = time.perf_counter() - started
-                progress.train_seconds += seconds
-                self._log(window, window_start, rate, seconds)
+            if self.schedule.should_read(progress.step):
+                self._read_metrics(started)
+                if self.schedule.should_log(progress.step):
+                    self._log(rate)
                 self._validate_and_save()
-                started, window_start = time.perf_counter(), progress.step
+                started = time.perf_counter()
 
     def _batches(self) -> Iterator[tuple[int, Batch]]:
         """(epoch, micro-batch) from the current step on: this rank's slice of each global batch, in order."""
@@ -137,22 +108,31 @@ class Trainer:
             torch.cuda.synchronize(self.world.device)
         return time.time() - psutil.Process().create_time()
 
-    def _log(self, window: Window, window_start: int, rate: float, seconds: float) -> None:
-        step = self.progress.step
+    def _read_metrics(self, started: float) -> None:
+        progress = self.progress
+        window = self.metrics.window()
+        seconds = time.perf_counter() - started
+        progress.train_seconds += seconds
+        progress.seconds_since_log += seconds
+        progress.since_log += window
         if window.num_nonfinite:
-            what = f"the loss became infinite or NaN between steps {window_start + 1} and {step}"
+            what = f"the loss became infinite or NaN between steps {progress.logged_steps + 1} and {progress.step}"
             raise self._nonfinite(f"{what}; nothing was saved since.")
-        if self.schedule.ends_epoch(step):
+        if self.schedule.ends_epoch(progress.step):
             self.metrics.receipt.end_epoch()
+
+    def _log(self, rate: float) -> None:
+        progress = self.progress
         figures = {
-            "epoch": step / self.order.steps_per_epoch,
-            "train/loss": window.loss,
-            "train/accuracy": window.accuracy,
+            "epoch": progress.step / self.order.steps_per_epoch,
+            "train/loss": progress.since_log.loss,
+            "train/accuracy": progress.since_log.accuracy,
             "lr": rate,
-            "images_per_second": window.num_samples / seconds,
-            "seconds": self.progress.train_seconds,
+            "images_per_second": progress.since_log.num_samples / progress.seconds_since_log,
+            "seconds": progress.train_seconds,
         }
-        self.report(step, figures)
+        self.report(progress.step, figures)
+        progress.since_log, progress.seconds_since_log, progress.logged_steps = Window(), 0.0, progress.step
 
     def _nonfinite(self, what: str) -> Exception:
         last = self.progress.last_saved
@@ -215,6 +195,7 @@ class Trainer:
             "config": to_yaml(self.config),
             **self.stepper.state(),
             "train_seconds": progress.train_seconds,
+            "since_log": [*astuple(progress.since_log), progress.seconds_since_log, progress.logged_steps],
             "best": [progress.best_step, progress.best_accuracy],
             "last_validation": progress.last_validation,
             "receipt": [receipt.epochs, receipt.words, receipt.num_samples],
@@ -230,6 +211,8 @@ class Trainer:
         progress = self.progress
         progress.step = progress.last_saved = state["step"]
         progress.train_seconds = state["train_seconds"]
+        *window, progress.seconds_since_log, progress.logged_steps = state["since_log"]
+        progress.since_log = Window(*window)
         progress.best_step, progress.best_accuracy = state["best"]
         progress.last_validation = state["last_validation"]
         self.metrics.receipt = Receipt(*state["receipt"])

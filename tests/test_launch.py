@@ -1,0 +1,152 @@
+"""The scripts that a person types, as they are typed, and every command of the README."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests import runs
+
+pytestmark = pytest.mark.run
+LAUNCH = runs.REPOSITORY / "launch"
+TINY = ("--config", str(runs.REPOSITORY / "configs/quickstart.yaml"), "--model.width", "0.125", "--data.subset", "256",
+        "--train.max_steps", "2", "--eval.tta", "none", "--eval.bn_samples", "250",
+        "--track.wandb", "disabled")  # fmt: skip
+
+
+def start(script: str, *arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [str(LAUNCH / script), *map(str, arguments)],
+        cwd=runs.REPOSITORY,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def test_setup_with_nothing_to_do_is_quick() -> None:
+    runs.finish(start("setup"))
+    started = time.monotonic()
+    output = runs.finish(start("setup"))
+    assert time.monotonic() - started < 2
+    assert output == ""
+
+
+def test_setup_names_what_is_missing(tmp_path: Path) -> None:
+    """On a machine without compiler, headers, apt and root: a copy of the script, with almost nothing on PATH."""
+    for name in ("launch/setup", "pyproject.toml", "uv.lock"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((runs.REPOSITORY / name).read_bytes())
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "cat", "dirname", "sha256sum", "cut", "id", "env"):
+        (tools / tool).symlink_to(subprocess.check_output(["which", tool], text=True).strip())
+    result = subprocess.run(
+        ["bash", str(tmp_path / "launch/setup")], env={"PATH": str(tools)}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    for part in ("C++ compiler", "OpenCV 4", "TurboJPEG", "apt-get install", "conda install"):
+        assert part in result.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.data
+def test_quickstart_trains_and_goes_on(data_dir: Path, tmp_path: Path) -> None:
+    arguments = (*TINY[2:], "--data.dir", data_dir, "--run.dir", tmp_path / "my run")
+    output = runs.finish(start("quickstart", *arguments))
+    assert re.search(r"test accuracy [\d.]+% on 10000 images", output)
+    figures = runs.summary(tmp_path / "my run")
+    assert figures["world_size"] == min(2, os.cpu_count() or 1)
+    assert (figures["steps"], figures["train_n"]) == (2, 256)
+    assert "this run is complete" in runs.finish(start("quickstart", *arguments))
+
+
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_two_machines_meet(rendezvous: str) -> None:
+    """Two launchers on this machine stand for two machines; rank 0 alone answers."""
+    common = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "NPROC_PER_NODE": "2"}
+    places = [{"NODE_RANK": rank} if rendezvous == "static" else {} for rank in ("0", "1")]
+    sizes = ("--train.batch_size", "64", "--train.micro_batch_size", "16", "--print-config")
+    nodes = [start("multinode", *sizes, **common, **place) for place in places]
+    outputs = [runs.finish(node) for node in nodes]
+    assert sum("micro_batch_size: 16" in output for output in outputs) == 1
+
+
+@pytest.mark.data
+def test_two_machines_train(data_dir: Path, tmp_path: Path) -> None:
+    common = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "NPROC_PER_NODE": "1"}
+    arguments = (*TINY, "--data.dir", data_dir, "--run.dir", tmp_path / "run")
+    nodes = [start("multinode", *arguments, **common, NODE_RANK=rank) for rank in ("0", "1")]
+    for node in nodes:
+        runs.finish(node)
+    assert runs.summary(tmp_path / "run")["world_size"] == 2
+    assert runs.children_with(str(tmp_path)) == []
+
+
+def test_machines_without_an_address() -> None:
+    output = runs.finish(start("multinode", NNODES="2", MASTER_ADDR=""), expected=2)
+    assert "MASTER_ADDR" in output
+
+
+def readme_commands() -> list[str]:
+    text = (runs.REPOSITORY / "README.md").read_text()
+    lines = re.findall(r"^    (.+)$", text, flags=re.M)
+    return [
+        line.split("#")[0].strip() for line in lines if re.match(r"\./|python |torchrun |NNODES=|git |source ", line)
+    ]
+
+
+# The README's commands, and the test that runs each as it stands or with smaller numbers.
+TESTED = {
+    "git clone <this repository> && cd cifar_dist": "CI runs in a fresh clone",
+    "source .venv/bin/activate": "runs.command uses the same environment",
+    "./launch/quickstart": "test_quickstart_trains_and_goes_on",
+    "./launch/test": "CI",
+    "torchrun --nproc_per_node=8 -m cifar_dist.train --config configs/googlenet.yaml": "test_eight_ranks_start",
+    "NNODES=2 NODE_RANK=0 MASTER_ADDR=node-a ./launch/multinode --config configs/googlenet.yaml": "test_two_machines_*",
+    "./launch/debug": "tests/test_debug.py",
+    "python -m cifar_dist.train --config configs/quickstart.yaml --run.name mine --run.resume auto": "test_resume.py",
+    "python -m cifar_dist.evaluate --checkpoint runs/mine/checkpoints/step-00002340.pt": "test_world_size.py",
+    "python -m cifar_dist.bench loader": "test_bench.py",
+}
+QUICK = ("--help", "--print-config", "cifar_dist.prepare")
+
+
+def test_readme_commands_are_all_known() -> None:
+    commands = readme_commands()
+    assert len(commands) >= 10
+    unknown = [line for line in commands if line not in TESTED and not any(part in line for part in QUICK)]
+    assert unknown == []
+    assert [line for line in TESTED if line not in commands] == []
+
+
+@pytest.mark.data
+@pytest.mark.usefixtures("data_dir")
+@pytest.mark.parametrize("line", [line for line in readme_commands() if any(part in line for part in QUICK)])
+def test_quick_readme_commands(line: str) -> None:
+    words = shlex.split(line)
+    assert words[0] == "python"
+    output = runs.run(1, *words[3:], module=words[2].removeprefix("cifar_dist."))
+    assert output
+
+
+def test_eight_ranks_start() -> None:
+    """The README's torchrun line, up to where eight devices would be needed."""
+    output = runs.run(8, "--config", "configs/googlenet.yaml", "--print-config")
+    assert yaml.safe_load(output[output.index("run:") :])["train"]["batch_size"] == 1024
