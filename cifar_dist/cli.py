@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from cifar_dist.config import Config, validate
+from cifar_dist.config import Config, accumulation_steps, validate
 from cifar_dist.errors import UserError, speaks
 
 T = TypeVar("T")
@@ -51,6 +52,8 @@ def load_config(args: Sequence[str], command: str = "train", description: str = 
     text = f"{description} --config FILE reads a YAML file first; --print-config prints the result and exits."
     config = parse(Config, rest, command, base, text)
     validate(config)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    accumulation_steps(config.train.batch_size, config.train.micro_batch_size, world_size)
     if known.print_config:
         if speaks():
             print(to_yaml(config), end="")
@@ -114,7 +117,7 @@ def _arguments(tree: Any, defaults: Any, prefix: str, origin: str) -> Iterator[s
         else:
             # YAML reads a bare on or off as a boolean.
             typed = value if isinstance(current, bool) or not isinstance(value, bool) else ("off", "on")[value]
-            yield from (f"--{prefix}{key}", str(typed))
+            yield f"--{prefix}{key}={typed}"
 
 
 def _closest(key: str, prefix: str, names: list[str]) -> str:

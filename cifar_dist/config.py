@@ -129,7 +129,7 @@ class EvalConfig:
     every_epochs: int = 5
     """Epochs between validations (data.train_on train only); the last epoch is always validated. 0: last only."""
     batch_size: int = 500
-    """Samples per forward pass of an evaluation."""
+    """Samples per forward pass of an evaluation, and of each part whose batch-norm statistics are averaged."""
     bn_samples: int = 5_000
     """Training samples over which batch-norm statistics are recalibrated before scoring."""
     tta: Literal["none", "flip"] = "flip"
@@ -177,6 +177,7 @@ def validate(config: Config) -> None:
     rules = [
         ("run.seed", c.run.seed, 0 <= c.run.seed < 2**63, "0 to 2**63 - 1"),
         ("run.resume", c.run.resume, c.run.resume != "", "never, auto or the path of a checkpoint"),
+        ("run.name", c.run.name, c.run.name is None or Path(c.run.name).name == c.run.name != "..", "a name without /"),
         ("data.num_workers", c.data.num_workers, c.data.num_workers >= 1, "1 or more"),
         ("model.width", c.model.width, 0 < c.model.width <= 16, "above 0, at most 16"),
         ("model.dropout", c.model.dropout, 0 <= c.model.dropout < 1, "0 or more, below 1"),

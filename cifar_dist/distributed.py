@@ -19,10 +19,10 @@ from torch import Tensor
 
 from cifar_dist.errors import KINDS, PeerError, UserError, shared
 
-TIMEOUT_S = 600  # for a collective; longer than one rank needs to download and write the dataset
-
-
-_SIGNS_OF_A_LOST_PEER = ("by peer", "Timed out", "Broken pipe", "Connection refused", "NCCL")
+TIMEOUT_S = 600  # for a collective
+_SIGNS_OF_A_LOST_PEER = (
+    "by peer", "Timed out", "Broken pipe", "Connection refused", "remote process exited", "collective operation timeout"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,12 @@ def joined(device: str) -> Iterator[World]:
     env = os.environ
     size, local_size = int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_WORLD_SIZE", 1))
     local_rank = int(env.get("LOCAL_RANK", 0))
-    world = World(int(env.get("RANK", 0)), size, local_rank, local_size, _device(device, local_rank, local_size))
+    try:
+        found = _device(device, local_rank, local_size)
+    except UserError as error:
+        error.shared = local_rank > 0  # the first process of each machine speaks for it
+        raise
+    world = World(int(env.get("RANK", 0)), size, local_rank, local_size, found)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     else:
@@ -61,7 +66,14 @@ def joined(device: str) -> Iterator[World]:
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
         device_id = world.device if world.device.type == "cuda" else None
-        dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S), device_id=device_id)
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S), device_id=device_id)
+        except (ValueError, RuntimeError) as error:
+            detail = (str(error).splitlines() or [""])[0][:300]
+            raise PeerError(
+                f"{size} processes were announced by WORLD_SIZE, but they cannot meet: {detail}\n"
+                f"Start them with torchrun or launch/node."
+            ) from error
     try:
         yield world
     except RuntimeError as error:
@@ -100,10 +112,10 @@ def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:
     return tensor
 
 
-def together(world: World, work: Callable[[], Any], at_work: bool) -> Any:
-    """Run `work` on the ranks where `at_work`; all ranks wait, and all raise when it fails on one.
+def together(world: World, work: Callable[[], Any], at_work: bool = True, timeout_s: int = TIMEOUT_S) -> Any:
+    """Run `work` on the ranks where `at_work`; all ranks wait, at most `timeout_s`, and all raise if it fails on one.
 
-    Returns what `work` returned, on the other ranks None.
+    Returns what `work` returned, on the other ranks None. An OSError counts as the user's, with the file's name.
 
     Raises:
         UserError: the error of the lowest rank that failed, of its kind, with its message.
@@ -114,12 +126,17 @@ def together(world: World, work: Callable[[], Any], at_work: bool) -> Any:
             value = work()
         except UserError as error:
             failure = error
+        except OSError as error:
+            failure = UserError(f"{error.filename or 'writing a file'}: {error.strerror or error}")
     if world.size == 1:
         if failure:
             raise failure
         return value
     failed = torch.full((), world.rank if failure else world.size)
-    dist.all_reduce(failed, op=dist.ReduceOp.MIN)
+    group: Any = None  # all ranks, with the usual timeout
+    if timeout_s != TIMEOUT_S:
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    dist.all_reduce(failed, op=dist.ReduceOp.MIN, group=group)
     first = int(failed)
     if first < world.size:
         told = _broadcast({"kind": type(failure).__name__, "text": str(failure)} if failure else None, world, first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +30,12 @@ class EvaluateArguments:
 def main() -> None:
     with reported(alike=True):
         arguments = parse(EvaluateArguments, sys.argv[1:], "evaluate", description="Score a checkpoint.")
+    if arguments.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or FFCV would open one of the GPUs
     from cifar_dist.distributed import joined
+    from cifar_dist.training.scoring import score_checkpoint
 
     with reported(), joined(arguments.device) as world:
-        from cifar_dist.training.scoring import score_checkpoint
-
         score_checkpoint(
             arguments.checkpoint, world, arguments.split == "validation", arguments.data_dir, arguments.json
         )

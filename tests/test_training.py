@@ -80,6 +80,23 @@ def test_sgd_is_nesterov_as_sutskever_wrote_it() -> None:
     assert weight.item() == pytest.approx(expected, rel=1e-12)
 
 
+def test_first_fp16_step_may_be_skipped() -> None:
+    """An overflow in the very first step: the scaler skips it, and what follows is as if it had not been."""
+    results = []
+    for overflow in (False, True):
+        layer = nn.Linear(64, 64, bias=False)
+        nn.init.constant_(layer.weight, 0.5)
+        optimizer = optim.build_optimizer(layer, OptimConfig())
+        scaler = NumberFormat("fp16", "cpu").grad_scaler()
+        for gradient in ([float("inf")] if overflow else []) + [1.0, 2.0]:
+            optimizer.param_groups[0]["lr"] = 0.1
+            layer.weight.grad = torch.full_like(layer.weight, gradient) * scaler.scale(torch.ones(()))
+            scaler.step(optimizer)
+            scaler.update()
+        results.append(layer.weight.detach().clone())
+    assert torch.equal(*results)
+
+
 def test_ema_follows_the_weights() -> None:
     model = nn.Linear(1, 1, bias=False)
     ema = optim.build_ema(model, OptimConfig(ema_decay=0.75))
@@ -172,10 +189,22 @@ def test_checkpoints_keep_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in (1, 20, 3, 100_000_000, 7):
         checkpoint.save(tmp_path, step, state(step))
     assert checkpoint.all_steps(tmp_path) == [1, 3, 7, 20, 100_000_000]
-    checkpoint.retain(tmp_path, newest=2, keep=[3])
+    checkpoint.retain(tmp_path, current=100_000_000, newest=2, keep=[3])
     assert checkpoint.all_steps(tmp_path) == [3, 20, 100_000_000]
     assert len(list(tmp_path.iterdir())) == 6
+    # A later one was passed over as damaged: it must not push out the valid ones.
+    checkpoint.save(tmp_path, 30, state(30))
+    checkpoint.retain(tmp_path, current=30, newest=2, keep=[])
+    assert checkpoint.all_steps(tmp_path) == [20, 30]
     subprocess.run(["sha256sum", "--quiet", "-c", "step-00000020.pt.sha256"], cwd=tmp_path, check=True)
+
+
+def test_sweep_removes_what_a_kill_left(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, state(1.0))
+    (tmp_path / ".step-00000002.pt.abc.tmp").write_bytes(b"half")
+    (tmp_path / "step-00000002.pt.sha256").write_text("0  step-00000002.pt\n")
+    checkpoint.sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001.pt", "step-00000001.pt.sha256"]
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "no digest", "directory"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -18,15 +18,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from ffcv.fields.basics import IntDecoder
-from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-from ffcv.loader import Loader
-from ffcv.loader.epoch_iterator import EpochIterator
-from ffcv.transforms import ToDevice, ToTensor, ToTorchImage
 from torch import Tensor
 
 from cifar_dist.errors import DataError, UserError
 
+_threads = torch.get_num_threads()
+from ffcv.fields.basics import IntDecoder  # noqa: E402
+from ffcv.fields.rgb_image import SimpleRGBImageDecoder  # noqa: E402
+from ffcv.loader import Loader  # noqa: E402
+from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
+from ffcv.transforms import ToDevice, ToTensor, ToTorchImage  # noqa: E402
+
+torch.set_num_threads(_threads)  # importing ffcv sets it to one
 _POLL_S = 1.0
 
 
@@ -51,6 +54,14 @@ class _Reading(EpochIterator):  # type: ignore[misc]
         except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
             self.failure = error
 
+    def run_pipeline(self, b_ix: int, batch_indices: Any, batch_slot: int, cuda_event: Any) -> Any:
+        if self.terminate_event.is_set():
+            raise StopIteration  # else, with nobody waiting, FFCV would read on to the end of the epoch
+        if cuda_event is not None:
+            # FFCV lets only its stream wait until this slot is free, while its decoder writes host memory at once.
+            cuda_event.synchronize()
+        return super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
+
     def wait(self) -> Any:
         """The next batch as FFCV made it, or None at the end.
 
@@ -61,7 +72,7 @@ class _Reading(EpochIterator):  # type: ignore[misc]
             try:
                 item = self.output_queue.get(timeout=_POLL_S if self.is_alive() else 0)
             except queue.Empty:
-                if self.is_alive():
+                if self.is_alive() or not self.output_queue.empty():
                     continue
                 path = Path(self.loader.fname)
                 raise DataError(
@@ -79,6 +90,9 @@ class _Reading(EpochIterator):  # type: ignore[misc]
             while not self.output_queue.empty():
                 self.output_queue.get()
             self.join(timeout=0.02)
+        for stream in self.cuda_streams:
+            if stream is not None:
+                stream.synchronize()  # copies into the buffers that are about to go
         self.close()
 
 
@@ -113,7 +127,7 @@ class BetonLoader:
         torch.set_num_threads(self._threads)
         self._readings: list[_Reading] = []
 
-    def read(self, order: npt.NDArray[np.int64], batch_size: int) -> Iterator[Batch]:
+    def read(self, order: npt.NDArray[np.int64], batch_size: int) -> Generator[Batch]:
         """Yield the samples of `order`, in order, in batches that stay valid for ever; the last may be smaller.
 
         Leaving it early ends its thread when the iterator is closed or collected, at the latest with the loader.

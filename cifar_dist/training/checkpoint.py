@@ -36,10 +36,14 @@ def save(directory: Path, step: int, state: dict[str, Any]) -> Path:
     Raises:
         CheckpointError: the disk is full or the directory not writable; the earlier checkpoints are untouched.
     """
-    path = path_of(directory, step)
     buffer = io.BytesIO()
     torch.save(state | {"format": FORMAT, "step": step}, buffer)
-    data = buffer.getvalue()
+    return write(directory, step, buffer.getvalue())
+
+
+def write(directory: Path, step: int, data: bytes) -> Path:
+    """Write the bytes of a checkpoint and their digest; errors as for `save`."""
+    path = path_of(directory, step)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write_text_atomic(_digest_path(path), f"{hashlib.sha256(data).hexdigest()}  {path.name}\n")
@@ -122,13 +126,26 @@ def newest_valid(directory: Path, warn: Callable[[str], None]) -> tuple[Path, by
     return None
 
 
-def retain(directory: Path, newest: int, keep: Iterable[int]) -> None:
-    """Remove all checkpoints but the `newest` last ones and those of the steps `keep`."""
+def retain(directory: Path, current: int, newest: int, keep: Iterable[int]) -> None:
+    """Remove all checkpoints but the `newest` ones up to step `current` and those of the steps `keep`.
+
+    Later ones than the current are damaged ones that a resume passed over; they must not push out valid ones.
+    """
     steps = all_steps(directory)
-    for step in set(steps[:-newest]) - set(keep):
+    past = [step for step in steps if step <= current]
+    for step in set(steps) - set(past[-newest:]) - set(keep):
         path = path_of(directory, step)
         path.unlink(missing_ok=True)
         _digest_path(path).unlink(missing_ok=True)
+
+
+def sweep(directory: Path) -> None:
+    """Remove what a process that was killed while writing left: temporary files, and digests without a file."""
+    for path in directory.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+    for path in directory.glob("step-*.pt.sha256"):
+        if not path.with_suffix("").exists():
+            path.unlink(missing_ok=True)
 
 
 def load_weights(model: nn.Module, weights: Any, origin: str) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from cifar_dist.config import LR_BATCH_SIZE, OptimConfig
 
@@ -16,7 +16,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.SGD:
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=True, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=True, fused=True)
+    for parameter in model.parameters():
+        # When the first step is skipped, as fp16's scaler may do, fused SGD leaves new buffers uninitialised.
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def learning_rate(step: int, total_steps: int, batch_size: int, config: OptimConfig) -> float:
@@ -33,8 +37,25 @@ def learning_rate(step: int, total_steps: int, batch_size: int, config: OptimCon
     return min(rise, fall)
 
 
-def build_ema(model: nn.Module, config: OptimConfig) -> AveragedModel | None:
-    """A copy of `model` that follows its weights, or None when `optim.ema_decay` is none."""
-    if config.ema_decay is None:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))  # type: ignore[no-untyped-call]
+class Ema(AveragedModel):
+    """A copy of a model whose parameters follow those of the original: decay x own + (1 - decay) x theirs.
+
+    The first update copies. Torch's own update waits for a GPU at every step; this one never does.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model)
+        self._decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        mine: list[Tensor] = list(self.module.parameters())
+        theirs: list[Tensor] = list(model.parameters())
+        # The counter stays on the CPU, so that looking at it costs nothing.
+        torch._foreach_lerp_(mine, theirs, 1 - self._decay if self.n_averaged > 0 else 1.0)
+        self.n_averaged += 1
+
+
+def build_ema(model: nn.Module, config: OptimConfig) -> Ema | None:
+    """The moving average of `model`, or None when `optim.ema_decay` is none."""
+    return None if config.ema_decay is None else Ema(model, config.ema_decay)

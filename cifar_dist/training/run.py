@@ -30,6 +30,7 @@ from cifar_dist.training.summary import device_names, summarize, to_json
 from cifar_dist.training.trainer import Trainer
 
 log = logging.getLogger("cifar_dist")
+PREPARE_TIMEOUT_S = 7200  # for one process to download and write the dataset while the others wait
 
 
 class Reporter:
@@ -63,26 +64,29 @@ def run(config: Config, world: World, stack: ExitStack) -> None:
         UserError: anything that a user can mend; see `errors` for the kinds.
     """
     reporter = Reporter(world)
-    formats = number_format(config.train.precision, world.device)
+    formats = together(world, lambda: number_format(config.train.precision, world.device))
     set_backends(config.train, config.run.deterministic)
     data_dir = config.data.dir
-    together(world, lambda: dataset.ensure(data_dir, config.data.source, reporter.say), at_work=world.local_rank == 0)
+    prepare = lambda: dataset.ensure(data_dir, config.data.source, reporter.say)  # noqa: E731
+    together(world, prepare, at_work=world.local_rank == 0, timeout_s=PREPARE_TIMEOUT_S)
     directory, start = _claim(config, world, stack, reporter)
-    _log_to(directory / "logs" / f"rank-{world.rank}.log", stack)
+    together(world, lambda: _log_to(directory / "logs" / f"rank-{world.rank}.log", stack))
     devices = device_names(world)
     _, labels = read_arrays(data_dir / "train.beton")
     parts = split(np.asarray(labels, dtype=np.int64), config.data.train_on, config.data.subset)
-    loader = stack.enter_context(BetonLoader(data_dir / "train.beton", world.device, config.data.num_workers))
+    make_loader = lambda: BetonLoader(data_dir / "train.beton", world.device, config.data.num_workers)  # noqa: E731
+    loader = stack.enter_context(together(world, make_loader))
     stepper = Stepper(config, world, formats)
     checkpoints = directory / "checkpoints"
     trainer = Trainer(config, stepper, parts, loader, reporter.report, reporter.tick, checkpoints)
     if start:
-        trainer.restore(checkpoint.decode(start, "the checkpoint"), "the checkpoint")
+        together(world, lambda: trainer.restore(checkpoint.decode(start, "the checkpoint"), "the checkpoint"))
     _introduce(config, trainer, devices, directory, reporter)
-    if trainer.progress.step == trainer.schedule.total_steps and (directory / "summary.json").exists():
+    complete = from_rank0(world, (directory / "summary.json").exists)
+    if complete and trainer.progress.step == trainer.schedule.total_steps:
         reporter.say(f"this run is complete; its figures are in {directory / 'summary.json'}")
         return
-    debug.check(config, trainer, reporter.say)
+    together(world, lambda: debug.check(config, trainer, reporter.say))
     if world.speaks:
         name = directory.resolve().name
         plain: dict[str, Any] = yaml.safe_load(to_yaml(config))
@@ -101,6 +105,10 @@ def _claim(config: Config, world: World, stack: ExitStack, reporter: Reporter) -
         nonlocal data
         directory = stack.enter_context(run_directory.claimed(config))
         found = run_directory.starting_point(config, directory, reporter.say)
+        checkpoint.sweep(directory / "checkpoints")
+        if found and not found[0].is_relative_to(directory):
+            # The run stands on its own from the start, should it be stopped before its first own checkpoint.
+            checkpoint.write(directory / "checkpoints", checkpoint.decode(found[1], str(found[0]))["step"], found[1])
         run_directory.write_config(config, directory)
         if found:
             reporter.say(f"going on from {found[0]}")
@@ -147,12 +155,19 @@ def _finish(config: Config, trainer: Trainer, devices: list[str], directory: Pat
     figures = {"test/accuracy": test.accuracy, "test/accuracy_tta": test.accuracy_tta, "test/n": test.n}
     reporter.report(trainer.progress.step, figures)
     summary = summarize(config, trainer, test, devices)
-    if reporter.tracker is not None:
-        write_text_atomic(directory / "summary.json", to_json(summary))
-        draw_curves(directory / "metrics.jsonl", directory / "curves.png", directory.resolve().name)
-        reporter.tracker.finish({key: value for key, value in summary.items() if isinstance(value, (int, float, str))})
+    together(trainer.world, lambda: _leave(directory, summary, reporter), at_work=reporter.tracker is not None)
     tta = "" if test.accuracy_tta is None else f", {test.accuracy_tta:.2%} with flip"
     reporter.say(
         f"test accuracy {test.accuracy:.2%}{tta} on {test.n} images; "
         f"{trainer.progress.train_seconds:.0f} s of training; see {directory}/summary.json and curves.png"
     )
+
+
+def _leave(directory: Path, summary: dict[str, Any], reporter: Reporter) -> None:
+    assert reporter.tracker is not None
+    draw_curves(directory / "metrics.jsonl", directory / "curves.png", directory.resolve().name)
+    # Last, since it says that the run is complete.
+    write_text_atomic(directory / "summary.json", to_json(summary))
+    # Not the command line, in which a user may have typed what is not for others.
+    plain = {key: v for key, v in summary.items() if isinstance(v, (int, float, str)) and key != "command"}
+    reporter.tracker.finish(plain)

@@ -54,18 +54,22 @@ def claimed(config: Config) -> Iterator[Path]:
         raise UserError(
             f"the run directory {directory} cannot be written: {error.strerror}. Choose another --run.dir."
         ) from None
-    with lock:
+    try:
         if config.run.resume != "auto" and _holds_run(directory):
             raise UserError(
                 f"the run directory {directory} already holds a run. Go on with it by --run.resume auto, or choose "
                 f"another --run.name."
             )
+        for left in directory.glob(".*.tmp"):  # by a process that was killed while writing
+            left.unlink(missing_ok=True)
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
         write_text_atomic(directory / ".owner", json.dumps(owner))
         try:
             yield directory
         finally:
             (directory / ".owner").unlink(missing_ok=True)
+    finally:
+        lock.release()
 
 
 def _directory(config: Config) -> Path:

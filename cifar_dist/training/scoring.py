@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +36,13 @@ def score_checkpoint(
     Raises:
         UserError: the checkpoint, the data or the choice of split cannot be used.
     """
-    say = print if world.speaks else lambda _: None
+
+    def say(text: str) -> None:
+        if world.speaks:
+            print(text, file=sys.stderr, flush=True)  # stdout is the result's
+
+    if json_path and not json_path.parent.is_dir():
+        raise shared(UserError(f"--json {json_path}: there is no folder {json_path.parent}."))
     data = together(world, lambda: checkpoint.read_verified(path, need_digest=False), at_work=world.rank == 0)
     state = checkpoint.decode(broadcast_bytes(data or b"", world), str(path))
     config = config_of(state["config"], str(path))
@@ -42,9 +50,11 @@ def score_checkpoint(
         raise shared(UserError(f"{path} was trained on all 50,000 images (data.train_on all): no validation split."))
     folder = data_dir or config.data.dir
     together(world, lambda: dataset.ensure(folder, config.data.source, say), at_work=world.local_rank == 0)
-    formats = number_format(config.train.precision, world.device)
+    formats = together(world, lambda: number_format(config.train.precision, world.device))
     set_backends(config.train, config.run.deterministic)
-    model = create_model(config.model).to(world.device, formats.parameters).to(memory_format=torch.channels_last)
+    model = create_model(config.model).to(world.device, formats.parameters)
+    if config.train.channels_last:
+        model.to(memory_format=torch.channels_last)
     ema = build_ema(model, config.optim)
     checkpoint.load_weights(model if ema is None else ema, state["model" if ema is None else "ema"], str(path))
     scored = model if ema is None else ema.module
@@ -67,7 +77,7 @@ def score_checkpoint(
             "n": result.n,
             "accuracy": result.accuracy,
             "accuracy_tta": result.accuracy_tta,
-            "loss": result.loss,
+            "loss": result.loss if math.isfinite(result.loss) else None,
             "class_accuracy": result.class_accuracy,
             "confusion": result.confusion,
             "confusion_tta": result.confusion_tta,

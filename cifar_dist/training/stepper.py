@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cifar_dist.config import Config, accumulation_steps
 from cifar_dist.data import augment
 from cifar_dist.data.loader import Batch
 from cifar_dist.distributed import World
+from cifar_dist.errors import CheckpointError, NonFiniteError
 from cifar_dist.hashing import derive
 from cifar_dist.models.registry import create_model
 from cifar_dist.training import checkpoint, optim
@@ -47,18 +48,19 @@ class Stepper:
         if self._compiled:
             # A wrapper of its own: the raw model stays uncompiled for evaluation, and its state-dict keys clean.
             stepped = torch.compile(self.model, dynamic=False)  # type: ignore[assignment]
-        if self.world.size == 1:
+        if self.world.size > 1:
+            # Training does not touch batch-norm buffers, so there is nothing to broadcast.
+            stepped = DistributedDataParallel(stepped, gradient_as_bucket_view=True, broadcast_buffers=False)
+        elif not self._compiled:
             return stepped
-        # Training does not touch batch-norm buffers, so there is nothing to broadcast.
-        wrapped = DistributedDataParallel(stepped, gradient_as_bucket_view=True, broadcast_buffers=False)
-        # DDP regroups its buckets after the first backward pass, and sums over three or more ranks round by bucket.
-        # One pass of zeros first, so that a resumed run adds up in the same order as one that never stopped.
+        # One pass of zeros compiles before the clock runs. And DDP regroups its buckets after the first backward pass,
+        # while sums over three or more ranks round by bucket: so a resumed run adds up like one that never stopped.
         images = torch.zeros(self.config.train.micro_batch_size, 3, 32, 32, device=self.world.device)
         images = images.to(self.number_format.inputs, memory_format=torch.channels_last)
         with self.number_format.autocast():
-            torch.autograd.backward(wrapped(images).sum() * 0)
+            torch.autograd.backward(stepped(images).sum() * 0)
         self.optimizer.zero_grad()
-        return wrapped
+        return stepped
 
     @property
     def scored_model(self) -> nn.Module:
@@ -96,9 +98,18 @@ class Stepper:
                 logits = self._stepped(images)
             logits = logits.to(self.number_format.parameters)
             loss = F.cross_entropy(logits, batch.labels, label_smoothing=config.optim.label_smoothing)
-            torch.autograd.backward(self.scaler.scale(loss / self.accumulation))
+            self._backward(step, loss / self.accumulation)
         with torch.no_grad():
             metrics.add(loss, logits, batch.labels, augment.receipt_words(batch.indices, draws))
+
+    def _backward(self, step: int, loss: Tensor) -> None:
+        try:
+            torch.autograd.backward(self.scaler.scale(loss))
+        except RuntimeError as error:
+            if "returned nan values" not in str(error):
+                raise
+            # What anomaly detection says; the forward operation is in the warning that it prints before.
+            raise NonFiniteError(f"in step {step + 1}: {str(error).splitlines()[0]}") from error
 
     def _no_sync(self) -> contextlib.AbstractContextManager[None]:
         wrapped = isinstance(self._stepped, DistributedDataParallel)
@@ -111,14 +122,20 @@ class Stepper:
             "ema": None if self.ema is None else self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "precision": self.number_format.name,
         }
 
     def restore(self, state: dict[str, Any], origin: str) -> None:
         """Go back to a state from `state()`.
 
         Raises:
-            CheckpointError: it is of another model.
+            CheckpointError: it is of another model, or was computed in another number format.
         """
+        if state["precision"] != self.number_format.name:
+            raise CheckpointError(
+                f"{origin} was computed in {state['precision']}, this run is in {self.number_format.name}. "
+                f"Give --train.precision {state['precision']} to go on as before, or start another run."
+            )
         checkpoint.load_weights(self.model, state["model"], origin)
         if self.ema is not None:
             checkpoint.load_weights(self.ema, state["ema"], origin)

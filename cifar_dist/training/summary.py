@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 import shlex
 import subprocess
@@ -42,10 +43,17 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def versions() -> dict[str, str]:
+def versions() -> dict[str, str | None]:
     names = ("cifar_dist", "torch", "torchvision", "ffcv", "numba", "numpy", "wandb")
-    found = {name: importlib.metadata.version(name) for name in names}
-    return {"python": platform.python_version(), **found, "cuda": str(torch.version.cuda)}
+    found = {name: _version(name) for name in names}
+    return {"python": platform.python_version(), **found, "cuda": torch.version.cuda}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None  # run from a clone, in an environment of the user's own
 
 
 def git_commit() -> str | None:
@@ -91,7 +99,7 @@ def summarize(config: Config, trainer: Trainer, test: Score, devices: list[str])
         "test_accuracy": test.accuracy,
         "test_accuracy_tta": test.accuracy_tta,
         "test_n": test.n,
-        "test_loss": test.loss,
+        "test_loss": test.loss if math.isfinite(test.loss) else None,
         "test_class_accuracy": test.class_accuracy,
         "test_confusion": test.confusion,
         "data_receipt": trainer.metrics.receipt.digests(),

@@ -31,7 +31,7 @@ class Progress:
     step: int = 0
     train_seconds: float = 0.0
     first_step_seconds: float | None = None
-    logged_steps: int = 0  # at the last log step
+    read_step: int = 0  # when the metrics were last read
     since_log: Window = field(default_factory=Window)  # read, but not logged yet
     seconds_since_log: float = 0.0
     last_saved: int | None = None
@@ -116,8 +116,9 @@ class Trainer:
         progress.seconds_since_log += seconds
         progress.since_log += window
         if window.num_nonfinite:
-            what = f"the loss became infinite or NaN between steps {progress.logged_steps + 1} and {progress.step}"
+            what = f"the loss became infinite or NaN between steps {progress.read_step + 1} and {progress.step}"
             raise self._nonfinite(f"{what}; nothing was saved since.")
+        progress.read_step = progress.step
         if self.schedule.ends_epoch(progress.step):
             self.metrics.receipt.end_epoch()
 
@@ -132,7 +133,7 @@ class Trainer:
             "seconds": progress.train_seconds,
         }
         self.report(progress.step, figures)
-        progress.since_log, progress.seconds_since_log, progress.logged_steps = Window(), 0.0, progress.step
+        progress.since_log, progress.seconds_since_log = Window(), 0.0
 
     def _nonfinite(self, what: str) -> Exception:
         last = self.progress.last_saved
@@ -185,7 +186,7 @@ class Trainer:
     def _write(self) -> None:
         checkpoint.save(self.directory, self.progress.step, self.state())
         best = [] if self.progress.best_step is None else [self.progress.best_step]
-        checkpoint.retain(self.directory, self.config.train.keep_checkpoints, best)
+        checkpoint.retain(self.directory, self.progress.step, self.config.train.keep_checkpoints, best)
 
     def state(self) -> dict[str, Any]:
         """All that a run needs to go on; the same on every rank."""
@@ -195,7 +196,7 @@ class Trainer:
             "config": to_yaml(self.config),
             **self.stepper.state(),
             "train_seconds": progress.train_seconds,
-            "since_log": [*astuple(progress.since_log), progress.seconds_since_log, progress.logged_steps],
+            "since_log": [*astuple(progress.since_log), progress.seconds_since_log],
             "best": [progress.best_step, progress.best_accuracy],
             "last_validation": progress.last_validation,
             "receipt": [receipt.epochs, receipt.words, receipt.num_samples],
@@ -209,9 +210,9 @@ class Trainer:
         """
         self.stepper.restore(state, origin)
         progress = self.progress
-        progress.step = progress.last_saved = state["step"]
+        progress.step = progress.read_step = progress.last_saved = state["step"]
         progress.train_seconds = state["train_seconds"]
-        *window, progress.seconds_since_log, progress.logged_steps = state["since_log"]
+        *window, progress.seconds_since_log = state["since_log"]
         progress.since_log = Window(*window)
         progress.best_step, progress.best_accuracy = state["best"]
         progress.last_validation = state["last_validation"]
