@@ -9,6 +9,8 @@ import pytest
 
 from cifar_dist.data import beton, cifar10, dataset
 
+# Numbers are asserted for CPUs, several ranks on any machine; child processes inherit it.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 REPOSITORY = Path(__file__).parents[1]
 
 

@@ -87,7 +87,7 @@ def test_prepared_data_verifies(data_dir: Path, cifar: cifar10.Cifar10) -> None:
     manifest = dataset.ensure(data_dir, "auto", said.append)
     assert state(data_dir) == before
     assert len(said) == 1
-    assert said[0].startswith(f"data {data_dir}: verified 192 MB in ")
+    assert said[0].startswith(f"dataset {data_dir}: verified 192 MB in ")
     assert manifest.files["train.beton"]["num_samples"] == 50_000
     assert manifest.files["test.beton"]["num_samples"] == 10_000
     assert sum(entry["size_bytes"] for entry in manifest.files.values()) == 158_486_400 + 33_794_432

@@ -84,7 +84,7 @@ def _verify(data_dir: Path, say: Say) -> Manifest:
     }
     _check_content(data_dir, facts)
     size = sum(fact.size_bytes for fact in facts.values())
-    say(f"data {data_dir}: verified {size / 1e6:.0f} MB in {time.monotonic() - started:.1f} s")
+    say(f"dataset {data_dir}: verified {size / 1e6:.0f} MB in {time.monotonic() - started:.1f} s")
     return manifest
 
 
@@ -147,7 +147,7 @@ def _locked(data_dir: Path, say: Say) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            say(f"data {data_dir}: another process is preparing it; waiting")
+            say(f"dataset {data_dir}: another process is preparing it; waiting")
             lock.acquire()
     except NotImplementedError:
         raise DataError(
@@ -177,7 +177,7 @@ def _prepare(data_dir: Path, source: str, say: Say) -> Manifest:
         _install(partial, data_dir, say)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    say(f"data {data_dir}: prepared from {data.origin} in {time.monotonic() - started:.1f} s")
+    say(f"dataset {data_dir}: prepared from {data.origin} in {time.monotonic() - started:.1f} s")
     return manifest
 
 
@@ -220,7 +220,7 @@ def _install(partial: Path, data_dir: Path, say: Say) -> None:
             if os.path.lexists(data_dir / name):
                 aside = Path(tempfile.mkdtemp(prefix="set-aside-", dir=data_dir)) / name
                 (data_dir / name).rename(aside)
-                say(f"data {data_dir}: {name} was there without a manifest; moved to {aside}")
+                say(f"dataset {data_dir}: {name} was there without a manifest; moved to {aside}")
     for name in (*COUNTS, MANIFEST):
         (partial / name).rename(data_dir / name)
         _sync(data_dir)

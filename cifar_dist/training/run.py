@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -67,15 +68,15 @@ def run(config: Config, world: World, stack: ExitStack) -> None:
     formats = together(world, lambda: number_format(config.train.precision, world.device))
     set_backends(config.train, config.run.deterministic)
     data_dir = config.data.dir
-    prepare = lambda: dataset.ensure(data_dir, config.data.source, reporter.say)  # noqa: E731
-    together(world, prepare, at_work=world.local_rank == 0, timeout_s=PREPARE_TIMEOUT_S)
+    ensure = partial(dataset.ensure, data_dir, config.data.source, reporter.say)
+    together(world, ensure, at_work=world.local_rank == 0, timeout_s=PREPARE_TIMEOUT_S)
     directory, start = _claim(config, world, stack, reporter)
     together(world, lambda: _log_to(directory / "logs" / f"rank-{world.rank}.log", stack))
     devices = device_names(world)
     _, labels = read_arrays(data_dir / "train.beton")
     parts = split(np.asarray(labels, dtype=np.int64), config.data.train_on, config.data.subset)
-    make_loader = lambda: BetonLoader(data_dir / "train.beton", world.device, config.data.num_workers)  # noqa: E731
-    loader = stack.enter_context(together(world, make_loader))
+    open_loader = partial(BetonLoader, data_dir / "train.beton", world.device, config.data.num_workers)
+    loader = stack.enter_context(together(world, open_loader))
     stepper = Stepper(config, world, formats)
     checkpoints = directory / "checkpoints"
     trainer = Trainer(config, stepper, parts, loader, reporter.report, reporter.tick, checkpoints)
@@ -87,14 +88,15 @@ def run(config: Config, world: World, stack: ExitStack) -> None:
         reporter.say(f"this run is complete; its figures are in {directory / 'summary.json'}")
         return
     together(world, lambda: debug.check(config, trainer, reporter.say))
-    if world.speaks:
-        name = directory.resolve().name
-        plain: dict[str, Any] = yaml.safe_load(to_yaml(config))
-        reporter.tracker = stack.enter_context(
-            Tracker(directory, config.track, plain, trainer.schedule.total_steps, trainer.progress.step, name)
-        )
+    together(world, lambda: _start_tracking(config, trainer, directory, stack, reporter), at_work=world.speaks)
     trainer.train()
     _finish(config, trainer, devices, directory, reporter)
+
+
+def _start_tracking(config: Config, trainer: Trainer, directory: Path, stack: ExitStack, reporter: Reporter) -> None:
+    name, plain = directory.resolve().name, yaml.safe_load(to_yaml(config))
+    steps = trainer.schedule.total_steps, trainer.progress.step
+    reporter.tracker = stack.enter_context(Tracker(directory, config.track, plain, *steps, name))
 
 
 def _claim(config: Config, world: World, stack: ExitStack, reporter: Reporter) -> tuple[Path, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,8 +50,12 @@ class Stepper:
             # A wrapper of its own: the raw model stays uncompiled for evaluation, and its state-dict keys clean.
             stepped = torch.compile(self.model, dynamic=False)  # type: ignore[assignment]
         if self.world.size > 1:
-            # Training does not touch batch-norm buffers, so there is nothing to broadcast.
-            stepped = DistributedDataParallel(stepped, gradient_as_bucket_view=True, broadcast_buffers=False)
+            # Training does not touch batch-norm buffers, so there is nothing to broadcast at each step.
+            known = inspect.signature(DistributedDataParallel.__init__).parameters
+            sync = (
+                "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            )  # before torch 2.15
+            stepped = DistributedDataParallel(stepped, gradient_as_bucket_view=True, **{sync: False})  # type: ignore[arg-type]
         elif not self._compiled:
             return stepped
         # One pass of zeros compiles before the clock runs. And DDP regroups its buckets after the first backward pass,
