@@ -224,8 +224,6 @@ def _validate_sizes(c: Config) -> None:
             f"train.batch_size is {c.train.batch_size}, but there are only {num_samples} training samples, so not "
             f"one step fits into an epoch. Lower train.batch_size or raise data.subset."
         )
-    if c.train.batch_size % c.train.micro_batch_size:
-        accumulation_steps(c.train.batch_size, c.train.micro_batch_size, world_size=1)
     if c.train.micro_batch_size == 1:
         raise UserError("train.micro_batch_size is 1, over which batch norm has no variance; valid: 2 or more.")
 

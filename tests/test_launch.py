@@ -105,8 +105,9 @@ def test_machines_without_an_address() -> None:
 
 
 def readme_commands() -> list[str]:
-    text = (runs.REPOSITORY / "README.md").read_text()
-    lines = re.findall(r"^    (.+)$", text, flags=re.M)
+    """All indented command lines of the README and the pages in docs/."""
+    pages = [runs.REPOSITORY / "README.md", *sorted((runs.REPOSITORY / "docs").glob("*.md"))]
+    lines = [line for page in pages for line in re.findall(r"^    (.+)$", page.read_text(), flags=re.M)]
     return [
         line.split("#")[0].strip() for line in lines if re.match(r"\./|python |torchrun |NNODES=|git |source ", line)
     ]
@@ -124,6 +125,8 @@ TESTED = {
     "python -m cifar_dist.train --config configs/quickstart.yaml --run.name mine --run.resume auto": "test_resume.py",
     "python -m cifar_dist.evaluate --checkpoint runs/mine/checkpoints/step-00002340.pt": "test_world_size.py",
     "python -m cifar_dist.bench loader": "test_bench.py",
+    "python -m cifar_dist.train --config configs/quickstart.yaml --data.train_on train --train.epochs 6 "
+    "--optim.lr RATE --train.micro_batch_size SIZE": "test_run.py",
 }
 QUICK = ("--help", "--print-config", "cifar_dist.prepare")
 

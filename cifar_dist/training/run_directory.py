@@ -50,6 +50,10 @@ def claimed(config: Config) -> Iterator[Path]:
             f"the run directory {directory} is in use by {_owner(directory)}. Wait for that job or stop it, or choose "
             f"another --run.name."
         ) from None
+    except NotImplementedError:
+        raise UserError(
+            f"the run directory {directory} is on a file system without locks. Choose another --run.dir."
+        ) from None
     except OSError as error:
         raise UserError(
             f"the run directory {directory} cannot be written: {error.strerror}. Choose another --run.dir."

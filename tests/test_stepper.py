@@ -1,0 +1,106 @@
+"""Single optimizer steps on real images, in every number format, eager and traced for compilation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cifar_dist.config import AugmentConfig, Config, ModelConfig, OptimConfig, Precision, TrainConfig
+from cifar_dist.data.loader import Batch, BetonLoader
+from cifar_dist.distributed import World
+from cifar_dist.errors import CheckpointError
+from cifar_dist.training.metrics import Metrics, Window
+from cifar_dist.training.precision import number_format
+from cifar_dist.training.stepper import Stepper
+
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+TINY = Config(
+    model=ModelConfig(stem="strided", width=0.125, dropout=0.1),
+    train=TrainConfig(batch_size=32, micro_batch_size=16, precision="fp32"),
+    optim=OptimConfig(weight_decay=0.0),
+    augment=AugmentConfig(cutout=8),
+)
+
+
+@pytest.fixture(scope="module")
+def batches(data_dir: Path) -> list[tuple[int, Batch]]:
+    """Four micro-batches of 16 images in epoch 0."""
+    with BetonLoader(data_dir / "train.beton", ALONE.device) as loader:
+        return [(0, batch) for batch in loader.read(np.arange(64), 16)]
+
+
+def stepper_of(config: Config) -> Stepper:
+    return Stepper(config, ALONE, number_format(config.train.precision, ALONE.device))
+
+
+def two_steps(stepper: Stepper, batches: list[tuple[int, Batch]]) -> Window:
+    metrics, supply = Metrics(ALONE), iter(batches)
+    for step in range(2):
+        stepper.step(step, 0.05, supply, metrics)
+    assert next(supply, None) is None  # two accumulated micro-batches per step
+    return metrics.window()
+
+
+def parameters(stepper: Stepper) -> Iterator[torch.Tensor]:
+    return (parameter.detach().double() for parameter in stepper.model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32", "fp64"])
+def test_every_number_format_trains(precision: Precision, batches: list[tuple[int, Batch]]) -> None:
+    reference = stepper_of(replace(TINY, train=replace(TINY.train, precision="fp64")))
+    stepper = stepper_of(replace(TINY, train=replace(TINY.train, precision=precision)))
+    expected, window = two_steps(reference, batches), two_steps(stepper, batches)
+    assert window.num_samples == 64
+    assert window.num_nonfinite == 0
+    assert window.loss == pytest.approx(expected.loss, rel=0.02)
+    assert {p.dtype for p in stepper.model.parameters()} == {torch.float64 if precision == "fp64" else torch.float32}
+    assert all(p.isfinite().all() for p in stepper.model.parameters())
+
+
+def test_tracing_for_compilation_changes_nothing(
+    batches: list[tuple[int, Batch]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.compile with its tracing and its own backward graph, but without minutes of code generation."""
+    fp64 = replace(TINY, model=replace(TINY.model, dropout=0.0), train=replace(TINY.train, precision="fp64"))
+    eager = stepper_of(fp64)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+    traced = stepper_of(replace(fp64, train=replace(fp64.train, compile="on")))
+    for stepper in (eager, traced):
+        two_steps(stepper, batches)
+    assert traced.model.state_dict().keys() == eager.model.state_dict().keys()
+    assert not [name for name in traced.state()["model"] if "_orig_mod" in name]
+    largest = max((a - b).abs().max().item() for a, b in zip(parameters(eager), parameters(traced), strict=True))
+    assert largest < 1e-12
+
+
+def test_gradient_is_clipped(batches: list[tuple[int, Batch]]) -> None:
+    clip = 1e-3
+    stepper = stepper_of(replace(TINY, optim=replace(TINY.optim, grad_clip=clip)))
+    before = [p.clone() for p in parameters(stepper)]
+    stepper.step(0, 0.05, iter(batches), Metrics(ALONE))
+    moved = torch.cat([(a - b).flatten() for a, b in zip(parameters(stepper), before, strict=True)])
+    # Nesterov's first step is rate x (1 + momentum) x gradient.
+    assert moved.norm().item() == pytest.approx(0.05 * 1.9 * clip, rel=1e-2)
+
+
+def test_moving_average_is_scored(batches: list[tuple[int, Batch]]) -> None:
+    stepper = stepper_of(replace(TINY, optim=replace(TINY.optim, ema_decay=0.5)))
+    supply, metrics = iter(batches), Metrics(ALONE)
+    stepper.step(0, 0.05, supply, metrics)
+    first = [p.clone() for p in parameters(stepper)]
+    stepper.step(1, 0.05, supply, metrics)
+    for a, b, average in zip(first, parameters(stepper), stepper.scored_model.parameters(), strict=True):
+        assert torch.allclose(average.double(), (a + b) / 2, atol=1e-6)
+
+
+def test_another_number_format_cannot_go_on() -> None:
+    state = stepper_of(TINY).state()
+    other = stepper_of(replace(TINY, train=replace(TINY.train, precision="bf16")))
+    with pytest.raises(CheckpointError, match="computed in fp32, this run is in bf16"):
+        other.restore(state, "x.pt")
