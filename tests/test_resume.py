@@ -107,7 +107,7 @@ def test_damaged_newest_checkpoint_is_passed_over(uninterrupted: Path, data_dir:
 def test_other_settings_cannot_go_on(uninterrupted: Path, data_dir: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.is_file()}
     options = (*OPTIONS, "--data.dir", data_dir, "--run.dir", uninterrupted)
-    output = runs.run(1, *options, "--run.resume", "auto", "--optim.lr", "0.3", expected=4)
+    output = runs.run(1, *options, "--run.resume", "auto", "--optim.lr", "0.123", expected=4)
     assert "optim.lr was" in output
     assert "Traceback" not in output
     refused = runs.run(1, *options, expected=2)

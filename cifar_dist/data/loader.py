@@ -20,16 +20,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cifar_dist.data.ffcv_parts import (
+    EpochIterator,
+    IntDecoder,
+    Loader,
+    SimpleRGBImageDecoder,
+    ToDevice,
+    ToTensor,
+    ToTorchImage,
+)
 from cifar_dist.errors import DataError, UserError
 
-_threads = torch.get_num_threads()
-from ffcv.fields.basics import IntDecoder  # noqa: E402
-from ffcv.fields.rgb_image import SimpleRGBImageDecoder  # noqa: E402
-from ffcv.loader import Loader  # noqa: E402
-from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
-from ffcv.transforms import ToDevice, ToTensor, ToTorchImage  # noqa: E402
-
-torch.set_num_threads(_threads)  # importing ffcv sets it to one
 _POLL_S = 1.0
 
 
