@@ -22,9 +22,11 @@ TINY = ("--config", str(runs.REPOSITORY / "configs/quickstart.yaml"), "--model.w
         "--track.wandb", "disabled")  # fmt: skip
 
 
-def start(script: str, *arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
+def start(script: str, *arguments: str | Path, cpu: str = "", **environment: str) -> subprocess.Popen[str]:
+    """Start a script; `cpu` keeps it to one processor, as machines of their own do not share any."""
+    pinned = ["taskset", "-c", cpu] if cpu else []
     return subprocess.Popen(
-        [str(LAUNCH / script), *map(str, arguments)],
+        [*pinned, str(LAUNCH / script), *map(str, arguments)],
         cwd=runs.REPOSITORY,
         env=os.environ | environment,
         stdout=subprocess.PIPE,
@@ -92,7 +94,10 @@ def test_two_machines_meet(rendezvous: str) -> None:
 def test_two_machines_train(data_dir: Path, tmp_path: Path) -> None:
     common = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "NPROC_PER_NODE": "1"}
     arguments = (*TINY, "--data.dir", data_dir, "--run.dir", tmp_path / "run")
-    nodes = [start("multinode", *arguments, **common, NODE_RANK=rank) for rank in ("0", "1")]
+    cpus = [str(cpu) for cpu in sorted(os.sched_getaffinity(0))]
+    nodes = [
+        start("multinode", *arguments, cpu=cpus[rank % len(cpus)], **common, NODE_RANK=str(rank)) for rank in (0, 1)
+    ]
     for node in nodes:
         runs.finish(node)
     assert runs.summary(tmp_path / "run")["world_size"] == 2
