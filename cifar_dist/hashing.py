@@ -27,9 +27,14 @@ def derive(seed: int, *parts: int | str) -> int:
     """A 64-bit number for one purpose, e.g. `derive(seed, "order", epoch)`; unlike seed + epoch, no two meet."""
     value = mix64((seed + _GOLDEN) & MASK64)
     for part in parts:
-        number = int.from_bytes(part.encode()[:8].ljust(8, b"\0"), "little") if isinstance(part, str) else part
-        value = mix64((value ^ mix64((number + _GOLDEN) & MASK64)) + _GOLDEN & MASK64)
+        for number in _words(part) if isinstance(part, str) else [part]:
+            value = mix64((value ^ mix64((number + _GOLDEN) & MASK64)) + _GOLDEN & MASK64)
     return int(value)
+
+
+def _words(text: str) -> list[int]:
+    data = text.encode()
+    return [int.from_bytes(data[start : start + 8], "little") for start in range(0, len(data), 8)]
 
 
 def hash_indices(indices: npt.NDArray[np.int64], key: int) -> npt.NDArray[np.uint64]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,20 +71,22 @@ def score_checkpoint(
         with BetonLoader(folder / "test.beton", world.device) as loader:
             result = evaluation.score(scored, loader, np.arange(NUM_TEST), chunk, formats, world, config.eval.tta)
     if world.speaks:
-        figures = {
-            "checkpoint": str(path),
-            "step": state["step"],
-            "split": "validation" if validation else "test",
-            "n": result.n,
-            "accuracy": result.accuracy,
-            "accuracy_tta": result.accuracy_tta,
-            "loss": result.loss if math.isfinite(result.loss) else None,
-            "class_accuracy": result.class_accuracy,
-            "confusion": result.confusion,
-            "confusion_tta": result.confusion_tta,
-            "world_size": world.size,
-        }
+        which = "validation" if validation else "test"
+        figures = {"checkpoint": str(path), "step": state["step"], "split": which, **_figures(result)}
+        figures["world_size"] = world.size
         print(to_json(figures), end="")
         if json_path:
             write_text_atomic(json_path, to_json(figures))
     return result
+
+
+def _figures(result: evaluation.Score) -> dict[str, Any]:
+    return {
+        "n": result.n,
+        "accuracy": result.accuracy,
+        "accuracy_tta": result.accuracy_tta,
+        "loss": result.loss if math.isfinite(result.loss) else None,
+        "class_accuracy": result.class_accuracy,
+        "confusion": result.confusion,
+        "confusion_tta": result.confusion_tta,
+    }
