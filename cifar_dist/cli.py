@@ -19,13 +19,22 @@ import tyro
 import yaml
 
 from cifar_dist.config import Config, accumulation_steps, validate
-from cifar_dist.errors import UserError, speaks
+from cifar_dist.errors import UserError, leave_time_to_speak, speaks
 
 T = TypeVar("T")
 
 
 def parse(cls: type[T], args: Sequence[str], command: str, default: T | None = None, description: str = "") -> T:
     """Parse `args` into the dataclass `cls`; on a mistake, print it with the closest option and exit with 2."""
+    try:
+        return _parse(cls, args, command, default, description)
+    except SystemExit as end:
+        if end.code and not speaks():
+            leave_time_to_speak()
+        raise
+
+
+def _parse(cls: type[T], args: Sequence[str], command: str, default: T | None, description: str) -> T:
     return tyro.cli(  # type: ignore[return-value]  # a default of None stands for no default
         cls,
         args=list(args),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -72,11 +73,18 @@ def reported(alike: bool = False) -> Iterator[None]:
     except UserError as error:
         if speaks() or not (alike or error.shared):
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            leave_time_to_speak()
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         if speaks():
             print("interrupted", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
+
+
+def leave_time_to_speak() -> None:
+    """Let rank 0 print what all ranks know: torchrun stops every process as soon as one has failed."""
+    time.sleep(3)
 
 
 def speaks() -> bool:

@@ -142,3 +142,10 @@ def test_summary_of_codes_is_what_the_package_uses() -> None:
         ("PeerError", 6),
         ("RunInUseError", 7),
     ]
+
+
+def test_mistakes_under_torchrun_are_always_told() -> None:
+    """Whichever rank fails first, torchrun stops the others; rank 0 alone says why, every time."""
+    for attempt in range(3):
+        output = runs.run(4, "--optim.lrr", "0.1", expected=1)
+        assert output.count("Unrecognized options: --optim.lrr") == 1, attempt
