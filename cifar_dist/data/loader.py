@@ -112,7 +112,7 @@ class BetonLoader:
         available = len(os.sched_getaffinity(0))
         if num_workers > available:
             raise UserError(f"data.num_workers is {num_workers}; this process may use {available} processors.")
-        self._threads = torch.get_num_threads()
+        threads = torch.get_num_threads()
         move = [ToDevice(device, non_blocking=True)] if device.type == "cuda" else []
         self._loader = Loader(
             str(path),
@@ -125,7 +125,7 @@ class BetonLoader:
                 "index": [IntDecoder(), ToTensor(), *move],
             },
         )
-        torch.set_num_threads(self._threads)
+        torch.set_num_threads(threads)
         self._readings: list[_Reading] = []
 
     def read(self, order: npt.NDArray[np.int64], batch_size: int) -> Generator[Batch]:
@@ -141,6 +141,7 @@ class BetonLoader:
         if len(order) and not (order.min() >= 0 and order.max() < num_samples):
             raise ValueError(f"indices from {order.min()} to {order.max()} in a file of {num_samples} samples")
         self._loader.batch_size = batch_size
+        threads = torch.get_num_threads()
         reading = _Reading(self._loader, order.astype(np.uint64))
         self._readings.append(reading)
         first = True
@@ -148,7 +149,7 @@ class BetonLoader:
             while (item := reading.wait()) is not None:
                 if first:
                     # By its first batch FFCV's thread has set torch's thread count for the last time.
-                    torch.set_num_threads(self._threads)
+                    torch.set_num_threads(threads)
                     first = False
                 images, labels, indices = item[1]
                 # FFCV writes the next batches into the same few buffers.

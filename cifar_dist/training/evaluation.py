@@ -21,7 +21,7 @@ from cifar_dist.data.loader import Batch, BetonLoader
 from cifar_dist.data.order import Indices, Order, Split, chunks_of_rank
 from cifar_dist.distributed import World, all_reduce_sum
 from cifar_dist.hashing import derive
-from cifar_dist.training.precision import NumberFormat
+from cifar_dist.training.precision import NumberFormat, reproducible
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,12 @@ def recalibrate(
     table = torch.zeros(
         num_chunks, sum(2 * norm.num_features for norm in norms), dtype=torch.float64, device=world.device
     )
-    batches = _my_batches(loader, samples, chunk_size, world)
-    for chunk, batch in zip(range(world.rank, num_chunks, world.size), batches, strict=True):
-        with number_format.autocast():
-            update_bn([normalize(batch.images, number_format.inputs)], model)
-        table[chunk] = torch.cat([x for norm in norms for x in _statistics(norm)])
+    with reproducible(world.device):
+        batches = _my_batches(loader, samples, chunk_size, world)
+        for chunk, batch in zip(range(world.rank, num_chunks, world.size), batches, strict=True):
+            with number_format.autocast():
+                update_bn([normalize(batch.images, number_format.inputs)], model)
+            table[chunk] = torch.cat([x for norm in norms for x in _statistics(norm)])
     mean = all_reduce_sum(table, world).mean(dim=0)
     parts = iter(torch.split(mean, [norm.num_features for norm in norms for _ in range(2)]))
     for norm in norms:
@@ -111,9 +112,23 @@ def score(
     """Classify each of `samples` (N,) once, over all ranks, with the raw, uncompiled `model` in eval mode."""
     was_training = model.training
     model.eval()
+    with reproducible(world.device):
+        confusion, loss = _count(model, _my_batches(loader, samples, chunk_size, world), number_format, world, tta)
+    model.train(was_training)
+    plain, augmented = all_reduce_sum(confusion, world).view(2, NUM_CLASSES, NUM_CLASSES).tolist()
+    n = int(np.sum(plain))
+    if n != len(samples):
+        raise AssertionError(f"{n} samples were scored instead of {len(samples)}")
+    return Score(n, all_reduce_sum(loss, world).item() / n, plain, augmented if tta == "flip" else None)
+
+
+def _count(
+    model: nn.Module, batches: Iterator[Batch], number_format: NumberFormat, world: World, tta: str
+) -> tuple[Tensor, Tensor]:
+    """This rank's confusion counts, without and with augmentation (2, C * C) int64, and sum of losses () float64."""
     confusion = torch.zeros(2, NUM_CLASSES * NUM_CLASSES, dtype=torch.int64, device=world.device)
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
-    for batch in _my_batches(loader, samples, chunk_size, world):
+    for batch in batches:
         images = normalize(batch.images, number_format.inputs)
         with number_format.autocast():
             logits = model(images).to(number_format.parameters)
@@ -123,12 +138,7 @@ def score(
             # Counting by comparison: bincount would make a GPU wait for its result's size.
             cells = batch.labels * NUM_CLASSES + outputs.argmax(dim=1)
             confusion[which] += (cells[:, None] == torch.arange(NUM_CLASSES**2, device=cells.device)).sum(dim=0)
-    model.train(was_training)
-    plain, augmented = all_reduce_sum(confusion, world).view(2, NUM_CLASSES, NUM_CLASSES).tolist()
-    n = int(np.sum(plain))
-    if n != len(samples):
-        raise AssertionError(f"{n} samples were scored instead of {len(samples)}")
-    return Score(n, all_reduce_sum(loss, world).item() / n, plain, augmented if tta == "flip" else None)
+    return confusion, loss
 
 
 def _my_batches(loader: BetonLoader, samples: Indices, chunk_size: int, world: World) -> Iterator[Batch]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,25 @@ def _cpu_computes_bf16() -> bool:
         return False
     flags = next((line.split() for line in text.splitlines() if line.startswith(("flags", "Features"))), [])
     return any(flag in flags for flag in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+@contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """Inside, a forward pass gives the same bits however the work is shared out among processes.
+
+    On CPUs it runs on one thread: oneDNN cuts its work, and so rounds, by the number of threads, of which a process
+    has the fewer the more ranks there are. On GPUs cuDNN chooses by rule, not by a trial that may end differently.
+    """
+    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+        torch.set_num_threads(threads)
 
 
 def set_backends(config: TrainConfig, deterministic: bool) -> None:
