@@ -223,7 +223,10 @@ def test_print_config_is_read_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_configs_load(path: Path) -> None:
-    cli.load_config(["--config", str(path)])
+    config = asdict(cli.load_config(["--config", str(path)]))
+    sections = yaml.safe_load(path.read_text())
+    assert {name: {key: config[name][key] for key in keys} for name, keys in sections.items()} == sections
+    assert path.name != "googlenet.yaml" or config == asdict(Config())  # it states the defaults
 
 
 # Per key: values just inside of what is valid, then values outside.

@@ -25,6 +25,7 @@ from cifar_dist.data import beton, cifar10
 from cifar_dist.data.beton_format import Layout
 from cifar_dist.data.beton_writer import write_betons
 from cifar_dist.errors import DataError
+from cifar_dist.files import sync_directory, write_text_atomic
 
 Say = Callable[[str], None]
 
@@ -170,10 +171,7 @@ def _prepare(data_dir: Path, source: str, say: Say) -> Manifest:
         data = cifar10.fetch(source, say, scratch=partial)
         facts = _write(partial, data, say)
         manifest = _manifest(data, facts)
-        with (partial / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump(asdict(manifest), file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
+        write_text_atomic(partial / MANIFEST, json.dumps(asdict(manifest), indent=2))
         _install(partial, data_dir, say)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -214,7 +212,7 @@ def _install(partial: Path, data_dir: Path, say: Say) -> None:
     """Rename into place. Without a manifest nothing here counts as complete, whenever this is interrupted."""
     if os.path.lexists(data_dir / MANIFEST):
         (data_dir / MANIFEST).unlink()  # of a rebuild, before the first file that it does not describe
-        _sync(data_dir)
+        sync_directory(data_dir)
     else:
         for name in COUNTS:
             if os.path.lexists(data_dir / name):
@@ -223,12 +221,4 @@ def _install(partial: Path, data_dir: Path, say: Say) -> None:
                 say(f"dataset {data_dir}: {name} was there without a manifest; moved to {aside}")
     for name in (*COUNTS, MANIFEST):
         (partial / name).rename(data_dir / name)
-        _sync(data_dir)
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        sync_directory(data_dir)

@@ -15,10 +15,7 @@ import yaml
 
 from cifar_dist.cli import to_yaml
 from cifar_dist.config import NUM_TEST, Config
-from cifar_dist.data import dataset
-from cifar_dist.data.beton import read_arrays
 from cifar_dist.data.loader import BetonLoader
-from cifar_dist.data.order import split
 from cifar_dist.distributed import World, broadcast_bytes, from_rank0, together
 from cifar_dist.files import write_text_atomic
 from cifar_dist.models.layers import num_parameters
@@ -26,12 +23,12 @@ from cifar_dist.tracking.curves import draw_curves
 from cifar_dist.tracking.tracker import Tracker
 from cifar_dist.training import checkpoint, debug, run_directory
 from cifar_dist.training.precision import number_format, set_backends
+from cifar_dist.training.samples import split_of
 from cifar_dist.training.stepper import Stepper
 from cifar_dist.training.summary import device_names, summarize, to_json
 from cifar_dist.training.trainer import Trainer
 
 log = logging.getLogger("cifar_dist")
-PREPARE_TIMEOUT_S = 7200  # for one process to download and write the dataset while the others wait
 
 
 class Reporter:
@@ -68,13 +65,10 @@ def run(config: Config, world: World, stack: ExitStack) -> None:
     formats = together(world, lambda: number_format(config.train.precision, world.device))
     set_backends(config.train, config.run.deterministic)
     data_dir = config.data.dir
-    ensure = partial(dataset.ensure, data_dir, config.data.source, reporter.say)
-    together(world, ensure, at_work=world.local_rank == 0, timeout_s=PREPARE_TIMEOUT_S)
+    parts = split_of(config.data, data_dir, world, reporter.say)
     directory, start = _claim(config, world, stack, reporter)
     together(world, lambda: _log_to(directory / "logs" / f"rank-{world.rank}.log", stack))
     devices = device_names(world)
-    _, labels = read_arrays(data_dir / "train.beton")
-    parts = split(np.asarray(labels, dtype=np.int64), config.data.train_on, config.data.subset)
     open_loader = partial(BetonLoader, data_dir / "train.beton", world.device, config.data.num_workers)
     loader = stack.enter_context(together(world, open_loader))
     stepper = Stepper(config, world, formats)

@@ -11,10 +11,7 @@ import numpy as np
 import torch
 
 from cifar_dist.config import NUM_TEST
-from cifar_dist.data import dataset
-from cifar_dist.data.beton import read_arrays
 from cifar_dist.data.loader import BetonLoader
-from cifar_dist.data.order import split
 from cifar_dist.distributed import World, broadcast_bytes, together
 from cifar_dist.errors import UserError, shared
 from cifar_dist.files import write_text_atomic
@@ -23,6 +20,7 @@ from cifar_dist.training import checkpoint, evaluation
 from cifar_dist.training.optim import build_ema
 from cifar_dist.training.precision import number_format, set_backends
 from cifar_dist.training.run_directory import config_of
+from cifar_dist.training.samples import split_of
 from cifar_dist.training.summary import to_json
 
 
@@ -45,26 +43,26 @@ def score_checkpoint(
     if json_path and not json_path.parent.is_dir():
         raise shared(UserError(f"--json {json_path}: there is no folder {json_path.parent}."))
     data = together(world, lambda: checkpoint.read_verified(path, need_digest=False), at_work=world.rank == 0)
-    state = checkpoint.decode(broadcast_bytes(data or b"", world), str(path))
-    config = config_of(state["config"], str(path))
+    data = broadcast_bytes(data or b"", world)
+    state = together(world, lambda: checkpoint.decode(data, str(path)))
+    config = together(world, lambda: config_of(state["config"], str(path)))
     if validation and config.data.train_on == "all":
         raise shared(UserError(f"{path} was trained on all 50,000 images (data.train_on all): no validation split."))
     folder = data_dir or config.data.dir
-    together(world, lambda: dataset.ensure(folder, config.data.source, say), at_work=world.local_rank == 0)
+    parts = split_of(config.data, folder, world, say)
     formats = together(world, lambda: number_format(config.train.precision, world.device))
     set_backends(config.train, config.run.deterministic)
     model = create_model(config.model).to(world.device, formats.parameters)
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last)
     ema = build_ema(model, config.optim)
-    checkpoint.load_weights(model if ema is None else ema, state["model" if ema is None else "ema"], str(path))
+    target, weights = (model, state["model"]) if ema is None else (ema, state["ema"])
+    together(world, lambda: checkpoint.load_weights(target, weights, str(path)))
     scored = model if ema is None else ema.module
-    _, labels = read_arrays(folder / "train.beton")
-    parts = split(np.asarray(labels, dtype=np.int64), config.data.train_on, config.data.subset)
     samples = evaluation.calibration_samples(parts, config.eval)
     chunk = config.eval.batch_size
     with BetonLoader(folder / "train.beton", world.device) as loader:
-        evaluation.recalibrate(scored, loader, samples, min(chunk, len(samples)), formats, world)
+        evaluation.recalibrate(scored, loader, samples, chunk, formats, world)
         if validation:
             result = evaluation.score(scored, loader, parts.validation, chunk, formats, world, config.eval.tta)
     if not validation:

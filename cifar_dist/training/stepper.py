@@ -52,9 +52,8 @@ class Stepper:
         if self.world.size > 1:
             # Training does not touch batch-norm buffers, so there is nothing to broadcast at each step.
             known = inspect.signature(DistributedDataParallel.__init__).parameters
-            sync = (
-                "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-            )  # before torch 2.15
+            # Torch before 2.15 knows the old name only.
+            sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             stepped = DistributedDataParallel(stepped, gradient_as_bucket_view=True, **{sync: False})  # type: ignore[arg-type]
         elif not self._compiled:
             return stepped

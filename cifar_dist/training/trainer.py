@@ -160,8 +160,7 @@ class Trainer:
     def recalibrate(self) -> None:
         """Set the batch-norm statistics of the scored model, over the same training samples every time."""
         samples = evaluation.calibration_samples(self.split, self.config.eval)
-        chunk = min(self.config.eval.batch_size, len(samples))
-        stepper = self.stepper
+        stepper, chunk = self.stepper, self.config.eval.batch_size
         evaluation.recalibrate(stepper.scored_model, self.loader, samples, chunk, stepper.number_format, self.world)
 
     def score(self, loader: BetonLoader, samples: Indices, tta: str = "none") -> evaluation.Score:
