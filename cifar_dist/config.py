@@ -51,21 +51,31 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    name: Literal["inception_v1"] = "inception_v1"
-    """Network; inception_v1 is GoogLeNet (arXiv 1409.4842) with batch norm."""
-    stem: Literal["cifar", "pooled", "strided"] = "cifar"
-    """First layers. cifar: keeps 32x32; pooled: 3x3, max-pool, 1x1, 3x3; strided: one 3x3 of stride 2."""
+    name: Literal["inception_v1", "inception_v2", "inception_v2_slim"] = "inception_v1"
+    """Network. inception_v1: GoogLeNet (arXiv 1409.4842); inception_v2: BN-Inception (arXiv 1502.03167) with the
+    branches of its table; inception_v2_slim: with those of TF-slim, whose 4c and 4d project the pool to 96."""
+    stem: Literal["cifar", "pooled", "strided", "whiten", "imagenet"] = "cifar"
+    """First layers. cifar: 3x3 at 32x32; pooled: 3x3, max-pool, 1x1, 3x3; strided: one 3x3 of stride 2; whiten: fixed
+    4x4 filters of stride 2 that whiten patches, then 1x1 (arXiv 2404.00498); imagenet: the papers', for 224x224."""
     width: float = 1.0
     """Multiplies every channel count, rounded to a multiple of 8."""
+    norm: Literal["batch", "none"] = "batch"
+    """After every convolution. none: biases instead, and the initialisation of the first GoogLeNet (V1 only)."""
+    branch5x5: Literal["paper", "5x5", "double3x3", "3x3"] = "paper"
+    """The third branch of V1: 5x5 as in the paper, two 3x3, or one 3x3 as in torchvision."""
+    auxiliary: bool = False
+    """Two more classifiers in training, on 4a and 4d, whose losses count 0.3 (arXiv 1409.4842)."""
     dropout: float = 0.0
     """Probability of zeroing a feature before the classifier, from 0 up to 1 (the paper: 0.4)."""
+    merge_1x1: Literal["auto", "on", "off"] = "auto"
+    """Run the 1x1 convolutions on one input as one in training: the same sums by fewer kernels."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     device: Device = "auto"
     """auto takes the GPU where there is one."""
-    epochs: int = 60
+    epochs: int = 100
     """Passes over the training samples."""
     max_steps: int | None = None
     """Optimizer steps in place of epochs."""
@@ -92,9 +102,15 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    name: Literal["muon", "sgd"] = "muon"
+    """muon: filters are stepped by Muon (kellerjordan.github.io/posts/muon), everything else by SGD."""
     lr: float = 0.05
-    """Peak learning rate for a global batch of 128; the peak used is lr x batch_size / 128 (linear scaling,
+    """Peak learning rate of SGD for a global batch of 128; the peak used is lr x batch_size / 128 (linear scaling,
     arXiv 1706.02677)."""
+    muon_lr: float = 0.1
+    """Peak learning rate of Muon, whatever the batch: how far a filter bank moves in a step, relative to its norm."""
+    muon_momentum: float = 0.8
+    """Nesterov momentum of Muon."""
     momentum: float = 0.9
     """Nesterov momentum of SGD."""
     weight_decay: float = 5e-4
@@ -111,16 +127,17 @@ class OptimConfig:
     grad_clip: float | None = None
     """Largest norm of the whole gradient; none: no clipping."""
     ema_decay: float | None = None
-    """Decay per step of an exponential moving average of the weights, which is then what is scored."""
+    """Decay per step of an exponential moving average of the weights, which is then what is scored. It rises to this
+    value: after n steps it is at most (1 + n) / (10 + n). None: the weights themselves are scored."""
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
     flip: Literal["none", "random", "alternating"] = "alternating"
     """alternating: a coin per sample, turned over every epoch, so that two epochs show both sides."""
-    translate: int = 2
+    translate: int = 4
     """Largest shift in pixels, each way, with a reflected border."""
-    cutout: int = 0
+    cutout: int = 8
     """Side in pixels of a square set to the mean colour; 0: none (arXiv 1708.04552)."""
 
 
@@ -132,8 +149,9 @@ class EvalConfig:
     """Samples per forward pass of an evaluation, and of each part whose batch-norm statistics are averaged."""
     bn_samples: int = 5_000
     """Training samples over which batch-norm statistics are recalibrated before scoring."""
-    tta: Literal["none", "flip"] = "flip"
-    """flip: report also the score of the mean over an image and its mirror image."""
+    tta: Literal["none", "flip", "six"] = "six"
+    """flip: report also the score of the mean over an image and its mirror image. six: over both as they are and
+    shifted by a pixel up left and down right, which count half (arXiv 2404.00498)."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +206,8 @@ def validate(config: Config) -> None:
         ("train.keep_checkpoints", c.train.keep_checkpoints, c.train.keep_checkpoints >= 1, "1 or more"),
         ("train.log_every_steps", c.train.log_every_steps, c.train.log_every_steps >= 1, "1 or more"),
         ("optim.lr", c.optim.lr, 0 < c.optim.lr < 1e6, "above 0"),
+        ("optim.muon_lr", c.optim.muon_lr, 0 < c.optim.muon_lr < 1e3, "above 0"),
+        ("optim.muon_momentum", c.optim.muon_momentum, 0 <= c.optim.muon_momentum < 1, "0 or more, below 1"),
         ("optim.momentum", c.optim.momentum, 0 < c.optim.momentum < 1, "above 0, below 1 (Nesterov needs it)"),
         ("optim.weight_decay", c.optim.weight_decay, 0 <= c.optim.weight_decay < 1e3, "0 or more"),
         ("optim.warmup_share", c.optim.warmup_share, 0 <= c.optim.warmup_share <= 1, "0 to 1"),
@@ -211,7 +231,27 @@ def validate(config: Config) -> None:
             raise UserError(f"{name} is {value}; valid: {expected}.")
     if c.run.resume == "auto" and c.run.name is None and c.run.dir is None:
         raise UserError("run.resume auto needs to know which run: give --run.name NAME or --run.dir PATH.")
+    _validate_model(c.model, c.optim.name)
     _validate_sizes(c)
+
+
+def _validate_model(model: ModelConfig, optimizer: str) -> None:
+    if model.name != "inception_v1":
+        if model.norm == "none":
+            raise UserError("model.norm is none, but Inception V2 is built on batch norm; use batch, or inception_v1.")
+        if model.branch5x5 != "paper":
+            raise UserError(
+                f"model.branch5x5 is {model.branch5x5}, but Inception V2 has two 3x3 there; use paper, or inception_v1."
+            )
+    if model.stem == "imagenet" and model.auxiliary:
+        raise UserError(
+            "model.auxiliary is True, but model.stem imagenet leaves 2x2 of a 32x32 image at 4a, too few for the "
+            "heads' 5x5 pool. Use another model.stem, or model.auxiliary False."
+        )
+    if model.norm == "none" and optimizer == "muon":
+        raise UserError(
+            "optim.name is muon, which needs model.norm batch: it keeps the filters at one length. Use optim.name sgd."
+        )
 
 
 def _validate_sizes(c: Config) -> None:

@@ -23,18 +23,22 @@ REPOSITORY = Path(__file__).parents[1]
 DEFAULTS: dict[str, dict[str, Any]] = {
     "run": {"name": None, "dir": None, "seed": 0, "resume": "never", "deterministic": False},
     "data": {"dir": Path("data"), "source": "auto", "subset": None, "train_on": "train", "num_workers": 1},
-    "model": {"name": "inception_v1", "stem": "cifar", "width": 1.0, "dropout": 0.0},
+    "model": {
+        "name": "inception_v1", "stem": "cifar", "width": 1.0, "norm": "batch", "branch5x5": "paper",
+        "auxiliary": False, "dropout": 0.0, "merge_1x1": "auto",
+    },
     "train": {
-        "device": "auto", "epochs": 60, "max_steps": None, "batch_size": 1024, "micro_batch_size": 128,
+        "device": "auto", "epochs": 100, "max_steps": None, "batch_size": 1024, "micro_batch_size": 128,
         "precision": "auto", "compile": "auto", "channels_last": True, "tf32": True, "checkpoint_every_steps": 500,
         "keep_checkpoints": 2, "log_every_steps": 20,
     },
     "optim": {
-        "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "linear", "warmup_share": 0.2,
-        "warmup_min_steps": 50, "label_smoothing": 0.1, "grad_clip": None, "ema_decay": None,
+        "name": "muon", "lr": 0.05, "muon_lr": 0.1, "muon_momentum": 0.8, "momentum": 0.9, "weight_decay": 5e-4,
+        "schedule": "linear", "warmup_share": 0.2, "warmup_min_steps": 50, "label_smoothing": 0.1, "grad_clip": None,
+        "ema_decay": None,
     },
-    "augment": {"flip": "alternating", "translate": 2, "cutout": 0},
-    "eval": {"every_epochs": 5, "batch_size": 500, "bn_samples": 5_000, "tta": "flip"},
+    "augment": {"flip": "alternating", "translate": 4, "cutout": 8},
+    "eval": {"every_epochs": 5, "batch_size": 500, "bn_samples": 5_000, "tta": "six"},
     "track": {"wandb": "auto", "project": "cifar_dist"},
     "debug": {"inspect": False, "anomaly": False, "overfit_steps": 0},
 }  # fmt: skip
@@ -43,17 +47,21 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 OTHERS: dict[str, dict[str, Any]] = {
     "run": {"name": "on", "dir": Path("/tmp/a b"), "seed": 2**63 - 1, "resume": "auto", "deterministic": True},
     "data": {"dir": Path("/d"), "source": "npm", "subset": 1000, "train_on": "all", "num_workers": 3},
-    "model": {"name": "inception_v1", "stem": "pooled", "width": 0.25, "dropout": 0.4},
+    "model": {
+        "name": "inception_v2", "stem": "pooled", "width": 0.25, "norm": "batch", "branch5x5": "paper",
+        "auxiliary": True, "dropout": 0.4, "merge_1x1": "on",
+    },
     "train": {
         "device": "cpu", "epochs": 3, "max_steps": 7, "batch_size": 96, "micro_batch_size": 32, "precision": "fp64",
         "compile": "off", "channels_last": False, "tf32": False, "checkpoint_every_steps": 0, "keep_checkpoints": 9,
         "log_every_steps": 1,
     },
     "optim": {
-        "lr": 1e-05, "momentum": 0.5, "weight_decay": 0.0, "schedule": "cosine", "warmup_share": 1.0,
-        "warmup_min_steps": 7, "label_smoothing": 0.0, "grad_clip": 1.5, "ema_decay": 0.999,
+        "name": "sgd", "lr": 1e-05, "muon_lr": 0.02, "muon_momentum": 0.0, "momentum": 0.5, "weight_decay": 0.0,
+        "schedule": "cosine", "warmup_share": 1.0, "warmup_min_steps": 7, "label_smoothing": 0.0, "grad_clip": 1.5,
+        "ema_decay": 0.999,
     },
-    "augment": {"flip": "none", "translate": 0, "cutout": 8},
+    "augment": {"flip": "none", "translate": 0, "cutout": 5},
     "eval": {"every_epochs": 0, "batch_size": 1, "bn_samples": 2, "tta": "none"},
     "track": {"wandb": "offline", "project": "größer"},
     "debug": {"inspect": True, "anomaly": True, "overfit_steps": 5},
@@ -85,7 +93,7 @@ def test_every_key_from_the_command_line() -> None:
     config = cli.load_config(arguments(OTHERS))
     assert asdict(config) == OTHERS
     changed = [(s, k) for s in DEFAULTS for k in DEFAULTS[s] if DEFAULTS[s][k] == OTHERS[s][k]]
-    assert changed == [("model", "name")]  # the only one with a single choice
+    assert changed == [("model", "norm"), ("model", "branch5x5")]  # of which Inception V2 has but one
 
 
 @pytest.mark.parametrize("tree", [DEFAULTS, OTHERS])
@@ -163,7 +171,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
             cli.load_config(["--config", str(tmp_path / name)])
 
 
-@pytest.mark.parametrize("value", ["optim: {lr: fast}", "model: {stem: imagenet}", "train: {epochs: 1.5}"])
+@pytest.mark.parametrize("value", ["optim: {lr: fast}", "model: {stem: mine}", "train: {epochs: 1.5}"])
 def test_value_of_a_wrong_type_names_the_file(tmp_path: Path, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.load_config(written(tmp_path, value))
@@ -244,6 +252,8 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "train.keep_checkpoints": ([1], [0]),
     "train.log_every_steps": ([1], [0]),
     "optim.lr": ([1e-9], [0, -0.1, 1e6, "nan", "inf"]),
+    "optim.muon_lr": ([1e-9], [0, -0.1, 1e3, "nan"]),
+    "optim.muon_momentum": ([0, 0.99], [-0.1, 1, "nan"]),
     "optim.momentum": ([0.01, 0.99], [0, 1, "nan"]),
     "optim.weight_decay": ([0], [-1e-9, 1e3, "nan"]),
     "optim.warmup_share": ([0, 1], [-0.01, 1.01, "nan"]),
@@ -279,6 +289,13 @@ def test_limits(key: str) -> None:
         ("--data.train_on all --data.subset 50001", "data.train_on all valid: 1 to 50000"),
         ("--data.subset 1000", "train.batch_size is 1024, but there are only 1000 training samples"),
         ("--train.batch_size 45056", "there are only 45000 training samples"),
+        ("--model.name inception_v2 --model.norm none", "model.norm is none, but Inception V2 is built on batch norm"),
+        (
+            "--model.name inception_v2_slim --model.branch5x5 3x3",
+            "model.branch5x5 is 3x3, but Inception V2 has two 3x3",
+        ),
+        ("--model.stem imagenet --model.auxiliary True", "model.auxiliary is True, but model.stem imagenet leaves"),
+        ("--model.norm none --optim.name muon", "optim.name is muon, which needs model.norm batch"),
         ("--train.batch_size 1000", "train.batch_size 1000 is no multiple of train.micro_batch_size 128"),
     ],
 )

@@ -19,7 +19,8 @@ pytestmark = [pytest.mark.run, pytest.mark.data]
 # epoch, and checkpoints that do not divide it either.
 WORLD_SIZE = 3
 OPTIONS = (*runs.SMALL, "--data.subset", "1000", "--train.precision", "fp32", "--train.max_steps", "36",
-           "--model.dropout", "0.2", "--optim.ema_decay", "0.9", "--train.checkpoint_every_steps", "4",
+           "--model.auxiliary", "True", "--model.stem", "whiten", "--model.dropout", "0.2", "--optim.name", "muon",
+           "--optim.ema_decay", "0.9", "--train.checkpoint_every_steps", "4",
            "--train.log_every_steps", "3", "--train.keep_checkpoints", "3")  # fmt: skip
 
 

@@ -174,7 +174,7 @@ def test_plain_lines(tmp_path: Path) -> None:
     assert lines[0].endswith(" left")
     assert lines[3] == "step 60/100  epoch 1.50  validation loss 0.900  validation accuracy 70.00 %  n 5000"
     assert lines[5] == "step 100/100  epoch 2.50  loss 1.412  accuracy 61.2 %  lr 0.143  512 images/s"
-    assert lines[6] == "step 100/100  test accuracy 94.00 %  with mirror images 94.50 %  n 10000"
+    assert lines[6] == "step 100/100  test accuracy 94.00 %  with further views 94.50 %  n 10000"
 
 
 def test_words() -> None:

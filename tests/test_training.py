@@ -20,7 +20,7 @@ from cifar_dist.data.augment import normalize
 from cifar_dist.data.loader import BetonLoader
 from cifar_dist.distributed import World
 from cifar_dist.errors import CheckpointError
-from cifar_dist.models.inception_v1 import InceptionV1
+from cifar_dist.models.inception_v1 import inception_v1
 from cifar_dist.training import checkpoint, evaluation, optim
 from cifar_dist.training.metrics import Metrics, Receipt, Window
 from cifar_dist.training.precision import NumberFormat, number_format
@@ -31,32 +31,39 @@ FP32 = NumberFormat("fp32", "cpu")
 
 
 def test_learning_rate_rises_then_falls_to_zero() -> None:
-    config = OptimConfig(lr=0.1, warmup_share=0.2, warmup_min_steps=0)
-    rates = [optim.learning_rate(step, 100, 256, config) for step in range(101)]
-    assert max(rates) == pytest.approx(0.2)  # 0.1 x 256 / 128
-    assert rates[0] == pytest.approx(0.2 / 20)
-    assert rates[19] == rates[20] == max(rates)
-    assert rates[60] == pytest.approx(0.1)
-    assert rates[100] == 0
+    config = OptimConfig(warmup_share=0.2, warmup_min_steps=0)
+    shares = [optim.schedule(step, 100, config) for step in range(101)]
+    assert shares[0] == pytest.approx(1 / 20)
+    assert shares[19] == shares[20] == max(shares) == 1
+    assert shares[60] == pytest.approx(0.5)
+    assert shares[100] == 0
     cosine = replace(config, schedule="cosine")
-    assert optim.learning_rate(60, 100, 256, cosine) == pytest.approx(0.1)
-    assert optim.learning_rate(40, 100, 256, cosine) == pytest.approx(0.2 * (1 + 2**-0.5) / 2)
-    assert optim.learning_rate(0, 1, 128, replace(config, warmup_share=0)) == pytest.approx(0.1)
+    assert optim.schedule(60, 100, cosine) == pytest.approx(0.5)
+    assert optim.schedule(40, 100, cosine) == pytest.approx((1 + 2**-0.5) / 2)
+    assert optim.schedule(0, 1, replace(config, warmup_share=0)) == 1
 
 
 def test_short_runs_rise_no_faster_than_long_ones() -> None:
-    config = OptimConfig(lr=0.1, warmup_share=0.2, warmup_min_steps=50)
-    rates = [optim.learning_rate(step, 20, 128, config) for step in range(20)]
-    assert rates[:10] == pytest.approx([0.1 * (step + 1) / 50 for step in range(10)])
-    assert max(rates) < 0.04
-    assert rates[-1] == pytest.approx(0.1 / 16)
-    long_run = [optim.learning_rate(step, 1000, 128, config) for step in range(1000)]
-    assert long_run[199] == long_run[200] == 0.1
+    config = OptimConfig(warmup_share=0.2, warmup_min_steps=50)
+    shares = [optim.schedule(step, 20, config) for step in range(20)]
+    assert shares[:10] == pytest.approx([(step + 1) / 50 for step in range(10)])
+    assert max(shares) < 0.4
+    assert shares[-1] == pytest.approx(1 / 16)
+    long_run = [optim.schedule(step, 1000, config) for step in range(1000)]
+    assert long_run[199] == long_run[200] == 1
+
+
+def test_peak_learning_rates() -> None:
+    layer = nn.Conv2d(3, 4, 3)
+    sgd, muon = OptimConfig(name="sgd", lr=0.1), OptimConfig(name="muon", lr=0.1, muon_lr=0.03)
+    # SGD's is for a batch of 128, Muon's for any.
+    assert [g["peak_lr"] for g in optim.build_optimizer(layer, sgd, 256).param_groups] == [0.2, 0.2]
+    assert [g["peak_lr"] for g in optim.build_optimizer(layer, muon, 256).param_groups] == [0.2, 0.2, 0.03]
 
 
 def test_no_weight_decay_on_norms_and_biases() -> None:
-    model = InceptionV1("strided", 0.125)
-    decayed, others = optim.build_optimizer(model, OptimConfig()).param_groups
+    model = inception_v1(stem="strided", width=0.125)
+    decayed, others = optim.build_optimizer(model, OptimConfig(name="sgd"), 128).param_groups
     assert (decayed["weight_decay"], others["weight_decay"]) == (5e-4, 0.0)
     assert {p.ndim for p in decayed["params"]} == {2, 4}
     assert {p.ndim for p in others["params"]} == {1}
@@ -68,7 +75,7 @@ def test_sgd_is_nesterov_as_sutskever_wrote_it() -> None:
     weight = nn.Parameter(torch.tensor([[2.0]], dtype=torch.float64))
     layer = nn.Linear(1, 1, bias=False)
     layer.weight = weight
-    optimizer = optim.build_optimizer(layer, OptimConfig(momentum=0.9, weight_decay=0.1))
+    optimizer = optim.build_optimizer(layer, OptimConfig(name="sgd", momentum=0.9, weight_decay=0.1), 128)
     expected, velocity = 2.0, 0.0
     for rate in (0.1, 0.2, 0.05):
         optimizer.param_groups[0]["lr"] = rate
@@ -80,16 +87,18 @@ def test_sgd_is_nesterov_as_sutskever_wrote_it() -> None:
     assert weight.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_first_fp16_step_may_be_skipped() -> None:
+@pytest.mark.parametrize("config", [OptimConfig(name="sgd"), OptimConfig(name="muon")])
+def test_first_fp16_step_may_be_skipped(config: OptimConfig) -> None:
     """An overflow in the very first step: the scaler skips it, and what follows is as if it had not been."""
     results = []
     for overflow in (False, True):
-        layer = nn.Linear(64, 64, bias=False)
+        layer = nn.Conv2d(64, 64, 1, bias=False)
         nn.init.constant_(layer.weight, 0.5)
-        optimizer = optim.build_optimizer(layer, OptimConfig())
+        optimizer = optim.build_optimizer(layer, config, 128)
         scaler = NumberFormat("fp16", "cpu").grad_scaler()
         for gradient in ([float("inf")] if overflow else []) + [1.0, 2.0]:
-            optimizer.param_groups[0]["lr"] = 0.1
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1
             layer.weight.grad = torch.full_like(layer.weight, gradient) * scaler.scale(torch.ones(()))
             scaler.step(optimizer)
             scaler.update()
@@ -99,26 +108,30 @@ def test_first_fp16_step_may_be_skipped() -> None:
 
 def test_ema_follows_the_weights() -> None:
     model = nn.Linear(1, 1, bias=False)
-    ema = optim.build_ema(model, OptimConfig(ema_decay=0.75))
+    nn.init.zeros_(model.weight)
+    ema = optim.build_ema(model, OptimConfig(ema_decay=0.2))
     assert ema is not None
     for value in (1.0, 2.0, 4.0):
         model.weight.data.fill_(value)
         ema.update_parameters(model)
     (average,) = ema.module.parameters()
-    # The first update copies; then 0.75 x old + 0.25 x new.
-    assert average.item() == pytest.approx(0.75 * (0.75 * 1 + 0.25 * 2) + 0.25 * 4)
+    # The decay rises: 1/10, 2/11, then 0.2 instead of 3/12.
+    first = 0.9
+    second = 2 / 11 * first + 9 / 11 * 2
+    assert average.item() == pytest.approx(0.2 * second + 0.8 * 4)
 
 
 def test_metrics_add_up_and_count_what_is_not_finite() -> None:
     metrics = Metrics(ALONE)
     logits, labels = torch.tensor([[3.0, 0], [0, 1], [5, 0]]), torch.tensor([0, 0, 0])
-    metrics.add(torch.tensor(1.5), logits, labels, torch.tensor([1, 2, 3, 4]))
-    metrics.add(torch.tensor(float("nan")), logits[:1], labels[:1], torch.tensor([10, 20, 30, 2**45]))
+    yes, no = torch.tensor(True), torch.tensor(False)
+    metrics.add(torch.tensor(1.5), yes, logits, labels, torch.tensor([1, 2, 3, 4]))
+    metrics.add(torch.tensor(2.5), no, logits[:1], labels[:1], torch.tensor([10, 20, 30, 2**45]))
     window = metrics.window() + Window()
     assert (window.num_samples, window.num_nonfinite) == (4, 1)
     assert window.accuracy == 0.75
     assert metrics.receipt.words == [11, 22, 33, 2**45 + 4]
-    metrics.add(torch.tensor(2.0), logits, labels, torch.zeros(4, dtype=torch.int64))
+    metrics.add(torch.tensor(2.0), yes, logits, labels, torch.zeros(4, dtype=torch.int64))
     assert metrics.window().loss == 2.0
 
 
@@ -179,6 +192,26 @@ def test_score_counts_each_sample_once(data_dir: Path) -> None:
     assert result.confusion_tta is not None
     assert sum(map(sum, result.confusion_tta)) == 1003
     assert result.accuracy == (bright == batch.labels).sum().item() / 1003
+
+
+def test_six_views_are_flips_and_shifts_by_a_pixel(data_dir: Path) -> None:
+    """A network that only sees the corner pixel, whose six views are weighted by hand."""
+
+    class Corner(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.pad(images[:, :, 0, 0].double(), (0, 7))
+
+    with BetonLoader(data_dir / "test.beton", ALONE.device) as loader:
+        result = evaluation.score(Corner(), loader, np.arange(300), 100, NumberFormat("fp64", "cpu"), ALONE, "six")
+        batch = next(iter(loader.read(np.arange(300), 300)))
+    pixels = normalize(batch.images, torch.float64)
+    # Down right brings the reflected (1, 1) to the corner, up left what was at (1, 1); mirrored: the other side.
+    logits = pixels[:, :, 0, 0] + pixels[:, :, 0, 31] + pixels[:, :, 1, 1] + pixels[:, :, 1, 30]
+    guesses = torch.nn.functional.pad(logits, (0, 7)).argmax(dim=1)
+    confusion = torch.zeros(10, 10, dtype=torch.int64)
+    confusion.index_put_((batch.labels, guesses), torch.ones(300, dtype=torch.int64), accumulate=True)
+    assert result.confusion_tta == confusion.tolist()
+    assert result.confusion_tta != result.confusion
 
 
 def state(value: float) -> dict[str, Any]:
@@ -265,7 +298,7 @@ def test_other_peoples_files(tmp_path: Path) -> None:
 
 def test_model_digest_ignores_memory_order_and_sees_every_bit() -> None:
     torch.manual_seed(0)
-    model = InceptionV1("strided", 0.125)
+    model = inception_v1(stem="strided", width=0.125)
     digest = checkpoint.sha256_of_parameters(model)
     named = model.named_parameters()
     by_hand = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for _, p in named)).hexdigest()

@@ -12,17 +12,26 @@ from cifar_dist.training.checkpoint import path_of
 from tests import runs
 
 pytestmark = [pytest.mark.run, pytest.mark.data]
-# Everything that could tell ranks apart is on: dropout, cutout, moving average, clipping.
-EXTRAS = ("--train.precision", "fp64", "--model.dropout", "0.2", "--augment.cutout", "8",
-          "--optim.ema_decay", "0.9", "--optim.grad_clip", "5")  # fmt: skip
+# Everything that could tell ranks apart is on: dropout, cutout, moving average, clipping; and in the other network
+# auxiliary heads, filters from the data, Muon and merged convolutions.
+EXTRAS = {
+    "inception_v1": ("--train.precision", "fp64", "--model.stem", "strided", "--model.dropout", "0.2",
+                     "--augment.cutout", "8", "--optim.name", "sgd", "--optim.ema_decay", "0.9",
+                     "--optim.grad_clip", "5"),
+    "inception_v2": ("--train.precision", "fp64", "--model.auxiliary", "True", "--model.stem", "whiten",
+                     "--model.merge_1x1", "on", "--optim.name", "muon", "--optim.ema_decay", "0.9"),
+}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def three_runs(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+@pytest.fixture(scope="module", params=list(EXTRAS))
+def three_runs(
+    request: pytest.FixtureRequest, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, Path]:
     """The same 20 steps by 1, 2 and 3 processes."""
     folder = tmp_path_factory.mktemp("world")
+    options = (*runs.SMALL, "--model.name", request.param, *EXTRAS[request.param], "--data.dir", data_dir)
     for world_size in (1, 2, 3):
-        runs.run(world_size, *runs.SMALL, *EXTRAS, "--data.dir", data_dir, "--run.dir", folder / str(world_size))
+        runs.run(world_size, *options, "--run.dir", folder / str(world_size))
     return {world_size: folder / str(world_size) for world_size in (1, 2, 3)}
 
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from cifar_dist.config import AugmentConfig
+from cifar_dist.data import cifar10
 from cifar_dist.hashing import derive
 
-# Of the pixels of the 50,000 training images, in units of 0 to 255 (not means over images of their deviations).
-MEAN = (125.307, 122.950, 113.865)
-STD = (62.993, 62.089, 66.705)
+# Pixels here are 0 to 255.
+MEAN = tuple(255 * value for value in cifar10.MEAN)
+STD = tuple(255 * value for value in cifar10.STD)
 _MASK32 = 0xFFFFFFFF
 # The multipliers less 2**32, so that the product of either with 32 bits fits into a signed 64-bit integer.
 _M1, _M2 = 0x7FEB352D, 0x846CA68B - (1 << 32)

@@ -22,7 +22,7 @@ FIELDS = (
     ("val/accuracy", "validation accuracy {:.2f} %", 100),
     ("val/n", "n {:.0f}", 1),
     ("test/accuracy", "test accuracy {:.2f} %", 100),
-    ("test/accuracy_tta", "with mirror images {:.2f} %", 100),
+    ("test/accuracy_tta", "with further views {:.2f} %", 100),
     ("test/n", "n {:.0f}", 1),
 )
 BAR_KEYS = ("train/loss", "train/accuracy", "images_per_second")

@@ -96,9 +96,9 @@ def _test_point(axes: Axes, records: list[Record]) -> None:
     if not steps or not math.isfinite(values[-1]):
         return
     label = f"test: {values[-1]:.2f} %"
-    _, mirrored = _points(records, "test/accuracy_tta", 100)
-    if mirrored and math.isfinite(mirrored[-1]):
-        label += f"\n(with mirror images {mirrored[-1]:.2f} %)"
+    _, augmented = _points(records, "test/accuracy_tta", 100)
+    if augmented and math.isfinite(augmented[-1]):
+        label += f"\n(with further views {augmented[-1]:.2f} %)"
     axes.plot(
         steps[-1:], values[-1:], linestyle="", marker="D", markersize=7, color=TEST, label=label,
         markeredgecolor="white", markeredgewidth=0.8, zorder=4, clip_on=False,

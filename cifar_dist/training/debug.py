@@ -13,6 +13,7 @@ from cifar_dist.config import Config
 from cifar_dist.data import augment
 from cifar_dist.data.loader import Batch
 from cifar_dist.errors import UserError
+from cifar_dist.models.auxiliary import without_auxiliary
 from cifar_dist.training.precision import NumberFormat
 from cifar_dist.training.trainer import Trainer
 
@@ -72,7 +73,7 @@ def _overfit(
     model: nn.Module, images: torch.Tensor, batch: Batch, formats: NumberFormat, max_steps: int
 ) -> tuple[float, int]:
     """Fit a copy of `model` to one batch; (share recognised in training mode, steps taken)."""
-    model = copy.deepcopy(model).train()
+    model = copy.deepcopy(without_auxiliary(model)).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     accuracy, step = 0.0, 0
     for step in range(1, max_steps + 1):  # noqa: B007 - the last value is returned

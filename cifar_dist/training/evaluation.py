@@ -26,8 +26,8 @@ from cifar_dist.training.precision import NumberFormat, reproducible
 
 @dataclass(frozen=True)
 class Score:
-    """Counts over `n` samples. confusion[i][j]: samples of class i that were taken for class j; the same for
-    the mean over an image and its mirror image in `confusion_tta`, None without test-time augmentation."""
+    """Counts over `n` samples. confusion[i][j]: samples of class i that were taken for class j; the same for the
+    mean over several views of an image in `confusion_tta`, None without test-time augmentation."""
 
     n: int
     loss: float
@@ -119,7 +119,7 @@ def score(
     n = int(np.sum(plain))
     if n != len(samples):
         raise AssertionError(f"{n} samples were scored instead of {len(samples)}")
-    return Score(n, all_reduce_sum(loss, world).item() / n, plain, augmented if tta == "flip" else None)
+    return Score(n, all_reduce_sum(loss, world).item() / n, plain, None if tta == "none" else augmented)
 
 
 def _count(
@@ -132,13 +132,29 @@ def _count(
         images = normalize(batch.images, number_format.inputs)
         with number_format.autocast():
             logits = model(images).to(number_format.parameters)
-            both = logits + model(images.flip(3)).to(number_format.parameters) if tta == "flip" else logits
+            mean = logits
+            for view, weight in _further_views(images, tta):
+                mean = mean + weight * model(view).to(number_format.parameters)
         loss += F.cross_entropy(logits, batch.labels, reduction="sum")
-        for which, outputs in enumerate((logits, both)):
+        for which, outputs in enumerate((logits, mean)):
             # Counting by comparison: bincount would make a GPU wait for its result's size.
             cells = batch.labels * NUM_CLASSES + outputs.argmax(dim=1)
             confusion[which] += (cells[:, None] == torch.arange(NUM_CLASSES**2, device=cells.device)).sum(dim=0)
     return confusion, loss
+
+
+def _further_views(images: Tensor, tta: str) -> Iterator[tuple[Tensor, float]]:
+    """(view, weight) beside the images themselves, whose weight is 1; images and views: (N, 3, H, W)."""
+    if tta == "none":
+        return
+    yield images.flip(3), 1.0
+    if tta == "six":
+        height, width = images.shape[2:]
+        bordered = F.pad(images, (1, 1, 1, 1), mode="reflect")
+        for corner in (0, 2):  # a pixel down right, a pixel up left
+            shifted = bordered[:, :, corner : corner + height, corner : corner + width]
+            yield shifted, 0.5
+            yield shifted.flip(3), 0.5
 
 
 def _my_batches(loader: BetonLoader, samples: Indices, chunk_size: int, world: World) -> Iterator[Batch]:

@@ -41,11 +41,12 @@ class Metrics:
         self._sums = torch.zeros(8, dtype=torch.float64, device=world.device)
         self.receipt = Receipt()
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor, receipt: Tensor) -> None:
-        """Take in a micro-batch: mean loss (), logits (N, C), labels (N,), receipt words (4,) int64."""
+    def add(self, loss: Tensor, finite: Tensor, logits: Tensor, labels: Tensor, receipt: Tensor) -> None:
+        """Take in a micro-batch: mean loss (), whether all that was minimised is finite () bool, logits (N, C),
+        labels (N,), receipt words (4,) int64."""
         hits = (logits.argmax(dim=1) == labels).sum()
         n = torch.full_like(hits, len(labels))
-        nonfinite = (~torch.isfinite(loss)).long()
+        nonfinite = (~finite).long()
         self._sums += torch.cat((torch.stack((loss * len(labels), hits, n, nonfinite)).double(), receipt.double()))
 
     def window(self) -> Window:

@@ -3,44 +3,65 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from cifar_dist.config import LR_BATCH_SIZE, OptimConfig
+from cifar_dist.training.muon import MuonSGD
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.SGD:
-    """Fused SGD with Nesterov momentum; weight decay on what has two or more dimensions (filters, matrices)."""
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=True, fused=True)
-    for parameter in model.parameters():
+def build_optimizer(model: nn.Module, config: OptimConfig, batch_size: int) -> torch.optim.SGD:
+    """Fused SGD with Nesterov momentum; weight decay on what has two or more dimensions (filters, matrices).
+
+    With `optim.name` muon, filters are a group of their own. Each group's `peak_lr` is its learning rate at the peak.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    muon = config.name == "muon"
+    filters = [p for p in trained if muon and p.ndim == 4]
+    decayed = [p for p in trained if p.ndim >= 2 and not (muon and p.ndim == 4)]
+    others = [p for p in trained if p.ndim < 2]
+    peak = config.lr * batch_size / LR_BATCH_SIZE
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": config.weight_decay, "peak_lr": peak},
+        {"params": others, "weight_decay": 0.0, "peak_lr": peak},
+    ]
+    defaults: dict[str, Any] = {"lr": 0.0, "momentum": config.momentum, "nesterov": True, "fused": True}
+    optimizer: torch.optim.SGD
+    if muon:
+        # SGD's own momentum is off where Muon has had its: it then only subtracts.
+        off = {"weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
+        groups.append({"params": filters, "peak_lr": config.muon_lr, "muon_momentum": config.muon_momentum, **off})
+        optimizer = MuonSGD(groups, **defaults)
+    else:
+        optimizer = torch.optim.SGD(groups, **defaults)
+    for parameter in trained:
         # When the first step is skipped, as fp16's scaler may do, fused SGD leaves new buffers uninitialised.
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
-def learning_rate(step: int, total_steps: int, batch_size: int, config: OptimConfig) -> float:
-    """The rate of `step` (from 0): linear warm-up to the peak, then linear or cosine to zero after the last.
+def schedule(step: int, total_steps: int, config: OptimConfig) -> float:
+    """The learning rate of `step` (from 0) as a share of its peak: linear warm-up, then linear or cosine to zero after
+    the last step.
 
     The warm-up has `warmup_share` of all steps to reach the peak, but never rises faster than in `warmup_min_steps`;
     a short run then turns to the decay before it is at the peak.
     """
-    peak = config.lr * batch_size / LR_BATCH_SIZE
     share = round(config.warmup_share * total_steps)
-    rise = peak * (step + 1) / max(1, share, config.warmup_min_steps)
+    rise = (step + 1) / max(1, share, config.warmup_min_steps)
     progress = max(0.0, (step - share) / max(1, total_steps - share))
-    fall = peak * ((1 + math.cos(math.pi * progress)) / 2 if config.schedule == "cosine" else 1 - progress)
-    return min(rise, fall)
+    fall = (1 + math.cos(math.pi * progress)) / 2 if config.schedule == "cosine" else 1 - progress
+    return min(1.0, rise, fall)
 
 
 class Ema(AveragedModel):
-    """A copy of a model whose parameters follow those of the original: decay x own + (1 - decay) x theirs.
+    """A copy of a model whose parameters follow those of the original: d x own + (1 - d) x theirs.
 
-    The first update copies. Torch's own update waits for a GPU at every step; this one never does.
+    d rises to `decay`: it is at most (1 + n) / (10 + n) after n updates, so that the random start is soon forgotten.
+    Torch's own update waits for a GPU at every step; this one never does.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -51,8 +72,8 @@ class Ema(AveragedModel):
     def update_parameters(self, model: nn.Module) -> None:
         mine: list[Tensor] = list(self.module.parameters())
         theirs: list[Tensor] = list(model.parameters())
-        # The counter stays on the CPU, so that looking at it costs nothing.
-        torch._foreach_lerp_(mine, theirs, 1 - self._decay if self.n_averaged > 0 else 1.0)
+        n = int(self.n_averaged)  # it stays on the CPU, so that looking at it costs nothing
+        torch._foreach_lerp_(mine, theirs, 1 - min(self._decay, (1 + n) / (10 + n)))
         self.n_averaged += 1
 
 

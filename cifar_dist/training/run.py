@@ -21,12 +21,13 @@ from cifar_dist.files import write_text_atomic
 from cifar_dist.models.layers import num_parameters
 from cifar_dist.tracking.curves import draw_curves
 from cifar_dist.tracking.tracker import Tracker
-from cifar_dist.training import checkpoint, debug, run_directory
+from cifar_dist.training import checkpoint, debug, evaluation, run_directory
 from cifar_dist.training.precision import number_format, set_backends
 from cifar_dist.training.samples import split_of
 from cifar_dist.training.stepper import Stepper
 from cifar_dist.training.summary import device_names, summarize, to_json
 from cifar_dist.training.trainer import Trainer
+from cifar_dist.training.whitening import fit_whitening
 
 log = logging.getLogger("cifar_dist")
 
@@ -72,6 +73,8 @@ def run(config: Config, world: World, stack: ExitStack) -> None:
     open_loader = partial(BetonLoader, data_dir / "train.beton", world.device, config.data.num_workers)
     loader = stack.enter_context(together(world, open_loader))
     stepper = Stepper(config, world, formats)
+    calibration = evaluation.calibration_samples(parts, config.eval)
+    together(world, lambda: fit_whitening([stepper.model, stepper.scored_model], loader, calibration, world))
     checkpoints = directory / "checkpoints"
     trainer = Trainer(config, stepper, parts, loader, reporter.report, reporter.tick, checkpoints)
     if start:
@@ -81,6 +84,7 @@ def run(config: Config, world: World, stack: ExitStack) -> None:
     if complete and trainer.progress.step == trainer.schedule.total_steps:
         reporter.say(f"this run is complete; its figures are in {directory / 'summary.json'}")
         return
+    together(world, lambda: run_directory.write_config(config, directory), at_work=world.speaks)
     together(world, lambda: debug.check(config, trainer, reporter.say))
     together(world, lambda: _start_tracking(config, trainer, directory, stack, reporter), at_work=world.speaks)
     trainer.train()
@@ -88,9 +92,12 @@ def run(config: Config, world: World, stack: ExitStack) -> None:
 
 
 def _start_tracking(config: Config, trainer: Trainer, directory: Path, stack: ExitStack, reporter: Reporter) -> None:
-    name, plain = directory.resolve().name, yaml.safe_load(to_yaml(config))
-    steps = trainer.schedule.total_steps, trainer.progress.step
-    reporter.tracker = stack.enter_context(Tracker(directory, config.track, plain, *steps, name))
+    plain, steps = yaml.safe_load(to_yaml(config)), (trainer.schedule.total_steps, trainer.progress.step)
+    reporter.tracker = stack.enter_context(Tracker(directory, config.track, plain, *steps, _name(config, directory)))
+
+
+def _name(config: Config, directory: Path) -> str:
+    return config.run.name or directory.resolve().name
 
 
 def _claim(config: Config, world: World, stack: ExitStack, reporter: Reporter) -> tuple[Path, bytes]:
@@ -105,7 +112,6 @@ def _claim(config: Config, world: World, stack: ExitStack, reporter: Reporter) -
         if found and not found[0].is_relative_to(directory):
             # The run stands on its own from the start, should it be stopped before its first own checkpoint.
             checkpoint.write(directory / "checkpoints", checkpoint.decode(found[1], str(found[0]))["step"], found[1])
-        run_directory.write_config(config, directory)
         if found:
             reporter.say(f"going on from {found[0]}")
             data = found[1]
@@ -134,9 +140,10 @@ def _log_failure(kind: type[BaseException] | None, error: BaseException | None, 
 def _introduce(config: Config, trainer: Trainer, devices: list[str], directory: Path, reporter: Reporter) -> None:
     order, schedule = trainer.order, trainer.schedule
     kinds = ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))
+    num = num_parameters(trainer.stepper.scored_model)
     reporter.say(
         f"{config.model.name} ({config.model.stem} stem, width {config.model.width:g}), "
-        f"{num_parameters(trainer.stepper.model):,} parameters, {trainer.stepper.number_format.name}, on {kinds}\n"
+        f"{num:,} parameters, {trainer.stepper.number_format.name}, on {kinds}\n"
         f"{len(order.samples):,} training samples in {schedule.steps_per_epoch} steps of {config.train.batch_size} "
         f"({config.train.micro_batch_size} x {trainer.world.size} x {trainer.stepper.accumulation} accumulated); "
         f"{order.dropped_per_epoch} samples dropped per epoch\n"
@@ -151,17 +158,19 @@ def _finish(config: Config, trainer: Trainer, devices: list[str], directory: Pat
     figures = {"test/accuracy": test.accuracy, "test/accuracy_tta": test.accuracy_tta, "test/n": test.n}
     reporter.report(trainer.progress.step, figures)
     summary = summarize(config, trainer, test, devices)
-    together(trainer.world, lambda: _leave(directory, summary, reporter), at_work=reporter.tracker is not None)
-    tta = "" if test.accuracy_tta is None else f", {test.accuracy_tta:.2%} with flip"
+    name = _name(config, directory)
+    together(trainer.world, lambda: _leave(directory, name, summary, reporter), at_work=reporter.tracker is not None)
+    views = {"flip": "flip", "six": "six views"}.get(config.eval.tta)
+    tta = "" if test.accuracy_tta is None else f", {test.accuracy_tta:.2%} with {views}"
     reporter.say(
         f"test accuracy {test.accuracy:.2%}{tta} on {test.n} images; "
         f"{trainer.progress.train_seconds:.0f} s of training; see {directory}/summary.json and curves.png"
     )
 
 
-def _leave(directory: Path, summary: dict[str, Any], reporter: Reporter) -> None:
+def _leave(directory: Path, name: str, summary: dict[str, Any], reporter: Reporter) -> None:
     assert reporter.tracker is not None
-    draw_curves(directory / "metrics.jsonl", directory / "curves.png", directory.resolve().name)
+    draw_curves(directory / "metrics.jsonl", directory / "curves.png", name)
     # Last, since it says that the run is complete.
     write_text_atomic(directory / "summary.json", to_json(summary))
     # Not the command line, in which a user may have typed what is not for others.

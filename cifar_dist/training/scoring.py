@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from cifar_dist.data.loader import BetonLoader
 from cifar_dist.distributed import World, broadcast_bytes, together
 from cifar_dist.errors import UserError, shared
 from cifar_dist.files import write_text_atomic
+from cifar_dist.models.auxiliary import main_weights
 from cifar_dist.models.registry import create_model
 from cifar_dist.training import checkpoint, evaluation
 from cifar_dist.training.optim import build_ema
@@ -52,11 +54,12 @@ def score_checkpoint(
     parts = split_of(config.data, folder, world, say)
     formats = together(world, lambda: number_format(config.train.precision, world.device))
     set_backends(config.train, config.run.deterministic)
-    model = create_model(config.model).to(world.device, formats.parameters)
+    # The auxiliary heads have served their purpose in training.
+    model = create_model(replace(config.model, auxiliary=False)).to(world.device, formats.parameters)
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last)
     ema = build_ema(model, config.optim)
-    target, weights = (model, state["model"]) if ema is None else (ema, state["ema"])
+    target, weights = (model, main_weights(state["model"])) if ema is None else (ema, state["ema"])
     together(world, lambda: checkpoint.load_weights(target, weights, str(path)))
     scored = model if ema is None else ema.module
     samples = evaluation.calibration_samples(parts, config.eval)

@@ -18,6 +18,7 @@ from cifar_dist.data.loader import Batch
 from cifar_dist.distributed import World
 from cifar_dist.errors import CheckpointError, NonFiniteError
 from cifar_dist.hashing import derive
+from cifar_dist.models.auxiliary import AUXILIARY_WEIGHT, Logits, without_auxiliary
 from cifar_dist.models.registry import create_model
 from cifar_dist.training import checkpoint, optim
 from cifar_dist.training.metrics import Metrics
@@ -32,12 +33,13 @@ class Stepper:
         self.config, self.world, self.number_format = config, world, number_format
         self.accumulation = accumulation_steps(config.train.batch_size, config.train.micro_batch_size, world.size)
         torch.manual_seed(derive(config.run.seed, "init"))
-        self.model = create_model(config.model).to(world.device, number_format.parameters)
+        self.model = create_model(config.model, world.device.type).to(world.device, number_format.parameters)
         if config.train.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        self.optimizer = optim.build_optimizer(self.model, config.optim)
+        self.optimizer = optim.build_optimizer(self.model, config.optim, config.train.batch_size)
         self.scaler = number_format.grad_scaler()
-        self.ema = optim.build_ema(self.model, config.optim)
+        self._main = without_auxiliary(self.model)
+        self.ema = optim.build_ema(self._main, config.optim)
         on_gpu = world.device.type == "cuda"
         self._compiled = config.train.compile == "on" or (config.train.compile == "auto" and on_gpu)
         self._augment = torch.compile(augment.apply, dynamic=False) if self._compiled else augment.apply
@@ -62,19 +64,21 @@ class Stepper:
         images = torch.zeros(self.config.train.micro_batch_size, 3, 32, 32, device=self.world.device)
         images = images.to(self.number_format.inputs, memory_format=torch.channels_last)
         with self.number_format.autocast():
-            torch.autograd.backward(stepped(images).sum() * 0)
+            logits, auxiliary = _outputs(stepped(images))
+            torch.autograd.backward(sum((output.sum() for output in auxiliary), logits.sum()) * 0)
         self.optimizer.zero_grad()
         return stepped
 
     @property
     def scored_model(self) -> nn.Module:
-        """What is evaluated: the moving average where there is one."""
-        return self.model if self.ema is None else self.ema.module
+        """What is evaluated: the moving average where there is one; without auxiliary heads."""
+        return self._main if self.ema is None else self.ema.module
 
-    def step(self, step: int, rate: float, batches: Iterator[tuple[int, Batch]], metrics: Metrics) -> None:
-        """Do optimizer step number `step` with learning rate `rate`; takes `accumulation` (epoch, micro-batch)s."""
+    def step(self, step: int, share: float, batches: Iterator[tuple[int, Batch]], metrics: Metrics) -> None:
+        """Do optimizer step number `step` with that share of the peak learning rates; takes `accumulation` (epoch,
+        micro-batch)s."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = share * group["peak_lr"]
         for part in range(self.accumulation):
             epoch, batch = next(batches)
             self._forward_backward(step, part, epoch, batch, metrics)
@@ -85,7 +89,7 @@ class Stepper:
         self.scaler.update()
         self.optimizer.zero_grad()
         if self.ema is not None:
-            self.ema.update_parameters(self.model)
+            self.ema.update_parameters(self._main)
 
     def _forward_backward(self, step: int, part: int, epoch: int, batch: Batch, metrics: Metrics) -> None:
         config = self.config
@@ -93,18 +97,23 @@ class Stepper:
         images = self._augment(batch.images, draws, config.augment.cutout, self.number_format.inputs)
         if not config.train.channels_last:
             images = images.contiguous()
-        if config.model.dropout:
+        if config.model.dropout or config.model.auxiliary:
             # By place in the global batch, not by rank, so that dropout too is the same at any world size.
             place = self.world.rank * self.accumulation + part
             torch.manual_seed(derive(config.run.seed, "dropout", step, place))
         with self._no_sync() if part < self.accumulation - 1 else contextlib.nullcontext():
             with self.number_format.autocast():
-                logits = self._stepped(images)
-            logits = logits.to(self.number_format.parameters)
-            loss = F.cross_entropy(logits, batch.labels, label_smoothing=config.optim.label_smoothing)
-            self._backward(step, loss / self.accumulation)
+                logits, auxiliary = _outputs(self._stepped(images))
+            loss = self._loss(logits, batch.labels)
+            total = loss + AUXILIARY_WEIGHT * sum(self._loss(output, batch.labels) for output in auxiliary)
+            self._backward(step, total / self.accumulation)
         with torch.no_grad():
-            metrics.add(loss, logits, batch.labels, augment.receipt_words(batch.indices, draws))
+            finite = torch.isfinite(total)
+            metrics.add(loss, finite, logits, batch.labels, augment.receipt_words(batch.indices, draws))
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        smoothing = self.config.optim.label_smoothing
+        return F.cross_entropy(logits.to(self.number_format.parameters), labels, label_smoothing=smoothing)
 
     def _backward(self, step: int, loss: Tensor) -> None:
         try:
@@ -145,3 +154,8 @@ class Stepper:
             checkpoint.load_weights(self.ema, state["ema"], origin)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+
+
+def _outputs(outputs: Tensor | Logits) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The logits of the main classifier and those of the auxiliary ones."""
+    return outputs if isinstance(outputs, Logits) else (outputs, ())

@@ -80,7 +80,7 @@ def summarize(config: Config, trainer: Trainer, test: Score, devices: list[str])
         "device_names": devices,
         "world_size": trainer.world.size,
         "model": config.model.name,
-        "params": num_parameters(stepper.model),
+        "params": num_parameters(stepper.scored_model),
         "seed": config.run.seed,
         "steps": schedule.total_steps,
         "epochs": schedule.total_steps / order.steps_per_epoch,

@@ -79,8 +79,8 @@ class Trainer:
         started = time.perf_counter()
         batches = self._batches()
         while progress.step < total:
-            rate = optim.learning_rate(progress.step, total, self.config.train.batch_size, self.config.optim)
-            self.stepper.step(progress.step, rate, batches, self.metrics)
+            share = optim.schedule(progress.step, total, self.config.optim)
+            self.stepper.step(progress.step, share, batches, self.metrics)
             progress.step += 1
             self.tick(progress.step)
             if progress.first_step_seconds is None:
@@ -88,7 +88,7 @@ class Trainer:
             if self.schedule.should_read(progress.step):
                 self._read_metrics(started)
                 if self.schedule.should_log(progress.step):
-                    self._log(rate)
+                    self._log()
                 self._validate_and_save()
                 started = time.perf_counter()
 
@@ -122,13 +122,13 @@ class Trainer:
         if self.schedule.ends_epoch(progress.step):
             self.metrics.receipt.end_epoch()
 
-    def _log(self, rate: float) -> None:
+    def _log(self) -> None:
         progress = self.progress
         figures = {
             "epoch": progress.step / self.order.steps_per_epoch,
             "train/loss": progress.since_log.loss,
             "train/accuracy": progress.since_log.accuracy,
-            "lr": rate,
+            "lr": self.stepper.optimizer.param_groups[0]["lr"],
             "images_per_second": progress.since_log.num_samples / progress.seconds_since_log,
             "seconds": progress.train_seconds,
         }

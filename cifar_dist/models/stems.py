@@ -1,0 +1,109 @@
+"""From the image to the first Inception module."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cifar_dist.models.layers import DEFAULT, ConvNormAct, Dialect, halving_pool, scaled
+
+STEM_CHANNELS = 192  # what the first module of both networks reads
+GRIDS = {"cifar": 32, "pooled": 16, "strided": 16, "whiten": 16, "imagenet": 28}  # side of what a stem returns
+
+
+class Stem(nn.Sequential):
+    """The first layers; `kind` is a key of `GRIDS`.
+
+    Shapes: (N, 3, 32, 32), for `imagenet` (N, 3, 224, 224), to (N, `out_channels`, `grid`, `grid`).
+    """
+
+    def __init__(self, kind: str, width: float = 1.0, dialect: Dialect = DEFAULT) -> None:
+        if kind not in GRIDS:
+            raise ValueError(f"stem is {kind!r}; valid: {', '.join(GRIDS)}")
+        out_channels = scaled(STEM_CHANNELS, width)
+        super().__init__(*_parts(kind, scaled(64, width), out_channels, dialect))
+        self.out_channels = out_channels
+        self.grid = GRIDS[kind]
+
+
+def _parts(kind: str, hidden: int, out_channels: int, dialect: Dialect) -> list[nn.Module]:
+    if kind == "cifar":
+        return [ConvNormAct(3, out_channels, 3, dialect=dialect)]
+    if kind == "strided":
+        return [ConvNormAct(3, out_channels, 3, stride=2, dialect=dialect)]
+    if kind == "whiten":
+        whitening = WhiteningConv()
+        pointwise = ConvNormAct(whitening.out_channels, out_channels, 1, dialect=dialect)
+        return [whitening, nn.ReLU(inplace=True), pointwise]
+    pointwise = ConvNormAct(hidden, hidden, 1, dialect=dialect)
+    conv3x3 = ConvNormAct(hidden, out_channels, 3, dialect=dialect)
+    if kind == "pooled":
+        return [ConvNormAct(3, hidden, 3, dialect=dialect), halving_pool(dialect), pointwise, conv3x3]
+    first = ConvNormAct(3, hidden, 7, stride=2, dialect=dialect)
+    if dialect.norm == "none":
+        return [first, halving_pool(dialect), _lrn(), pointwise, conv3x3, _lrn(), halving_pool(dialect)]
+    return [first, halving_pool(dialect), pointwise, conv3x3, halving_pool(dialect)]
+
+
+def _lrn() -> nn.LocalResponseNorm:
+    """Local response normalisation as in Caffe's bvlc_googlenet; the paper's figure 3 shows where, not how."""
+    return nn.LocalResponseNorm(size=5, alpha=1e-4, beta=0.75, k=1.0)
+
+
+class WhiteningConv(nn.Module):
+    """Fixed filters that whiten patches, then a learned bias (Keller Jordan, arXiv 2404.00498).
+
+    The filters are a buffer, since they are not trained: the eigenvectors of the patches' covariance, each scaled to
+    unit variance, and their negatives, so that the ReLU behind loses nothing. They come from the data, by
+    `whitening_filters`; until then they pick single pixels.
+
+    Shapes: (N, 3, H, W) to (N, `out_channels`, H / 2, W / 2).
+    """
+
+    weight: Tensor
+
+    def __init__(self, kernel_size: int = 4, stride: int = 2, padding: int = 1) -> None:
+        super().__init__()
+        patch = 3 * kernel_size**2
+        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
+        self.out_channels = 2 * patch
+        pixels = torch.eye(patch).reshape(patch, 3, kernel_size, kernel_size)
+        self.register_buffer("weight", torch.cat((pixels, -pixels)))
+        self.bias = nn.Parameter(torch.zeros(self.out_channels))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.conv2d(images, self.weight, self.bias, self.stride, self.padding)
+
+
+@torch.no_grad()
+def whitening_filters(images: Tensor, kernel_size: int, eps: float = 5e-4) -> Tensor:
+    """Filters under which the patches of `images` have covariance one (but for `eps`), and their negatives.
+
+    Args:
+        images: (N, 3, H, W), float64: in less, the small eigenvalues would be rounding errors.
+        kernel_size: side k of a patch; all positions inside an image count.
+        eps: added to the eigenvalues, which keeps noise small from being blown up.
+
+    Returns:
+        (6 k^2, 3, k, k), by falling variance, the first half's largest components positive.
+    """
+    if images.dtype != torch.float64:
+        raise ValueError(f"images are {images.dtype}; give them as float64")
+    patch = images.shape[1] * kernel_size**2
+    total, products, count = images.new_zeros(patch), images.new_zeros(patch, patch), 0
+    for start in range(0, len(images), 256):  # all patches at once would take gigabytes
+        chunk = images[start : start + 256]
+        patches = F.unfold(chunk, kernel_size).transpose(1, 2).reshape(-1, patch)
+        total += patches.sum(dim=0)
+        products += patches.T @ patches
+        count += len(patches)
+    mean = total / count
+    variances, directions = torch.linalg.eigh(products / count - torch.outer(mean, mean))
+    filters = (directions / torch.sqrt(variances.clamp(min=0) + eps)).T.flip(0)
+    # An eigenvector's sign is arbitrary. Mirror-symmetric ones have several components of nearly the largest size;
+    # the first of them decides, so that rounding cannot.
+    sizes = filters.abs()
+    leading = (sizes >= (1 - 1e-6) * sizes.amax(dim=1, keepdim=True)).int().argmax(dim=1, keepdim=True)
+    filters = filters * filters.gather(1, leading).sign()
+    return torch.cat((filters, -filters)).reshape(2 * patch, images.shape[1], kernel_size, kernel_size)

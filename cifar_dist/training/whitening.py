@@ -1,0 +1,37 @@
+"""The filters of a whitening stem, from training images, the same on every rank."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cifar_dist.data.augment import normalize
+from cifar_dist.data.loader import BetonLoader
+from cifar_dist.data.order import Indices
+from cifar_dist.distributed import World
+from cifar_dist.models.stems import WhiteningConv, whitening_filters
+from cifar_dist.training.precision import reproducible
+
+
+@torch.no_grad()
+def fit_whitening(models: list[nn.Module], loader: BetonLoader, samples: Indices, world: World) -> None:
+    """Give the whitening convolutions in `models` the filters that whiten the patches of `samples` (N,).
+
+    Rank 0 computes them, on its CPU and one thread, so that neither devices nor thread counts show in the filters.
+    Models without such a convolution are left alone.
+    """
+    stems = [module for model in models for module in model.modules() if isinstance(module, WhiteningConv)]
+    if not stems:
+        return
+    cpu = torch.device("cpu")
+    filters = stems[0].weight.to(torch.float64)
+    if world.rank == 0:
+        with reproducible(cpu):
+            images = [normalize(batch.images.to(cpu), torch.float64) for batch in loader.read(samples, len(samples))]
+            filters = whitening_filters(torch.cat(images), stems[0].kernel_size).to(world.device)
+    if world.size > 1:
+        filters = filters.contiguous()
+        dist.broadcast(filters, src=0)
+    for stem in stems:
+        stem.weight.copy_(filters)
