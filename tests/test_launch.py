@@ -129,11 +129,13 @@ TESTED = {
     "./launch/debug": "tests/test_debug.py",
     "python -m cifar_dist.train --config configs/quickstart.yaml --run.name mine --run.resume auto": "test_resume.py",
     "python -m cifar_dist.evaluate --checkpoint runs/mine/checkpoints/step-00002340.pt": "test_world_size.py",
+    "./launch/seeds configs/quickstart.yaml 3 --run.name exp": "tests/test_seeds.py: test_stopped_and_gone_on",
+    "python -m cifar_dist.seeds runs/exp --json exp.json": "tests/test_seeds.py: test_table_and_json",
     "python -m cifar_dist.bench loader": "test_bench.py",
     "python -m cifar_dist.train --config configs/quickstart.yaml --data.train_on train --train.epochs 6 "
     "--optim.lr RATE --train.micro_batch_size SIZE": "test_run.py",
 }
-QUICK = ("--help", "--print-config", "cifar_dist.prepare")
+QUICK = ("--help", "--print-config", "cifar_dist.prepare", "cifar_dist.models")
 
 
 def test_readme_commands_are_all_known() -> None:
