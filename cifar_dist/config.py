@@ -113,6 +113,10 @@ class OptimConfig:
     """Nesterov momentum of Muon."""
     momentum: float = 0.9
     """Nesterov momentum of SGD."""
+    bias_lr_factor: float = 1.0
+    """Biases, those of batch norm among them, learn at so many times `lr` (arXiv 2404.00498)."""
+    norm_scales: Literal["trained", "fixed"] = "trained"
+    """fixed: the scales of batch norm stay at 1 (arXiv 2404.00498)."""
     weight_decay: float = 5e-4
     """On filters and matrices, not on norms and biases."""
     schedule: Literal["linear", "cosine"] = "linear"
@@ -209,6 +213,7 @@ def validate(config: Config) -> None:
         ("optim.muon_lr", c.optim.muon_lr, 0 < c.optim.muon_lr < 1e3, "above 0"),
         ("optim.muon_momentum", c.optim.muon_momentum, 0 <= c.optim.muon_momentum < 1, "0 or more, below 1"),
         ("optim.momentum", c.optim.momentum, 0 < c.optim.momentum < 1, "above 0, below 1 (Nesterov needs it)"),
+        ("optim.bias_lr_factor", c.optim.bias_lr_factor, 0 < c.optim.bias_lr_factor < 1e3, "above 0"),
         ("optim.weight_decay", c.optim.weight_decay, 0 <= c.optim.weight_decay < 1e3, "0 or more"),
         ("optim.warmup_share", c.optim.warmup_share, 0 <= c.optim.warmup_share <= 1, "0 to 1"),
         ("optim.warmup_min_steps", c.optim.warmup_min_steps, c.optim.warmup_min_steps >= 0, "0 or more"),

@@ -33,7 +33,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "keep_checkpoints": 2, "log_every_steps": 20,
     },
     "optim": {
-        "name": "muon", "lr": 0.05, "muon_lr": 0.1, "muon_momentum": 0.8, "momentum": 0.9, "weight_decay": 5e-4,
+        "name": "muon", "lr": 0.05, "muon_lr": 0.1, "muon_momentum": 0.8, "momentum": 0.9, "bias_lr_factor": 1.0,
+        "norm_scales": "trained", "weight_decay": 5e-4,
         "schedule": "linear", "warmup_share": 0.2, "warmup_min_steps": 50, "label_smoothing": 0.1, "grad_clip": None,
         "ema_decay": None,
     },
@@ -57,7 +58,8 @@ OTHERS: dict[str, dict[str, Any]] = {
         "log_every_steps": 1,
     },
     "optim": {
-        "name": "sgd", "lr": 1e-05, "muon_lr": 0.02, "muon_momentum": 0.0, "momentum": 0.5, "weight_decay": 0.0,
+        "name": "sgd", "lr": 1e-05, "muon_lr": 0.02, "muon_momentum": 0.0, "momentum": 0.5, "bias_lr_factor": 8.0,
+        "norm_scales": "fixed", "weight_decay": 0.0,
         "schedule": "cosine", "warmup_share": 1.0, "warmup_min_steps": 7, "label_smoothing": 0.0, "grad_clip": 1.5,
         "ema_decay": 0.999,
     },
@@ -255,6 +257,7 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "optim.muon_lr": ([1e-9], [0, -0.1, 1e3, "nan"]),
     "optim.muon_momentum": ([0, 0.99], [-0.1, 1, "nan"]),
     "optim.momentum": ([0.01, 0.99], [0, 1, "nan"]),
+    "optim.bias_lr_factor": ([0.1, 64], [0, -1, 1e3, "nan"]),
     "optim.weight_decay": ([0], [-1e-9, 1e3, "nan"]),
     "optim.warmup_share": ([0, 1], [-0.01, 1.01, "nan"]),
     "optim.warmup_min_steps": ([0], [-1]),

@@ -57,17 +57,24 @@ def test_peak_learning_rates() -> None:
     layer = nn.Conv2d(3, 4, 3)
     sgd, muon = OptimConfig(name="sgd", lr=0.1), OptimConfig(name="muon", lr=0.1, muon_lr=0.03)
     # SGD's is for a batch of 128, Muon's for any.
-    assert [g["peak_lr"] for g in optim.build_optimizer(layer, sgd, 256).param_groups] == [0.2, 0.2]
-    assert [g["peak_lr"] for g in optim.build_optimizer(layer, muon, 256).param_groups] == [0.2, 0.2, 0.03]
+    assert [g["peak_lr"] for g in optim.build_optimizer(layer, sgd, 256).param_groups] == [0.2] * 3
+    assert [g["peak_lr"] for g in optim.build_optimizer(layer, muon, 256).param_groups] == [0.2, 0.2, 0.2, 0.03]
 
 
-def test_no_weight_decay_on_norms_and_biases() -> None:
+def test_groups_of_parameters() -> None:
+    """No weight decay on norms and biases; the rate of biases is raised; fixed scales are in no group."""
     model = inception_v1(stem="strided", width=0.125)
-    decayed, others = optim.build_optimizer(model, OptimConfig(name="sgd"), 128).param_groups
-    assert (decayed["weight_decay"], others["weight_decay"]) == (5e-4, 0.0)
+    config = OptimConfig(name="sgd", lr=0.1, bias_lr_factor=8)
+    decayed, scales, biases = optim.build_optimizer(model, config, 128).param_groups
+    assert [group["weight_decay"] for group in (decayed, scales, biases)] == [5e-4, 0.0, 0.0]
+    assert [group["peak_lr"] for group in (decayed, scales, biases)] == pytest.approx([0.1, 0.1, 0.8])
     assert {p.ndim for p in decayed["params"]} == {2, 4}
-    assert {p.ndim for p in others["params"]} == {1}
-    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+    assert len(scales["params"]) == len(biases["params"]) - 1 == 55  # one norm per convolution, and the classifier
+    assert sum(len(group["params"]) for group in (decayed, scales, biases)) == len(list(model.parameters()))
+    optim.fix_norm_scales(model)
+    decayed, scales, biases = optim.build_optimizer(model, config, 128).param_groups
+    assert scales["params"] == []
+    assert len(biases["params"]) == 56
 
 
 def test_sgd_is_nesterov_as_sutskever_wrote_it() -> None:

@@ -18,8 +18,9 @@ EXTRAS = {
     "inception_v1": ("--train.precision", "fp64", "--model.stem", "strided", "--model.dropout", "0.2",
                      "--augment.cutout", "8", "--optim.name", "sgd", "--optim.ema_decay", "0.9",
                      "--optim.grad_clip", "5"),
-    "inception_v2": ("--train.precision", "fp64", "--model.auxiliary", "True", "--model.stem", "whiten",
-                     "--model.merge_1x1", "on", "--optim.name", "muon", "--optim.ema_decay", "0.9"),
+    "inception_v2": ("--train.precision", "fp64", "--model.width", "0.0625", "--model.auxiliary", "True",
+                     "--model.stem", "whiten", "--model.merge_1x1", "on", "--optim.name", "muon",
+                     "--optim.ema_decay", "0.9"),
 }  # fmt: skip
 
 

@@ -13,20 +13,29 @@ from cifar_dist.config import LR_BATCH_SIZE, OptimConfig
 from cifar_dist.training.muon import MuonSGD
 
 
+def fix_norm_scales(model: nn.Module) -> None:
+    """Keep the scales of all batch norms as they are; before anything asks which parameters are trained."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.weight.requires_grad_(False)
+
+
 def build_optimizer(model: nn.Module, config: OptimConfig, batch_size: int) -> torch.optim.SGD:
     """Fused SGD with Nesterov momentum; weight decay on what has two or more dimensions (filters, matrices).
 
     With `optim.name` muon, filters are a group of their own. Each group's `peak_lr` is its learning rate at the peak.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     muon = config.name == "muon"
-    filters = [p for p in trained if muon and p.ndim == 4]
-    decayed = [p for p in trained if p.ndim >= 2 and not (muon and p.ndim == 4)]
-    others = [p for p in trained if p.ndim < 2]
+    filters = [p for p in trained.values() if muon and p.ndim == 4]
+    decayed = [p for p in trained.values() if p.ndim >= 2 and not (muon and p.ndim == 4)]
+    biases = [p for name, p in trained.items() if p.ndim < 2 and name.endswith("bias")]
+    scales = [p for name, p in trained.items() if p.ndim < 2 and not name.endswith("bias")]
     peak = config.lr * batch_size / LR_BATCH_SIZE
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": config.weight_decay, "peak_lr": peak},
-        {"params": others, "weight_decay": 0.0, "peak_lr": peak},
+        {"params": scales, "weight_decay": 0.0, "peak_lr": peak},
+        {"params": biases, "weight_decay": 0.0, "peak_lr": peak * config.bias_lr_factor},
     ]
     defaults: dict[str, Any] = {"lr": 0.0, "momentum": config.momentum, "nesterov": True, "fused": True}
     optimizer: torch.optim.SGD
@@ -37,7 +46,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, batch_size: int) -> t
         optimizer = MuonSGD(groups, **defaults)
     else:
         optimizer = torch.optim.SGD(groups, **defaults)
-    for parameter in trained:
+    for parameter in trained.values():
         # When the first step is skipped, as fp16's scaler may do, fused SGD leaves new buffers uninitialised.
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer

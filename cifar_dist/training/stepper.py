@@ -36,6 +36,8 @@ class Stepper:
         self.model = create_model(config.model, world.device.type).to(world.device, number_format.parameters)
         if config.train.channels_last:
             self.model.to(memory_format=torch.channels_last)
+        if config.optim.norm_scales == "fixed":
+            optim.fix_norm_scales(self.model)
         self.optimizer = optim.build_optimizer(self.model, config.optim, config.train.batch_size)
         self.scaler = number_format.grad_scaler()
         self._main = without_auxiliary(self.model)
