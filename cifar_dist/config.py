@@ -118,7 +118,7 @@ class OptimConfig:
     norm_scales: Literal["trained", "fixed"] = "trained"
     """fixed: the scales of batch norm stay at 1 (arXiv 2404.00498)."""
     weight_decay: float = 5e-4
-    """On filters and matrices, not on norms and biases."""
+    """On filters and matrices, not on norms and biases, and not on what Muon steps."""
     schedule: Literal["linear", "cosine"] = "linear"
     """How the rate falls from its peak to zero, step by step."""
     warmup_share: float = 0.2
@@ -152,7 +152,8 @@ class EvalConfig:
     batch_size: int = 500
     """Samples per forward pass of an evaluation, and of each part whose batch-norm statistics are averaged."""
     bn_samples: int = 5_000
-    """Training samples over which batch-norm statistics are recalibrated before scoring."""
+    """Training samples over which batch-norm statistics are recalibrated before scoring, and from which a whitening
+    stem takes its filters."""
     tta: Literal["none", "flip", "six"] = "six"
     """flip: report also the score of the mean over an image and its mirror image. six: over both as they are and
     shifted by a pixel up left and down right, which count half (arXiv 2404.00498)."""

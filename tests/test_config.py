@@ -186,7 +186,7 @@ def test_value_of_a_wrong_type_names_the_file(tmp_path: Path, value: str, capsys
     [
         (["--optim.lrr", "0.1"], "--optim.lr "),
         (["--optim.lr", "fast"], "--optim.lr"),
-        (["--model.stem", "imagenet"], "pooled"),
+        (["--model.stem", "mine"], "pooled"),
         (["stray"], "stray"),
         (["--optim.lr"], "--optim.lr"),
     ],

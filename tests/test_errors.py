@@ -125,7 +125,7 @@ def test_checkpoint_with_code_in_it_is_not_run(tmp_path: Path) -> None:
         "import os, sys, torch\n"
         "class Trap:\n"
         "    def __reduce__(self): return os.system, (f'touch {sys.argv[2]}',)\n"
-        "torch.save({'format': 1, 'step': 1, 'model': Trap(), 'config': ''}, sys.argv[1])\n"
+        "torch.save({'format': 2, 'step': 1, 'model': Trap(), 'config': ''}, sys.argv[1])\n"
     )
     subprocess.run([sys.executable, "-c", script, str(path), str(proof)], check=True)
     output = runs.run(1, "--checkpoint", path, module="evaluate", expected=4)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cifar_dist.cli import load_config
 from tests import runs
 
 pytestmark = pytest.mark.run
@@ -128,12 +129,15 @@ TESTED = {
     "NNODES=2 NODE_RANK=0 MASTER_ADDR=node-a ./launch/multinode --config configs/googlenet.yaml": "test_two_machines_*",
     "./launch/debug": "tests/test_debug.py",
     "python -m cifar_dist.train --config configs/quickstart.yaml --run.name mine --run.resume auto": "test_resume.py",
-    "python -m cifar_dist.evaluate --checkpoint runs/mine/checkpoints/step-00002340.pt": "test_world_size.py",
+    "python -m cifar_dist.evaluate --checkpoint runs/mine/checkpoints/step-00003120.pt": "test_world_size.py",
     "./launch/seeds configs/quickstart.yaml 3 --run.name exp": "tests/test_seeds.py: test_stopped_and_gone_on",
     "python -m cifar_dist.seeds runs/exp --json exp.json": "tests/test_seeds.py: test_table_and_json",
     "python -m cifar_dist.bench loader": "test_bench.py",
-    "python -m cifar_dist.train --config configs/quickstart.yaml --data.train_on train --train.epochs 6 "
-    "--optim.lr RATE --train.micro_batch_size SIZE": "test_run.py",
+    "python -m cifar_dist.train --config configs/cpu-84.yaml --data.train_on train --model.stem strided "
+    "--optim.norm_scales trained --optim.bias_lr_factor 1 CHANGE": "test_recipe_commands_are_valid",
+    "python -m cifar_dist.train --config configs/cpu-84.yaml --data.train_on train --model.width 0.125 "
+    "--model.stem strided --train.epochs 3 --optim.norm_scales trained "
+    "--optim.bias_lr_factor 1 CHANGE": "test_recipe_commands_are_valid",
 }
 QUICK = ("--help", "--print-config", "cifar_dist.prepare", "cifar_dist.models")
 
@@ -154,6 +158,20 @@ def test_quick_readme_commands(line: str) -> None:
     assert words[0] == "python"
     output = runs.run(1, *words[3:], module=words[2].removeprefix("cifar_dist."))
     assert output
+
+
+def test_recipe_commands_are_valid() -> None:
+    """Each change that docs/recipe.md lists, with the command above its table, gives a configuration."""
+    text = (runs.REPOSITORY / "docs/recipe.md").read_text(encoding="utf-8")
+    sections = [part for part in text.split("\n## ") if "CHANGE" in part]
+    tried = 0
+    for section in sections:
+        command = re.findall(r"^    python -m cifar_dist.train (.+) CHANGE$", section, flags=re.M)
+        assert len(command) == 1
+        for change in re.findall(r"^\|[^|]*`(--[^`]+)`", section, flags=re.M):
+            load_config(shlex.split(f"{command[0]} {change}"))
+            tried += 1
+    assert tried >= 15
 
 
 def test_eight_ranks_start() -> None:

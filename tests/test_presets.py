@@ -15,8 +15,8 @@ from tests import runs
 CONFIGS = runs.REPOSITORY / "configs"
 GPU_PRESETS = ["googlenet", "inception_v2", "speed-94", "speed-96"]
 PRESETS = [*GPU_PRESETS, "quickstart", "cpu-84"]
-REDUCED = ("--model.width", "0.0625", "--data.subset", "64", "--train.batch_size", "64", "--train.micro_batch_size",
-           "32", "--eval.every_epochs", "0", "--eval.tta", "none", "--eval.bn_samples", "250",
+REDUCED = ("--model.width", "0.0625", "--data.subset", "32", "--train.batch_size", "32", "--train.micro_batch_size",
+           "16", "--eval.every_epochs", "0", "--eval.tta", "none", "--eval.bn_samples", "250",
            "--train.log_every_steps", "1", "--track.wandb", "disabled")  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def test_header_says_what_to_expect(name: str) -> None:
     assert f"configs/{name}.yaml" in header or f"./launch/{name}" in header
     assert "Hardware: " in header
     measured = "Test accuracy" in header and "n = 10,000" in header and "seed" in header
-    assert measured or "not measured yet on a GPU" in header
+    assert measured or "not measured yet" in header
 
 
 @pytest.mark.run
@@ -46,7 +46,7 @@ def test_schedule_runs_to_its_end(name: str, data_dir: Path, tmp_path: Path) -> 
     assert steps[-1]["train/loss"] < steps[0]["train/loss"]
     # The rates follow the schedule, and the last step is all but still.
     config = OptimConfig(**yaml.safe_load(path.read_text(encoding="utf-8"))["optim"])
-    peak = config.lr * 64 / 128
+    peak = config.lr * 32 / 128
     assert [record["lr"] for record in steps] == pytest.approx(
         [peak * optim.schedule(step, epochs, config) for step in range(epochs)]
     )

@@ -40,9 +40,10 @@ def stepper_of(config: Config) -> Stepper:
 
 
 def two_steps(stepper: Stepper, batches: list[tuple[int, Batch]]) -> Window:
+    """At four times the peak rates, so that it is 0.05 for SGD: they are for batches of 128, and these are of 32."""
     metrics, supply = Metrics(ALONE), iter(batches)
     for step in range(2):
-        stepper.step(step, 0.05, supply, metrics)
+        stepper.step(step, 4.0, supply, metrics)
     assert next(supply, None) is None  # two accumulated micro-batches per step
     return metrics.window()
 
@@ -51,10 +52,14 @@ def parameters(stepper: Stepper) -> Iterator[torch.Tensor]:
     return (parameter.detach().double() for parameter in stepper.model.parameters())
 
 
+MUON = replace(TINY, model=replace(TINY.model, auxiliary=True), optim=OptimConfig(name="muon", muon_lr=0.01))
+
+
+@pytest.mark.parametrize("config", [TINY, MUON], ids=["sgd", "muon and auxiliary heads"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32", "fp64"])
-def test_every_number_format_trains(precision: Precision, batches: list[tuple[int, Batch]]) -> None:
-    reference = stepper_of(replace(TINY, train=replace(TINY.train, precision="fp64")))
-    stepper = stepper_of(replace(TINY, train=replace(TINY.train, precision=precision)))
+def test_every_number_format_trains(config: Config, precision: Precision, batches: list[tuple[int, Batch]]) -> None:
+    reference = stepper_of(replace(config, train=replace(config.train, precision="fp64")))
+    stepper = stepper_of(replace(config, train=replace(config.train, precision=precision)))
     expected, window = two_steps(reference, batches), two_steps(stepper, batches)
     assert window.num_samples == 64
     assert window.num_nonfinite == 0
@@ -63,11 +68,12 @@ def test_every_number_format_trains(precision: Precision, batches: list[tuple[in
     assert all(p.isfinite().all() for p in stepper.model.parameters())
 
 
+@pytest.mark.parametrize("config", [TINY, MUON], ids=["sgd", "muon and auxiliary heads"])
 def test_tracing_for_compilation_changes_nothing(
-    batches: list[tuple[int, Batch]], monkeypatch: pytest.MonkeyPatch
+    config: Config, batches: list[tuple[int, Batch]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch.compile with its tracing and its own backward graph, but without minutes of code generation."""
-    fp64 = replace(TINY, model=replace(TINY.model, dropout=0.0), train=replace(TINY.train, precision="fp64"))
+    fp64 = replace(config, model=replace(config.model, dropout=0.0), train=replace(config.train, precision="fp64"))
     eager = stepper_of(fp64)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
     traced = stepper_of(replace(fp64, train=replace(fp64.train, compile="on")))

@@ -1,7 +1,7 @@
 """Muon for convolution filters (Keller Jordan, kellerjordan.github.io/posts/muon, 2024; arXiv 2502.16982), with SGD.
 
-torch.optim.Muon is not used: it computes in bfloat16 always, whose rounding would tell world sizes apart, takes
-matrices only, and leaves the length of the weights to weight decay.
+torch.optim.Muon is not used: it iterates in bfloat16 always, by whose rounding float64 runs on different numbers of
+devices would part, takes matrices only, and leaves the length of the weights to weight decay.
 """
 
 from __future__ import annotations
@@ -23,10 +23,14 @@ class MuonSGD(torch.optim.SGD):
     Muon replaces the gradient of a filter bank (O, I, H, W), flattened to (O, I * H * W) and averaged with Nesterov
     momentum, by the nearest matrix with orthonormal rows or columns. Before each step a filter bank is brought to the
     norm sqrt(O): the batch norm behind it makes its length meaningless, and so the rate is the relative change.
+
+    Args:
+        dtype: number format of Muon's iterations.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], **defaults: Any) -> None:
+    def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype, **defaults: Any) -> None:
         super().__init__(groups, **defaults)
+        self._dtype = dtype
         # GradScaler is to unscale and to check the gradients itself: infinities must not reach the momentum. For that
         # it waits for the device at every step, in fp16 only.
         self._step_supports_amp_scaling = False
@@ -49,7 +53,8 @@ class MuonSGD(torch.optim.SGD):
         for gradient in gradients:
             same_shape[len(gradient), gradient[0].numel()].append(gradient)
         for (rows, columns), members in same_shape.items():
-            updates = orthogonalized(torch.stack([gradient.reshape(rows, columns) for gradient in members]))
+            matrices = torch.stack([gradient.reshape(rows, columns) for gradient in members])
+            updates = orthogonalized(matrices.to(self._dtype)).to(matrices.dtype)
             # Of norm sqrt(rows), like the filters.
             updates *= max(1.0, rows / columns) ** 0.5
             for gradient, update in zip(members, updates, strict=True):
@@ -62,14 +67,12 @@ class MuonSGD(torch.optim.SGD):
 def orthogonalized(matrices: Tensor) -> Tensor:
     """The nearest (semi-)orthogonal matrices, roughly: singular values come out between 0.7 and 1.2.
 
-    Shapes: (N, R, C) to the same. Computed by Newton-Schulz iterations, in bfloat16 for float32 on GPUs, whose
-    tensor cores are made for it, and else in the given format.
+    Shapes: (N, R, C) to the same, in the same format. Computed by Newton-Schulz iterations.
     """
-    x = matrices.bfloat16() if matrices.is_cuda and matrices.dtype == torch.float32 else matrices
-    if tall := x.shape[1] > x.shape[2]:
-        x = x.mT
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)  # the largest singular value is then at most 1
     for _ in range(_NUM_ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
-    return (x.mT if tall else x).to(matrices.dtype)
+    return x.mT if tall else x

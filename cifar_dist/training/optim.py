@@ -20,10 +20,13 @@ def fix_norm_scales(model: nn.Module) -> None:
             module.weight.requires_grad_(False)
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, batch_size: int) -> torch.optim.SGD:
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, batch_size: int, muon_dtype: torch.dtype = torch.float32
+) -> torch.optim.SGD:
     """Fused SGD with Nesterov momentum; weight decay on what has two or more dimensions (filters, matrices).
 
-    With `optim.name` muon, filters are a group of their own. Each group's `peak_lr` is its learning rate at the peak.
+    With `optim.name` muon, filters are a group of their own, without weight decay; Muon iterates in `muon_dtype`.
+    Each group's `peak_lr` is its learning rate at the peak.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     muon = config.name == "muon"
@@ -43,7 +46,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, batch_size: int) -> t
         # SGD's own momentum is off where Muon has had its: it then only subtracts.
         off = {"weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
         groups.append({"params": filters, "peak_lr": config.muon_lr, "muon_momentum": config.muon_momentum, **off})
-        optimizer = MuonSGD(groups, **defaults)
+        optimizer = MuonSGD(groups, muon_dtype, **defaults)
     else:
         optimizer = torch.optim.SGD(groups, **defaults)
     for parameter in trained.values():

@@ -74,7 +74,7 @@ def run(config: Config, world: World, stack: ExitStack) -> None:
     loader = stack.enter_context(together(world, open_loader))
     stepper = Stepper(config, world, formats)
     calibration = evaluation.calibration_samples(parts, config.eval)
-    together(world, lambda: fit_whitening([stepper.model, stepper.scored_model], loader, calibration, world))
+    fit_whitening([stepper.model, stepper.scored_model], loader, calibration, world)
     checkpoints = directory / "checkpoints"
     trainer = Trainer(config, stepper, parts, loader, reporter.report, reporter.tick, checkpoints)
     if start:

@@ -38,7 +38,8 @@ class Stepper:
             self.model.to(memory_format=torch.channels_last)
         if config.optim.norm_scales == "fixed":
             optim.fix_norm_scales(self.model)
-        self.optimizer = optim.build_optimizer(self.model, config.optim, config.train.batch_size)
+        muon_dtype = number_format.muon
+        self.optimizer = optim.build_optimizer(self.model, config.optim, config.train.batch_size, muon_dtype)
         self.scaler = number_format.grad_scaler()
         self._main = without_auxiliary(self.model)
         self.ema = optim.build_ema(self._main, config.optim)
@@ -63,10 +64,12 @@ class Stepper:
             return stepped
         # One pass of zeros compiles before the clock runs. And DDP regroups its buckets after the first backward pass,
         # while sums over three or more ranks round by bucket: so a resumed run adds up like one that never stopped.
-        images = torch.zeros(self.config.train.micro_batch_size, 3, 32, 32, device=self.world.device)
-        images = images.to(self.number_format.inputs, memory_format=torch.channels_last)
+        num = self.config.train.micro_batch_size
+        images = torch.zeros(num, 32, 32, 3, dtype=torch.uint8, device=self.world.device).permute(0, 3, 1, 2)
+        draws = augment.draw(torch.arange(num, device=self.world.device), 0, 0, self.config.augment)
+        inputs = self._inputs(images, draws)
         with self.number_format.autocast():
-            logits, auxiliary = _outputs(stepped(images))
+            logits, auxiliary = _outputs(stepped(inputs))
             torch.autograd.backward(sum((output.sum() for output in auxiliary), logits.sum()) * 0)
         self.optimizer.zero_grad()
         return stepped
@@ -96,9 +99,7 @@ class Stepper:
     def _forward_backward(self, step: int, part: int, epoch: int, batch: Batch, metrics: Metrics) -> None:
         config = self.config
         draws = augment.draw(batch.indices, config.run.seed, epoch, config.augment)
-        images = self._augment(batch.images, draws, config.augment.cutout, self.number_format.inputs)
-        if not config.train.channels_last:
-            images = images.contiguous()
+        images = self._inputs(batch.images, draws)
         if config.model.dropout or config.model.auxiliary:
             # By place in the global batch, not by rank, so that dropout too is the same at any world size.
             place = self.world.rank * self.accumulation + part
@@ -112,6 +113,11 @@ class Stepper:
         with torch.no_grad():
             finite = torch.isfinite(total)
             metrics.add(loss, finite, logits, batch.labels, augment.receipt_words(batch.indices, draws))
+
+    def _inputs(self, images: Tensor, draws: augment.Draws) -> Tensor:
+        """What the network is fed: (N, 3, H, W) uint8, augmented, in its number format and memory order."""
+        augmented = self._augment(images, draws, self.config.augment.cutout, self.number_format.inputs)
+        return augmented if self.config.train.channels_last else augmented.contiguous()
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         smoothing = self.config.optim.label_smoothing
@@ -154,7 +160,10 @@ class Stepper:
         checkpoint.load_weights(self.model, state["model"], origin)
         if self.ema is not None:
             checkpoint.load_weights(self.ema, state["ema"], origin)
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise CheckpointError(f"{origin} holds the state of another optimizer: {error}.") from None
         self.scaler.load_state_dict(state["scaler"])
 
 
