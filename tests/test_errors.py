@@ -102,7 +102,8 @@ def test_missing_data_without_network(tmp_path: Path) -> None:
 @pytest.mark.data
 def test_loss_that_explodes_stops_every_rank(data_dir: Path, tmp_path: Path) -> None:
     options = (*runs.SMALL, "--data.dir", data_dir, "--run.dir", tmp_path / "run", "--optim.lr", "1e5",
-               "--optim.warmup_share", "0", "--train.log_every_steps", "5", "--train.precision", "fp32")  # fmt: skip
+               "--optim.warmup_share", "0", "--optim.name", "sgd", "--optim.norm_scales", "trained",
+               "--train.log_every_steps", "5", "--train.precision", "fp32")  # fmt: skip
     output = runs.run(2, *options, expected=1)
     assert "became infinite or NaN between steps" in output or "infinite or NaN after step" in output
     assert output.count("error: ") == 1

@@ -16,13 +16,13 @@ import yaml
 
 from cifar_dist import seeds
 from cifar_dist.cli import to_yaml
-from cifar_dist.config import Config
+from cifar_dist.config import Config, EvalConfig
 from cifar_dist.training.checkpoint import all_steps
 from cifar_dist.training.finished import FIGURES
 from tests import runs
 from tests.test_launch import TINY, start
 
-CONFIG = Config()
+CONFIG = Config(eval=EvalConfig(tta="flip"))
 FIGURES_OF_A_RUN = {
     "val_accuracy": 0.85, "val_n": 5000, "test_accuracy": 0.86, "test_accuracy_tta": 0.87, "test_n": 10_000,
     "train_seconds": 100.0, "images_per_second": 27_000.0, "steps": 2580, "epochs": 60.0, "batch_size": 1024,
