@@ -105,8 +105,7 @@ class OptimConfig:
     name: Literal["muon", "sgd"] = "muon"
     """muon: filters are stepped by Muon (kellerjordan.github.io/posts/muon), everything else by SGD."""
     lr: float = 0.05
-    """Peak learning rate of SGD for a global batch of 128; the peak used is lr x batch_size / 128 (linear scaling,
-    arXiv 1706.02677)."""
+    """Peak learning rate of SGD for a global batch of 128, scaled by batch_size / 128 (arXiv 1706.02677)."""
     muon_lr: float = 0.1
     """Peak learning rate of Muon, whatever the batch: how far a filter bank moves in a step, relative to its norm."""
     muon_momentum: float = 0.8
@@ -152,8 +151,7 @@ class EvalConfig:
     batch_size: int = 500
     """Samples per forward pass of an evaluation, and of each part whose batch-norm statistics are averaged."""
     bn_samples: int = 5_000
-    """Training samples over which batch-norm statistics are recalibrated before scoring, and from which a whitening
-    stem takes its filters."""
+    """Training samples for the batch-norm statistics before scoring, and for the filters of a whitening stem."""
     tta: Literal["none", "flip", "six"] = "six"
     """flip: report also the score of the mean over an image and its mirror image. six: over both as they are and
     shifted by a pixel up left and down right, which count half (arXiv 2404.00498)."""
@@ -246,9 +244,8 @@ def _validate_model(model: ModelConfig, optimizer: str) -> None:
         if model.norm == "none":
             raise UserError("model.norm is none, but Inception V2 is built on batch norm; use batch, or inception_v1.")
         if model.branch5x5 != "paper":
-            raise UserError(
-                f"model.branch5x5 is {model.branch5x5}, but Inception V2 has two 3x3 there; use paper, or inception_v1."
-            )
+            other = f"model.branch5x5 is {model.branch5x5}"
+            raise UserError(f"{other}, but Inception V2 has two 3x3 there; use paper, or inception_v1.")
     if model.stem == "imagenet" and model.auxiliary:
         raise UserError(
             "model.auxiliary is True, but model.stem imagenet leaves 2x2 of a 32x32 image at 4a, too few for the "

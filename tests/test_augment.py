@@ -58,7 +58,7 @@ def test_draws_equal_plain_integers(flip: str) -> None:
 
 
 def test_draws_are_pinned() -> None:
-    draws = augment.draw(torch.arange(6), 0, 0, AugmentConfig(cutout=8))
+    draws = augment.draw(torch.arange(6), 0, 0, AugmentConfig(translate=2, cutout=8))
     assert draws.columns().tolist() == [
         [1, -2, -2, -1, 10], [1, -2, 1, 21, 25], [0, 2, 0, 18, 3],
         [1, -1, 1, -4, 16], [1, -2, 2, -1, 16], [1, 0, 0, -2, 6],

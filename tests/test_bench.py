@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -63,7 +64,9 @@ def test_loader(data_dir: Path, tmp_path: Path) -> None:
     assert read > augmented > 2 * torchvision
     assert 0 < report["first_batch_seconds"] < 60
     header = result.stdout.splitlines()[:4]
-    assert header[0].endswith(f"-m cifar_dist.bench loader --data.dir {data_dir} {' '.join(sizes)} --json {file}")
+    assert header[0].endswith(
+        f"-m cifar_dist.bench loader {shlex.join(['--data.dir', str(data_dir), *sizes, '--json', str(file)])}"
+    )
     assert report["hardware"] in header[1]
     assert f"ffcv {report['versions']['ffcv']}" in header[2]
 

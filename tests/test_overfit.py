@@ -10,7 +10,7 @@ import pytest
 from tests import runs
 
 OPTIONS = ("--config", str(runs.REPOSITORY / "configs/quickstart.yaml"), "--data.train_on", "train", "--data.subset",
-           "512", "--train.epochs", "14", "--train.log_every_steps", "16", "--train.batch_size", "32",
+           "512", "--train.epochs", "24", "--train.log_every_steps", "16", "--train.batch_size", "32",
            "--train.micro_batch_size", "32", "--model.auxiliary", "True", "--augment.flip", "none",
            "--augment.translate", "0", "--eval.every_epochs", "0", "--eval.tta", "none", "--eval.bn_samples", "512",
            "--track.wandb", "disabled")  # fmt: skip
@@ -25,7 +25,7 @@ def test_all_of_512_images_are_learned(name: str, precision: str, data_dir: Path
              "--run.dir", tmp_path / "run")  # fmt: skip
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     epochs = [record["train/accuracy"] for record in records if "train/accuracy" in record]
-    assert len(epochs) == 14  # one line an epoch
+    assert len(epochs) == 24  # one line an epoch
     assert epochs[0] < 0.5
     assert epochs[-1] == 1.0
     assert runs.summary(tmp_path / "run")["train_seconds"] < 180

@@ -153,7 +153,8 @@ def test_missing_and_unfinished_runs_are_all_named(
     for part in ("seed-1 is not finished", "seed-2 is not finished", "seed-7 does not exist", "--run.resume auto"):
         assert part in message
     assert "seed-0" not in message
-    assert "holds no run" in refusal(monkeypatch, capsys, tmp_path / "seed-0" / "..", tmp_path.parent)
+    (tmp_path / "empty").mkdir()
+    assert "holds no run" in refusal(monkeypatch, capsys, tmp_path / "seed-0" / "..", tmp_path / "empty")
     assert "no run is given" in refusal(monkeypatch, capsys)
 
 
