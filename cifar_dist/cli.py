@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from cifar_dist.config import Config, accumulation_steps, validate
+from cifar_dist.config import Config
 from cifar_dist.errors import UserError, leave_time_to_speak, speaks
+from cifar_dist.limits import accumulation_steps, validate
 
 T = TypeVar("T")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from cifar_dist.data import beton, cifar10, dataset
 
 # Numbers are asserted for CPUs, several ranks on any machine; child processes inherit it.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# A shell starts what it puts in the background with Ctrl-C ignored, and child processes inherit that too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 REPOSITORY = Path(__file__).parents[1]
 
 

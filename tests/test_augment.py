@@ -167,6 +167,21 @@ def test_dtypes_and_layout(images: Tensor, dtype: torch.dtype) -> None:
     assert augment.normalize(images.contiguous(), dtype).is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reduced_images_are_means_under_triangles(images: Tensor, dtype: torch.dtype) -> None:
+    """Antialiased bilinear interpolation: each of 24 pixels is a weighted mean over 32/24 pixels to each side."""
+    draws = augment.draw(torch.arange(500), 0, 0, CUTOUT)
+    distance = np.abs((np.arange(24)[:, None] + 0.5) * 32 / 24 - (np.arange(32) + 0.5))
+    weights = np.maximum(0, 1 - distance * 24 / 32)
+    weights /= weights.sum(axis=1, keepdims=True)
+    full = augment.apply(images, draws, 12, torch.float64).numpy()
+    result = augment.apply(images, draws, 12, dtype, 24)
+    assert result.dtype == dtype
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    error = np.abs(result.double().numpy() - weights @ full @ weights.T).max()
+    assert error < {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 2**-7)
+
+
 def test_traces_into_one_graph(images: Tensor) -> None:
     """torch.compile takes it whole and without a warning, and the kept constants are not mixed up between dtypes."""
     draws = augment.draw(torch.arange(500), 0, 0, CUTOUT)
@@ -174,7 +189,9 @@ def test_traces_into_one_graph(images: Tensor) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*lru_cache.*")
         for dtype in DTYPES:
-            assert torch.equal(compiled(images, draws, 12, dtype), augment.apply(images, draws, 12, dtype))
+            for side in (None, 24):
+                options = (draws, 12, dtype, side)
+                assert torch.equal(compiled(images, *options), augment.apply(images, *options))
 
 
 def receipt(indices: Tensor, epoch: int = 0) -> Tensor:

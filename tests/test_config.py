@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 from cifar_dist import cli
-from cifar_dist.config import Config, accumulation_steps, validate
+from cifar_dist.config import Config
 from cifar_dist.errors import UserError
+from cifar_dist.limits import accumulation_steps, validate
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -38,7 +39,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "schedule": "linear", "warmup_share": 0.2, "warmup_min_steps": 50, "label_smoothing": 0.1, "grad_clip": None,
         "ema_decay": None,
     },
-    "augment": {"flip": "alternating", "translate": 4, "cutout": 8},
+    "augment": {"flip": "alternating", "translate": 4, "cutout": 8, "low_resolution_share": 0.0},
     "eval": {"every_epochs": 5, "batch_size": 500, "bn_samples": 5_000, "tta": "six"},
     "track": {"wandb": "auto", "project": "cifar_dist"},
     "debug": {"inspect": False, "anomaly": False, "overfit_steps": 0},
@@ -63,7 +64,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "schedule": "cosine", "warmup_share": 1.0, "warmup_min_steps": 7, "label_smoothing": 0.0, "grad_clip": 1.5,
         "ema_decay": 0.999,
     },
-    "augment": {"flip": "none", "translate": 0, "cutout": 5},
+    "augment": {"flip": "none", "translate": 0, "cutout": 5, "low_resolution_share": 0.0},
     "eval": {"every_epochs": 0, "batch_size": 1, "bn_samples": 2, "tta": "none"},
     "track": {"wandb": "offline", "project": "größer"},
     "debug": {"inspect": True, "anomaly": True, "overfit_steps": 5},
@@ -95,7 +96,8 @@ def test_every_key_from_the_command_line() -> None:
     config = cli.load_config(arguments(OTHERS))
     assert asdict(config) == OTHERS
     changed = [(s, k) for s in DEFAULTS for k in DEFAULTS[s] if DEFAULTS[s][k] == OTHERS[s][k]]
-    assert changed == [("model", "norm"), ("model", "branch5x5")]  # of which Inception V2 has but one
+    # Inception V2 has but one of the first two, and auxiliary heads go with one resolution.
+    assert changed == [("model", "norm"), ("model", "branch5x5"), ("augment", "low_resolution_share")]
 
 
 @pytest.mark.parametrize("tree", [DEFAULTS, OTHERS])
@@ -266,6 +268,7 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "optim.ema_decay": ([0.5, None], [0, 1, "nan"]),
     "augment.translate": ([0, 15], [-1, 16]),
     "augment.cutout": ([0, 32], [-1, 33]),
+    "augment.low_resolution_share": ([0, 0.5, 1], [-0.1, 1.1, "nan"]),
     "eval.every_epochs": ([0], [-1]),
     "eval.batch_size": ([1, 10_000], [0, 10_001]),
     "eval.bn_samples": ([2, 50_000], [1, 50_001]),
@@ -296,6 +299,10 @@ def test_limits(key: str) -> None:
         (
             "--model.name inception_v2_slim --model.branch5x5 3x3",
             "model.branch5x5 is 3x3, but Inception V2 has two 3x3",
+        ),
+        (
+            "--augment.low_resolution_share 0.5 --model.auxiliary True",
+            "augment.low_resolution_share is above 0, but aux",
         ),
         ("--model.stem imagenet --model.auxiliary True", "model.auxiliary is True, but model.stem imagenet leaves"),
         ("--model.norm none --optim.name muon", "optim.name is muon, which needs model.norm batch"),

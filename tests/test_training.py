@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from cifar_dist.config import Config, OptimConfig, TrainConfig
+from cifar_dist.config import AugmentConfig, Config, OptimConfig, TrainConfig
 from cifar_dist.data.augment import normalize
 from cifar_dist.data.loader import BetonLoader
 from cifar_dist.distributed import World
@@ -162,7 +162,10 @@ def test_schedule_counts_in_steps() -> None:
     assert [s for s in range(1, 16) if schedule.should_save(s)] == [4, 8, 12, 15]
     assert [s for s in range(1, 16) if schedule.should_log(s)] == [3, 6, 9, 12, 15]
     assert [s for s in range(1, 16) if schedule.should_read(s)] == [3, 4, 5, 6, 8, 9, 10, 12, 15]
+    assert {schedule.side(done) for done in range(15)} == {None}
     assert schedule_of(replace(config, train=TrainConfig(max_steps=7)), 5).total_steps == 7
+    small = schedule_of(replace(config, augment=AugmentConfig(low_resolution_share=0.4)), 5)
+    assert [small.side(done) for done in range(15)] == [24] * 6 + [None] * 9
 
 
 def test_recalibrated_statistics_are_those_of_the_samples(data_dir: Path) -> None:

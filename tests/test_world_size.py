@@ -12,15 +12,14 @@ from cifar_dist.training.checkpoint import path_of
 from tests import runs
 
 pytestmark = [pytest.mark.run, pytest.mark.data]
-# Everything that could tell ranks apart is on: dropout, cutout, moving average, clipping; and in the other network
-# auxiliary heads, filters from the data, Muon and merged convolutions (at half the width, for time).
+# Everything that could tell ranks apart is on: dropout, cutout, low resolution, moving average, clipping; and in the
+# other network auxiliary heads, filters from the data, merged convolutions, Muon.
 EXTRAS = {
     "inception_v1": ("--train.precision", "fp64", "--model.stem", "strided", "--model.dropout", "0.2",
-                     "--augment.cutout", "8", "--optim.name", "sgd", "--optim.ema_decay", "0.9",
-                     "--optim.grad_clip", "5"),
-    "inception_v2": ("--train.precision", "fp64", "--model.width", "0.0625", "--model.auxiliary", "True",
-                     "--model.stem", "whiten", "--model.merge_1x1", "on", "--optim.name", "muon",
-                     "--optim.ema_decay", "0.9"),
+                     "--augment.cutout", "8", "--augment.low_resolution_share", "0.5", "--optim.name", "sgd",
+                     "--optim.ema_decay", "0.9", "--optim.grad_clip", "5"),
+    "inception_v2": ("--train.precision", "fp64", "--model.auxiliary", "True", "--model.stem", "whiten",
+                     "--model.merge_1x1", "on", "--optim.name", "muon", "--optim.ema_decay", "0.9"),
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cifar_dist.config import AugmentConfig
@@ -80,8 +81,9 @@ def draw(indices: Tensor, seed: int, epoch: int, config: AugmentConfig, size: in
     return Draws(flip, *shift.unbind(dim=1), *cut.unbind(dim=1))
 
 
-def apply(images: Tensor, draws: Draws, cutout: int, dtype: torch.dtype) -> Tensor:
-    """Augment and normalise: (N, 3, H, W) uint8 to the same shape in `dtype`, channels-last.
+def apply(images: Tensor, draws: Draws, cutout: int, dtype: torch.dtype, side: int | None = None) -> Tensor:
+    """Augment and normalise: (N, 3, H, W) uint8 to the same shape, or (N, 3, `side`, `side`), in `dtype`,
+    channels-last.
 
     Shifts must be less than the side they move along, H or W.
     """
@@ -96,14 +98,17 @@ def apply(images: Tensor, draws: Draws, cutout: int, dtype: torch.dtype) -> Tens
     start = (draws.shift_x + draws.flip * (width - 1)) % (2 * width - 2)
     place = y * wide.shape[2] + (image * (height * wide.shape[2]) + start)[:, None]
     moved = runs.index_select(0, place.view(-1))
-    output = _normalize_rows(moved.view(n, height, -1), dtype)
+    output = _normalize_rows(moved.view(n, height, -1), dtype if side is None else _at_least_float32(dtype))
     if cutout:
         columns = torch.arange(width, device=images.device)
         in_rows = (rows >= draws.cut_y[:, None]) & (rows < draws.cut_y[:, None] + cutout)
         in_columns = (columns >= draws.cut_x[:, None]) & (columns < draws.cut_x[:, None] + cutout)
         in_columns = in_columns.repeat_interleave(channels, dim=1)
         output.masked_fill_(in_rows[:, :, None] & in_columns[:, None, :], 0.0)
-    return output.view(n, height, width, channels).permute(0, 3, 1, 2)
+    output = output.view(n, height, width, channels).permute(0, 3, 1, 2)
+    if side is None:
+        return output
+    return F.interpolate(output, (side, side), mode="bilinear", antialias=True).to(dtype)
 
 
 def normalize(images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -118,10 +123,14 @@ def normalize(images: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _normalize_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """(N, H, W * 3) uint8 to the same shape in `dtype`."""
-    compute = dtype if dtype == torch.float64 else torch.float32
+    compute = _at_least_float32(dtype)
     fill = _fill_statistics if torch.compiler.is_compiling() else _kept_statistics
     mean, scale = fill(rows.device, compute, rows.shape[2] // 3)
     return rows.to(compute).sub_(mean).mul_(scale).to(dtype)
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 def _fill_statistics(device: torch.device, dtype: torch.dtype, width: int) -> tuple[Tensor, Tensor]:

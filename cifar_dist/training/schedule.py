@@ -6,6 +6,17 @@ from dataclasses import dataclass
 
 from cifar_dist.config import Config
 
+LOW_RESOLUTION = 24  # pixels on a side
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an optimizer step does not share with all others."""
+
+    number: int  # from 0
+    lr_share: float  # of the peak learning rates
+    side: int | None = None  # of its images, in pixels; None: as they are
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -16,6 +27,11 @@ class Schedule:
     log_every: int
     checkpoint_every: int
     validate_every: int  # 0: at the end only
+    low_resolution_steps: int = 0
+
+    def side(self, done: int) -> int | None:
+        """The side of the next step's images in pixels, None: as they are."""
+        return LOW_RESOLUTION if done < self.low_resolution_steps else None
 
     def ends_epoch(self, done: int) -> bool:
         return done % self.steps_per_epoch == 0
@@ -40,4 +56,5 @@ def schedule_of(config: Config, steps_per_epoch: int) -> Schedule:
     train = config.train
     total = train.max_steps if train.max_steps is not None else train.epochs * steps_per_epoch
     every = config.eval.every_epochs * steps_per_epoch
-    return Schedule(steps_per_epoch, total, train.log_every_steps, train.checkpoint_every_steps, every)
+    small = round(config.augment.low_resolution_share * total)
+    return Schedule(steps_per_epoch, total, train.log_every_steps, train.checkpoint_every_steps, every, small)

@@ -12,17 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cifar_dist.config import Config, accumulation_steps
+from cifar_dist.config import Config
 from cifar_dist.data import augment
 from cifar_dist.data.loader import Batch
 from cifar_dist.distributed import World
 from cifar_dist.errors import CheckpointError, NonFiniteError
 from cifar_dist.hashing import derive
+from cifar_dist.limits import accumulation_steps
 from cifar_dist.models.auxiliary import AUXILIARY_WEIGHT, Logits, without_auxiliary
 from cifar_dist.models.registry import create_model
 from cifar_dist.training import checkpoint, optim
 from cifar_dist.training.metrics import Metrics
 from cifar_dist.training.precision import NumberFormat
+from cifar_dist.training.schedule import LOW_RESOLUTION, Step
 
 
 class Stepper:
@@ -62,15 +64,17 @@ class Stepper:
             stepped = DistributedDataParallel(stepped, gradient_as_bucket_view=True, **{sync: False})  # type: ignore[arg-type]
         elif not self._compiled:
             return stepped
-        # One pass of zeros compiles before the clock runs. And DDP regroups its buckets after the first backward pass,
-        # while sums over three or more ranks round by bucket: so a resumed run adds up like one that never stopped.
-        num = self.config.train.micro_batch_size
+        # One pass of zeros per size compiles before the clock runs. And DDP regroups its buckets after the first
+        # backward pass, while sums over three or more ranks round by bucket: so a resumed run adds up like one that
+        # never stopped.
+        num, share = self.config.train.micro_batch_size, self.config.augment.low_resolution_share
         images = torch.zeros(num, 32, 32, 3, dtype=torch.uint8, device=self.world.device).permute(0, 3, 1, 2)
         draws = augment.draw(torch.arange(num, device=self.world.device), 0, 0, self.config.augment)
-        inputs = self._inputs(images, draws)
-        with self.number_format.autocast():
-            logits, auxiliary = _outputs(stepped(inputs))
-            torch.autograd.backward(sum((output.sum() for output in auxiliary), logits.sum()) * 0)
+        for side in (*([LOW_RESOLUTION] if share > 0 else []), *([None] if share < 1 else [])):
+            inputs = self._inputs(images, draws, side)
+            with self.number_format.autocast():
+                logits, auxiliary = _outputs(stepped(inputs))
+                torch.autograd.backward(sum((output.sum() for output in auxiliary), logits.sum()) * 0)
         self.optimizer.zero_grad()
         return stepped
 
@@ -79,11 +83,10 @@ class Stepper:
         """What is evaluated: the moving average where there is one; without auxiliary heads."""
         return self._main if self.ema is None else self.ema.module
 
-    def step(self, step: int, share: float, batches: Iterator[tuple[int, Batch]], metrics: Metrics) -> None:
-        """Do optimizer step number `step` with that share of the peak learning rates; takes `accumulation` (epoch,
-        micro-batch)s."""
+    def step(self, step: Step, batches: Iterator[tuple[int, Batch]], metrics: Metrics) -> None:
+        """Do one optimizer step; takes `accumulation` (epoch, micro-batch)s."""
         for group in self.optimizer.param_groups:
-            group["lr"] = share * group["peak_lr"]
+            group["lr"] = step.lr_share * group["peak_lr"]
         for part in range(self.accumulation):
             epoch, batch = next(batches)
             self._forward_backward(step, part, epoch, batch, metrics)
@@ -96,27 +99,27 @@ class Stepper:
         if self.ema is not None:
             self.ema.update_parameters(self._main)
 
-    def _forward_backward(self, step: int, part: int, epoch: int, batch: Batch, metrics: Metrics) -> None:
+    def _forward_backward(self, step: Step, part: int, epoch: int, batch: Batch, metrics: Metrics) -> None:
         config = self.config
         draws = augment.draw(batch.indices, config.run.seed, epoch, config.augment)
-        images = self._inputs(batch.images, draws)
+        images = self._inputs(batch.images, draws, step.side)
         if config.model.dropout or config.model.auxiliary:
             # By place in the global batch, not by rank, so that dropout too is the same at any world size.
             place = self.world.rank * self.accumulation + part
-            torch.manual_seed(derive(config.run.seed, "dropout", step, place))
+            torch.manual_seed(derive(config.run.seed, "dropout", step.number, place))
         with self._no_sync() if part < self.accumulation - 1 else contextlib.nullcontext():
             with self.number_format.autocast():
                 logits, auxiliary = _outputs(self._stepped(images))
             loss = self._loss(logits, batch.labels)
             total = loss + AUXILIARY_WEIGHT * sum(self._loss(output, batch.labels) for output in auxiliary)
-            self._backward(step, total / self.accumulation)
+            self._backward(step.number, total / self.accumulation)
         with torch.no_grad():
             finite = torch.isfinite(total)
             metrics.add(loss, finite, logits, batch.labels, augment.receipt_words(batch.indices, draws))
 
-    def _inputs(self, images: Tensor, draws: augment.Draws) -> Tensor:
+    def _inputs(self, images: Tensor, draws: augment.Draws, side: int | None) -> Tensor:
         """What the network is fed: (N, 3, H, W) uint8, augmented, in its number format and memory order."""
-        augmented = self._augment(images, draws, self.config.augment.cutout, self.number_format.inputs)
+        augmented = self._augment(images, draws, self.config.augment.cutout, self.number_format.inputs, side)
         return augmented if self.config.train.channels_last else augmented.contiguous()
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:

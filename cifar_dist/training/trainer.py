@@ -19,7 +19,7 @@ from cifar_dist.distributed import together
 from cifar_dist.errors import NonFiniteError, shared
 from cifar_dist.training import checkpoint, evaluation, optim
 from cifar_dist.training.metrics import Metrics, Receipt, Window
-from cifar_dist.training.schedule import schedule_of
+from cifar_dist.training.schedule import Step, schedule_of
 from cifar_dist.training.stepper import Stepper
 
 
@@ -79,8 +79,9 @@ class Trainer:
         started = time.perf_counter()
         batches = self._batches()
         while progress.step < total:
-            share = optim.schedule(progress.step, total, self.config.optim)
-            self.stepper.step(progress.step, share, batches, self.metrics)
+            lr_share = optim.schedule(progress.step, total, self.config.optim)
+            step = Step(progress.step, lr_share, self.schedule.side(progress.step))
+            self.stepper.step(step, batches, self.metrics)
             progress.step += 1
             self.tick(progress.step)
             if progress.first_step_seconds is None:
