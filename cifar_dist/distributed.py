@@ -75,18 +75,26 @@ def joined(device: str) -> Iterator[World]:
                 f"Start them with torchrun or launch/node."
             ) from error
     try:
-        yield world
+        with naming_lost_peers(world):
+            yield world
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def naming_lost_peers(world: World) -> Iterator[None]:
+    """Turn what gloo and NCCL raise when another process is gone into a PeerError."""
+    try:
+        yield
     except RuntimeError as error:
-        if size > 1 and any(sign in str(error) for sign in _SIGNS_OF_A_LOST_PEER):
+        if world.size > 1 and any(sign in str(error) for sign in _SIGNS_OF_A_LOST_PEER):
             detail = (str(error).splitlines() or [""])[0][:200]
             raise PeerError(
                 f"rank {world.rank} lost contact with another process, which failed or was stopped: {detail}\n"
                 f"Look for the first error above and in the run's logs/; then go on with --run.resume auto."
             ) from error
         raise
-    finally:
-        if size > 1:
-            dist.destroy_process_group()
 
 
 def _device(wanted: str, local_rank: int, local_size: int) -> torch.device:

@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+EXIT_CODES = "CIFAR_DIST_EXIT_CODES"
+"""The environment variable with a folder in which each rank leaves its exit code."""
+_ending = threading.Event()
 
 
 class UserError(ValueError):
@@ -50,6 +56,15 @@ class RunInUseError(UserError):
     exit_code = 7
 
 
+class StopError(BaseException):
+    """The run was asked to stop by a signal, and saved what there was to save.
+
+    No Exception, as a signal may come while some library catches all of those.
+    """
+
+    exit_code = 75
+
+
 def shared(error: UserError) -> UserError:
     """Mark an error that every rank raises alike, so that only rank 0 prints it."""
     error.shared = True
@@ -71,15 +86,44 @@ def reported(alike: bool = False) -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        end()
         if speaks() or not (alike or error.shared):
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             leave_time_to_speak()
+        leave_code(error.exit_code)
+        raise SystemExit(error.exit_code) from None
+    except StopError as error:
+        end()
+        if speaks():
+            print(error, file=sys.stderr, flush=True)
+        leave_code(error.exit_code)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         if speaks():
             print("interrupted", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
+    except Exception:
+        end()
+        leave_code(1)
+        raise
+
+
+def end() -> None:
+    """From now on this process is on its way out, and no signal may hide why."""
+    _ending.set()
+
+
+def ending() -> bool:
+    return _ending.is_set()
+
+
+def leave_code(code: int) -> None:
+    """For the launcher, since torchrun does not pass it on."""
+    folder = os.environ.get(EXIT_CODES)
+    if folder:
+        with suppress(OSError):
+            Path(folder, os.environ.get("RANK", "0")).write_text(str(code))
 
 
 def leave_time_to_speak() -> None:

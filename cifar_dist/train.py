@@ -6,20 +6,32 @@ import os
 import sys
 from contextlib import ExitStack
 
-from cifar_dist.cli import load_config
-from cifar_dist.errors import reported
+from cifar_dist import stopping
+from cifar_dist.config import Config
+from cifar_dist.errors import end, leave_code, reported
 
 
 def main() -> None:
-    with reported(alike=True):
-        config = load_config(sys.argv[1:], "train", "Train GoogLeNet on CIFAR-10.")
+    """Train as the command line says."""
+    with reported():
+        stopping.listen()  # before anything that takes its time to be imported
+        from cifar_dist.cli import load_config
+
+        with reported(alike=True):
+            config = load_config(sys.argv[1:], "train", "Train GoogLeNet on CIFAR-10.")
+        _train(config)
+        end()
+        leave_code(0)
+
+
+def _train(config: Config) -> None:
     if config.train.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or FFCV would open one of the GPUs
     # torch is imported only now, so that --help and mistakes are answered at once.
     from cifar_dist.distributed import joined
     from cifar_dist.training.run import run
 
-    with reported(), joined(config.train.device) as world, ExitStack() as stack:
+    with joined(config.train.device) as world, ExitStack() as stack:
         run(config, world, stack)
 
 

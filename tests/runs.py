@@ -31,8 +31,12 @@ def command(world_size: int, module: str = "train") -> list[str]:
 def start(
     world_size: int, *arguments: str | Path, module: str = "train", cwd: Path = REPOSITORY
 ) -> subprocess.Popen[str]:
+    return start_command([*command(world_size, module), *map(str, arguments)], cwd)
+
+
+def start_command(words: list[str], cwd: Path = REPOSITORY) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*command(world_size, module), *map(str, arguments)],
+        words,
         cwd=cwd,
         env=os.environ | {"WANDB_MODE": "offline"},
         stdout=subprocess.PIPE,

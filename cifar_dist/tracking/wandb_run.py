@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cifar_dist.config import TrackConfig
 from cifar_dist.errors import UserError
 from cifar_dist.files import write_text_atomic
+from cifar_dist.stopping import kept_from_children
 from cifar_dist.tracking.records import Value
 from cifar_dist.tracking.wandb_login import Mode, resolve_mode
 
@@ -79,7 +80,8 @@ def _init(mode: Mode, project: str, run_dir: Path, run_id: str, run_config: dict
     }
     if "finish_timeout" in wandb.Settings.model_fields:  # older ones wait without end
         settings |= {"finish_timeout": FINISH_TIMEOUT_S, "finish_timeout_raises": True}
-    wandb.setup(wandb.Settings(silent=True))
+    with kept_from_children():  # its process must outlive this one's last step
+        wandb.setup(wandb.Settings(silent=True))
     run = wandb.init(
         mode=mode, project=project, dir=str(run_dir), id=run_id, resume="allow", name=name, config=run_config,
         settings=wandb.Settings(**settings),

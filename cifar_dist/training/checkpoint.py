@@ -22,7 +22,7 @@ from torch import nn
 from cifar_dist.errors import CheckpointError
 from cifar_dist.files import write_bytes_atomic, write_text_atomic
 
-FORMAT = 2  # 1 knew no optimizer but SGD
+FORMAT = 3  # 1 knew no optimizer but SGD, 2 no validation left to do
 _NAME = re.compile(r"step-(\d{8,})\.pt")
 
 

@@ -16,12 +16,12 @@ import yaml
 from cifar_dist.cli import to_yaml
 from cifar_dist.config import NUM_TEST, Config
 from cifar_dist.data.loader import BetonLoader
-from cifar_dist.distributed import World, broadcast_bytes, from_rank0, together
+from cifar_dist.distributed import World, broadcast_bytes, from_rank0, naming_lost_peers, together
 from cifar_dist.files import write_text_atomic
 from cifar_dist.models.layers import num_parameters
 from cifar_dist.tracking.curves import draw_curves
 from cifar_dist.tracking.tracker import Tracker
-from cifar_dist.training import checkpoint, debug, evaluation, run_directory
+from cifar_dist.training import checkpoint, debug, evaluation, run_directory, status
 from cifar_dist.training.precision import number_format, set_backends
 from cifar_dist.training.samples import split_of
 from cifar_dist.training.stepper import Stepper
@@ -61,6 +61,7 @@ def run(config: Config, world: World, stack: ExitStack) -> None:
 
     Raises:
         UserError: anything that a user can mend; see `errors` for the kinds.
+        StopError: a signal came; everything is saved.
     """
     reporter = Reporter(world)
     formats = together(world, lambda: number_format(config.train.precision, world.device))
@@ -68,27 +69,28 @@ def run(config: Config, world: World, stack: ExitStack) -> None:
     data_dir = config.data.dir
     parts = split_of(config.data, data_dir, world, reporter.say)
     directory, start = _claim(config, world, stack, reporter)
-    together(world, lambda: _log_to(directory / "logs" / f"rank-{world.rank}.log", stack))
-    devices = device_names(world)
-    open_loader = partial(BetonLoader, data_dir / "train.beton", world.device, config.data.num_workers)
-    loader = stack.enter_context(together(world, open_loader))
-    stepper = Stepper(config, world, formats)
-    calibration = evaluation.calibration_samples(parts, config.eval)
-    fit_whitening([stepper.model, stepper.scored_model], loader, calibration, world)
-    checkpoints = directory / "checkpoints"
-    trainer = Trainer(config, stepper, parts, loader, reporter.report, reporter.tick, checkpoints)
-    if start:
-        together(world, lambda: trainer.restore(checkpoint.decode(start, "the checkpoint"), "the checkpoint"))
-    _introduce(config, trainer, devices, directory, reporter)
-    complete = from_rank0(world, (directory / "summary.json").exists)
-    if complete and trainer.progress.step == trainer.schedule.total_steps:
-        reporter.say(f"this run is complete; its figures are in {directory / 'summary.json'}")
-        return
-    together(world, lambda: run_directory.write_config(config, directory), at_work=world.speaks)
-    together(world, lambda: debug.check(config, trainer, reporter.say))
-    together(world, lambda: _start_tracking(config, trainer, directory, stack, reporter), at_work=world.speaks)
-    trainer.train()
-    _finish(config, trainer, devices, directory, reporter)
+    with status.kept(directory, world.speaks), naming_lost_peers(world):
+        together(world, lambda: _log_to(directory / "logs" / f"rank-{world.rank}.log", stack))
+        devices = device_names(world)
+        open_loader = partial(BetonLoader, data_dir / "train.beton", world.device, config.data.num_workers)
+        loader = stack.enter_context(together(world, open_loader))
+        stepper = Stepper(config, world, formats)
+        calibration = evaluation.calibration_samples(parts, config.eval)
+        fit_whitening([stepper.model, stepper.scored_model], loader, calibration, world)
+        checkpoints = directory / "checkpoints"
+        trainer = Trainer(config, stepper, parts, loader, reporter.report, reporter.tick, checkpoints)
+        if start:
+            together(world, lambda: trainer.restore(checkpoint.decode(start, "the checkpoint"), "the checkpoint"))
+        _introduce(config, trainer, devices, directory, reporter)
+        complete = from_rank0(world, (directory / "summary.json").exists)
+        if complete and trainer.progress.step == trainer.schedule.total_steps:
+            reporter.say(f"this run is complete; its figures are in {directory / 'summary.json'}")
+            return
+        together(world, lambda: run_directory.write_config(config, directory), at_work=world.speaks)
+        together(world, lambda: debug.check(config, trainer, reporter.say))
+        together(world, lambda: _start_tracking(config, trainer, directory, stack, reporter), at_work=world.speaks)
+        trainer.train()
+        _finish(config, trainer, devices, directory, reporter)
 
 
 def _start_tracking(config: Config, trainer: Trainer, directory: Path, stack: ExitStack, reporter: Reporter) -> None:

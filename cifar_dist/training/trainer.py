@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, field
@@ -11,14 +12,16 @@ from typing import Any
 import psutil
 import torch
 
+from cifar_dist import stopping
 from cifar_dist.cli import to_yaml
 from cifar_dist.config import Config
 from cifar_dist.data.loader import Batch, BetonLoader
 from cifar_dist.data.order import Indices, Order, Split
 from cifar_dist.distributed import together
-from cifar_dist.errors import NonFiniteError, shared
+from cifar_dist.errors import NonFiniteError, StopError, shared
 from cifar_dist.training import checkpoint, evaluation, optim
 from cifar_dist.training.metrics import Metrics, Receipt, Window
+from cifar_dist.training.preemption import StopVote
 from cifar_dist.training.schedule import Step, schedule_of
 from cifar_dist.training.stepper import Stepper
 
@@ -38,6 +41,7 @@ class Progress:
     best_step: int | None = None
     best_accuracy: float = -1.0
     last_validation: dict[str, float] | None = None
+    validation_due: bool = False  # the run was stopped where it should have validated
 
 
 class Trainer:
@@ -74,7 +78,14 @@ class Trainer:
         Raises:
             NonFiniteError: on every rank; nothing was saved since the last finite log step.
             CheckpointError: a checkpoint could not be written.
+            StopError: on every rank; a signal came, and the step at which all stopped is saved.
         """
+        with stopping.hold():
+            if self.progress.validation_due:
+                self._validate_and_save()
+            self._train(StopVote(self.world))
+
+    def _train(self, vote: StopVote) -> None:
         progress, total = self.progress, self.schedule.total_steps
         started = time.perf_counter()
         batches = self._batches()
@@ -86,12 +97,21 @@ class Trainer:
             self.tick(progress.step)
             if progress.first_step_seconds is None:
                 progress.first_step_seconds = self._seconds_since_process_start()
-            if self.schedule.should_read(progress.step):
+            asked = vote.after_step()
+            if asked or self.schedule.should_read(progress.step):
                 self._read_metrics(started)
                 if self.schedule.should_log(progress.step):
                     self._log()
+                if asked:
+                    # A validation may take longer than there is; the next sitting begins with it.
+                    progress.validation_due = self.schedule.should_validate(progress.step)
+                    self.save()
+                    raise self._stopped(asked)
                 self._validate_and_save()
                 started = time.perf_counter()
+        asked = vote.after_last()
+        if asked:
+            raise self._stopped(asked)
 
     def _batches(self) -> Iterator[tuple[int, Batch]]:
         """(epoch, micro-batch) from the current step on: this rank's slice of each global batch, in order."""
@@ -142,8 +162,14 @@ class Trainer:
         advice = "Lower optim.lr, set optim.grad_clip, or see where it starts with --debug.anomaly True."
         return shared(NonFiniteError(f"{what} {good}. {advice}"))
 
+    def _stopped(self, asked: signal.Signals) -> StopError:
+        stopping.tell_launcher()
+        text = f"stopped by {asked.name} after step {self.progress.step}, which is saved in {self.directory}."
+        return StopError(f"{text} The same command with --run.resume auto goes on from there.")
+
     def _validate_and_save(self) -> None:
         progress, ends = self.progress, self.progress.step == self.schedule.total_steps
+        progress.validation_due = False
         save = self.schedule.should_save(progress.step)
         validate = self.schedule.should_validate(progress.step) and len(self.split.validation) > 0
         if validate or ends:
@@ -199,6 +225,7 @@ class Trainer:
             "since_log": [*astuple(progress.since_log), progress.seconds_since_log],
             "best": [progress.best_step, progress.best_accuracy],
             "last_validation": progress.last_validation,
+            "validation_due": progress.validation_due,
             "receipt": [receipt.epochs, receipt.words, receipt.num_samples],
         }
 
@@ -216,4 +243,5 @@ class Trainer:
         progress.since_log = Window(*window)
         progress.best_step, progress.best_accuracy = state["best"]
         progress.last_validation = state["last_validation"]
+        progress.validation_due = state["validation_due"]
         self.metrics.receipt = Receipt(*state["receipt"])

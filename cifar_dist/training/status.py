@@ -1,0 +1,53 @@
+"""status.json: whether a run is at work, and how it ended."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from cifar_dist.errors import StopError, UserError, end
+from cifar_dist.files import write_text_atomic
+from cifar_dist.training import checkpoint
+from cifar_dist.training.summary import to_json
+
+FILE = "status.json"
+
+
+@contextmanager
+def kept(directory: Path, writes: bool) -> Iterator[None]:
+    """Keep `directory`/status.json on the rank that `writes`: running, then done, stopped (by a signal) or failed.
+
+    A run that is killed leaves "running", with the host and process that it was. From an error on, signals are ignored:
+    torchrun sends them to all ranks once one has failed.
+    """
+    if writes:
+        _write(directory, {"status": "running", "exit_code": None})
+    try:
+        yield
+    except BaseException as error:
+        end()
+        status = "stopped" if isinstance(error, StopError) else "failed"
+        code = error.exit_code if isinstance(error, (UserError, StopError)) else 1
+        if writes:
+            with suppress(OSError):  # the error itself says more
+                _write(directory, {"status": status, "exit_code": code, "message": str(error)[:2000]})
+        raise
+    if writes:
+        _write(directory, {"status": "done", "exit_code": 0})
+
+
+def _write(directory: Path, status: dict[str, Any]) -> None:
+    steps = checkpoint.all_steps(directory / "checkpoints")
+    facts = {
+        "last_checkpoint_step": steps[-1] if steps else None,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    write_text_atomic(directory / FILE, to_json({**status, **facts}))

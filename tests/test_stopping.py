@@ -1,0 +1,246 @@
+"""Stop signals in whole runs: what is saved, what is said, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cifar_dist.launch import what_failed
+from cifar_dist.training.checkpoint import all_steps
+from tests import runs
+
+pytestmark = [pytest.mark.run, pytest.mark.data]
+NUM_STEPS = 100
+OPTIONS = (*runs.SMALL, "--train.precision", "fp32", "--train.checkpoint_every_steps", "0",
+           "--train.batch_size", "32", "--train.log_every_steps", "4", "--train.max_steps", str(NUM_STEPS),
+           "--run.resume", "auto")  # fmt: skip
+
+
+def launch(*arguments: str | Path, restarts: int = 0) -> subprocess.Popen[str]:
+    """Two ranks as launch/node starts them."""
+    command = [sys.executable, "-m", "cifar_dist.launch", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", str(restarts), "-m", "cifar_dist.train"]
+    return runs.start_command([*command, *map(str, arguments)])
+
+
+def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str], limit_s: float = 120) -> Any:
+    deadline = time.monotonic() + limit_s
+    while not (value := condition()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return value
+
+
+def records_of(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def steps_logged(run_dir: Path) -> list[int]:
+    return [record["step"] for record in records_of(run_dir) if "train/loss" in record]
+
+
+def validations(run_dir: Path) -> list[dict[str, Any]]:
+    return [record for record in records_of(run_dir) if "val/accuracy" in record]
+
+
+def catches(pid: int) -> bool:
+    """Whether that process handles SIGUSR1 by now."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return False
+    (mask,) = (int(line.split()[1], 16) for line in lines if line.startswith("SigCgt"))
+    return bool(mask >> (signal.SIGUSR1 - 1) & 1)
+
+
+def status(run_dir: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((run_dir / "status.json").read_text())
+    return values
+
+
+def ranks(run_dir: Path, launcher: subprocess.Popen[str]) -> list[int]:
+    return sorted(pid for pid in runs.children_with(str(run_dir)) if pid != launcher.pid)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    runs.finish(launch(*OPTIONS, "--data.dir", data_dir, "--run.dir", folder))
+    assert status(folder)["status"] == "done"
+    return runs.summary(folder) | {"steps_logged": steps_logged(folder)}
+
+
+@pytest.mark.parametrize(
+    ("number", "to"), [(signal.SIGUSR1, "launcher"), (signal.SIGINT, "launcher"), (signal.SIGTERM, "one rank")]
+)
+def test_stopped_saves_and_goes_on_bitwise(
+    number: signal.Signals, to: str, uninterrupted: dict[str, Any], data_dir: Path, tmp_path: Path
+) -> None:
+    """Each signal comes twice, as when Slurm and torchrun both send it."""
+    run_dir = tmp_path / "run"
+    process = launch(*OPTIONS, "--data.dir", data_dir, "--run.dir", run_dir)
+    wait_until(lambda: steps_logged(run_dir), process)
+    assert status(run_dir)["status"] == "running"
+    asked_at = time.monotonic()
+    pid = process.pid if to == "launcher" else ranks(run_dir, process)[-1]
+    os.kill(pid, number)
+    time.sleep(0.05)
+    os.kill(pid, number)
+    output = runs.finish(process, expected=75)
+    assert time.monotonic() - asked_at < 20
+    (step,) = all_steps(run_dir / "checkpoints")
+    assert 4 <= step < NUM_STEPS
+    said = re.findall(r"stopped by (\w+) after step (\d+), which is saved", output)
+    passed_on = signal.SIGTERM if number == signal.SIGINT else number
+    assert said == [(passed_on.name, str(step))]
+    assert "Traceback" not in output
+    found = status(run_dir)
+    assert (found["status"], found["exit_code"], found["last_checkpoint_step"]) == ("stopped", 75, step)
+    assert runs.children_with(str(run_dir)) == []
+    assert not (run_dir / "summary.json").exists()
+
+    output = runs.finish(launch(*OPTIONS, "--data.dir", data_dir, "--run.dir", run_dir))
+    assert f"step-{step:08d}.pt" in output
+    figures = runs.summary(run_dir)
+    for key in ("model_sha256", "data_receipt", "test_confusion", "steps"):
+        assert figures[key] == uninterrupted[key], key
+    assert steps_logged(run_dir) == uninterrupted["steps_logged"]
+    assert status(run_dir)["status"] == "done"
+
+
+def test_stopped_where_it_validates(data_dir: Path, tmp_path: Path) -> None:
+    """Every step is an epoch with a validation; the one that was due is done when the run goes on."""
+    options = (*runs.SMALL, "--data.train_on", "train", "--data.subset", "96", "--train.max_steps", "4",
+               "--eval.every_epochs", "1", "--train.log_every_steps", "1", "--data.dir", data_dir,
+               "--train.precision", "fp32", "--run.resume", "auto")  # fmt: skip
+    runs.run(1, *options, "--run.dir", tmp_path / "whole")
+    run_dir = tmp_path / "stopped"
+    process = runs.start(1, *options, "--run.dir", run_dir)
+    wait_until(lambda: validations(run_dir), process)
+    process.send_signal(signal.SIGTERM)
+    assert "which is saved" in runs.finish(process, expected=75)
+    step = all_steps(run_dir / "checkpoints")[-1]
+    assert [record["step"] for record in validations(run_dir)][-1] == step - 1
+    runs.run(1, *options, "--run.dir", run_dir)
+    assert validations(run_dir) == validations(tmp_path / "whole")
+    assert runs.summary(run_dir)["model_sha256"] == runs.summary(tmp_path / "whole")["model_sha256"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_before_the_first_step(number: signal.Signals, data_dir: Path, tmp_path: Path) -> None:
+    """At moments of the start that differ in what runs: imports of the launcher, of the workers, ranks that meet."""
+    moments: list[tuple[str, Callable[[subprocess.Popen[str], Path], Any]]] = [
+        ("imports", lambda process, _: catches(process.pid)),
+        ("workers", lambda process, run_dir: ranks(run_dir, process)),
+        ("two workers listen", lambda process, run_dir: sum(map(catches, ranks(run_dir, process))) == 2),
+    ]
+    for name, reached in moments:
+        run_dir = tmp_path / name
+        process = launch(*OPTIONS, "--train.max_steps", "4000", "--data.dir", data_dir, "--run.dir", run_dir)
+        wait_until(functools.partial(reached, process, run_dir), process)
+        os.kill(process.pid, number)
+        asked_at = time.monotonic()
+        output = runs.finish(process, expected=75)
+        assert time.monotonic() - asked_at < 20
+        assert "Traceback" not in output
+        assert runs.children_with(str(run_dir)) == []
+
+
+def test_killed_launcher_leaves_no_worker(data_dir: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = launch(*OPTIONS, "--train.max_steps", "4000", "--data.dir", data_dir, "--run.dir", run_dir)
+    wait_until(lambda: steps_logged(run_dir), process)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 25
+    while runs.children_with(str(run_dir)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert len(all_steps(run_dir / "checkpoints")) == 1
+    assert status(run_dir)["status"] == "stopped"
+
+
+def test_interrupt_of_one_process(data_dir: Path, tmp_path: Path) -> None:
+    process = runs.start(1, *OPTIONS, "--train.max_steps", "4000", "--data.dir", data_dir, "--run.dir", tmp_path)
+    wait_until(lambda: steps_logged(tmp_path), process)
+    process.send_signal(signal.SIGINT)
+    output = runs.finish(process, expected=75)
+    assert "Ctrl-C again leaves at once" in output
+    assert "stopped by SIGINT after step" in output
+    assert status(tmp_path)["exit_code"] == 75
+
+
+def test_second_interrupt_leaves_at_once(data_dir: Path, tmp_path: Path) -> None:
+    """With a rank that stands still, so that the first leads to nothing."""
+    process = launch(*OPTIONS, "--train.max_steps", "4000", "--data.dir", data_dir, "--run.dir", tmp_path)
+    wait_until(lambda: steps_logged(tmp_path), process)
+    os.kill(ranks(tmp_path, process)[-1], signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)  # of the same keystroke
+    time.sleep(3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    runs.finish(process, expected=130, timeout_s=5)
+    assert runs.children_with(str(tmp_path)) == []
+
+
+def test_codes_of_failures(data_dir: Path, tmp_path: Path) -> None:
+    """Torchrun's own is always 1."""
+    common = (*OPTIONS, "--data.dir", data_dir, "--run.dir", tmp_path / "run")
+    assert "no multiple" in runs.finish(launch(*common, "--train.micro_batch_size", "50"), expected=2)
+    explodes = ("--optim.name", "sgd", "--optim.lr", "1e5", "--optim.warmup_min_steps", "0")
+    assert "Traceback" not in runs.finish(launch(*common, *explodes), expected=5)
+    assert status(tmp_path / "run")["exit_code"] == 5
+    other = ("--run.dir", tmp_path / "other", "--run.resume", str(tmp_path / "none.pt"))
+    assert "none.pt" in runs.finish(launch(*common, *other), expected=4)
+
+
+def test_code_of_a_killed_rank(data_dir: Path, tmp_path: Path) -> None:
+    process = launch(*OPTIONS, "--train.max_steps", "4000", "--data.dir", data_dir, "--run.dir", tmp_path)
+    wait_until(lambda: steps_logged(tmp_path), process)
+    os.kill(ranks(tmp_path, process)[-1], signal.SIGKILL)
+    assert "was killed by SIGKILL" in runs.finish(process, expected=6)
+    assert runs.children_with(str(tmp_path)) == []
+
+
+def test_stop_of_one_rank_is_no_failure_to_restart_after(data_dir: Path, tmp_path: Path) -> None:
+    options = (*OPTIONS, "--train.max_steps", "4000", "--data.dir", data_dir, "--run.dir", tmp_path)
+    process = launch(*options, restarts=2)
+    wait_until(lambda: steps_logged(tmp_path), process)
+    os.kill(ranks(tmp_path, process)[-1], signal.SIGUSR1)
+    output = runs.finish(process, expected=75)
+    assert "going on from" not in output
+    assert len(all_steps(tmp_path / "checkpoints")) == 1
+
+
+@pytest.mark.parametrize(
+    ("failures", "left", "code"),
+    [
+        ([75, 75], {75}, 75),
+        ([75], {75, 6}, 75),
+        ([-9], {6}, 6),
+        ([-9], {6, 75}, 6),
+        ([1], {1, 75}, 1),
+        ([6], {6, 5}, 5),
+        ([2], {2}, 2),
+        ([3], {3, 2}, 3),
+        ([6, 6], {6}, 6),
+        ([], {0}, 0),
+        ([], set(), 0),
+    ],
+)
+def test_code_that_says_most(failures: list[int], left: set[int], code: int) -> None:
+    assert what_failed(failures, left) == code
