@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,16 @@ def summary(run_dir: Path) -> dict[str, Any]:
     return values
 
 
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    """All lines of metrics.jsonl, none before it is there."""
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def logged_steps(run_dir: Path) -> list[int]:
+    return [record["step"] for record in records(run_dir) if "train/loss" in record]
+
+
 def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     state = torch.load(run_dir / "checkpoints" / f"step-{step:08d}.pt", weights_only=True)
     model: dict[str, torch.Tensor] = state["model"]
@@ -80,3 +92,16 @@ def children_with(text: str) -> list[int]:
         if text in arguments and state != "Z":
             found.append(int(entry.name))
     return found
+
+
+def workers_of(launcher: subprocess.Popen[str], run_dir: Path) -> list[int]:
+    return sorted(pid for pid in children_with(str(run_dir)) if pid != launcher.pid)
+
+
+def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str], limit_s: float = 120) -> None:
+    """Wait until `condition` holds; `process` must live that long."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -326,7 +326,7 @@ def test_contradictions(args: str, message: str) -> None:
     ],
 )
 def test_what_belongs_together_is_accepted(args: str) -> None:
-    cli.load_config(args.split())
+    assert cli.load_config(args.split()) != Config()
 
 
 def test_accumulation() -> None:

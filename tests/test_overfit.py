@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ OPTIONS = ("--config", str(runs.REPOSITORY / "configs/quickstart.yaml"), "--data
 def test_all_of_512_images_are_learned(name: str, precision: str, data_dir: Path, tmp_path: Path) -> None:
     runs.run(1, *OPTIONS, "--model.name", name, "--train.precision", precision, "--data.dir", data_dir,
              "--run.dir", tmp_path / "run")  # fmt: skip
-    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    records = runs.records(tmp_path / "run")
     epochs = [record["train/accuracy"] for record in records if "train/accuracy" in record]
     assert len(epochs) == 24  # one line an epoch
     assert epochs[0] < 0.5

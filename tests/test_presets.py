@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -40,7 +39,7 @@ def test_schedule_runs_to_its_end(name: str, data_dir: Path, tmp_path: Path) -> 
     runs.run(1, "--config", path, *REDUCED, "--data.dir", data_dir, "--run.dir", tmp_path / "run")
     summary = runs.summary(tmp_path / "run")
     assert (summary["epochs"], summary["steps"], len(summary["data_receipt"])) == (epochs, epochs, epochs)
-    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    records = runs.records(tmp_path / "run")
     steps = [record for record in records if "train/loss" in record]
     assert [record["step"] for record in steps] == list(range(1, epochs + 1))
     assert steps[-1]["train/loss"] < steps[0]["train/loss"]

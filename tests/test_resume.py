@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -31,16 +30,8 @@ def uninterrupted(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder / "run"
 
 
-def workers_of(launcher: subprocess.Popen[str], run_dir: Path) -> list[int]:
-    return [pid for pid in runs.children_with(str(run_dir)) if pid != launcher.pid]
-
-
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not any(done >= step for done in all_steps(run_dir / "checkpoints")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    runs.wait_until(lambda: any(done >= step for done in all_steps(run_dir / "checkpoints")), process)
 
 
 def test_killed_rank_then_resumed_gives_the_same_model(uninterrupted: Path, data_dir: Path, tmp_path: Path) -> None:
@@ -48,7 +39,7 @@ def test_killed_rank_then_resumed_gives_the_same_model(uninterrupted: Path, data
     options = (*OPTIONS, "--data.dir", data_dir, "--run.dir", run_dir, "--run.resume", "auto")
     process = runs.start(WORLD_SIZE, *options)
     wait_for_step(run_dir, 12, process)
-    os.kill(workers_of(process, run_dir)[-1], signal.SIGKILL)
+    os.kill(runs.workers_of(process, run_dir)[-1], signal.SIGKILL)
     killed_at = time.monotonic()
     runs.finish(process, expected=1)
     assert time.monotonic() - killed_at < 40
@@ -63,17 +54,12 @@ def test_killed_rank_then_resumed_gives_the_same_model(uninterrupted: Path, data
         assert got[key] == expected[key], key
     assert got["epochs"] == 3.6
     assert len(got["data_receipt"]) == 4
-    train_steps = {name: logged_steps(folder) for name, folder in (("whole", uninterrupted), ("resumed", run_dir))}
+    train_steps = {name: runs.logged_steps(folder) for name, folder in (("whole", uninterrupted), ("resumed", run_dir))}
     assert train_steps["whole"] == train_steps["resumed"]
 
     again = runs.run(1, *options)
     assert "this run is complete" in again
     assert runs.summary(run_dir) == got
-
-
-def logged_steps(run_dir: Path) -> list[int]:
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [record["step"] for record in records if "train/loss" in record]
 
 
 def test_resume_on_another_world_size_feeds_the_same_samples(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
 
@@ -64,7 +63,7 @@ def test_config_is_complete_and_reads_back(run_dir: Path) -> None:
 
 
 def test_metrics(run_dir: Path) -> None:
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    records = runs.records(run_dir)
     steps = [record["step"] for record in records if "train/loss" in record]
     assert steps == [5, 10, 12]
     assert [record["step"] for record in records if "val/accuracy" in record] == [10, 12]

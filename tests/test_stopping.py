@@ -34,26 +34,8 @@ def launch(*arguments: str | Path, restarts: int = 0) -> subprocess.Popen[str]:
     return runs.start_command([*command, *map(str, arguments)])
 
 
-def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str], limit_s: float = 120) -> Any:
-    deadline = time.monotonic() + limit_s
-    while not (value := condition()):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return value
-
-
-def records_of(run_dir: Path) -> list[dict[str, Any]]:
-    path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def steps_logged(run_dir: Path) -> list[int]:
-    return [record["step"] for record in records_of(run_dir) if "train/loss" in record]
-
-
 def validations(run_dir: Path) -> list[dict[str, Any]]:
-    return [record for record in records_of(run_dir) if "val/accuracy" in record]
+    return [record for record in runs.records(run_dir) if "val/accuracy" in record]
 
 
 def catches(pid: int) -> bool:
@@ -71,16 +53,12 @@ def status(run_dir: Path) -> dict[str, Any]:
     return values
 
 
-def ranks(run_dir: Path, launcher: subprocess.Popen[str]) -> list[int]:
-    return sorted(pid for pid in runs.children_with(str(run_dir)) if pid != launcher.pid)
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("uninterrupted")
     runs.finish(launch(*OPTIONS, "--data.dir", data_dir, "--run.dir", folder))
     assert status(folder)["status"] == "done"
-    return runs.summary(folder) | {"steps_logged": steps_logged(folder)}
+    return runs.summary(folder) | {"steps_logged": runs.logged_steps(folder)}
 
 
 @pytest.mark.parametrize(
@@ -92,10 +70,10 @@ def test_stopped_saves_and_goes_on_bitwise(
     """Each signal comes twice, as when Slurm and torchrun both send it."""
     run_dir = tmp_path / "run"
     process = launch(*OPTIONS, "--data.dir", data_dir, "--run.dir", run_dir)
-    wait_until(lambda: steps_logged(run_dir), process)
+    runs.wait_until(lambda: runs.logged_steps(run_dir), process)
     assert status(run_dir)["status"] == "running"
     asked_at = time.monotonic()
-    pid = process.pid if to == "launcher" else ranks(run_dir, process)[-1]
+    pid = process.pid if to == "launcher" else runs.workers_of(process, run_dir)[-1]
     os.kill(pid, number)
     time.sleep(0.05)
     os.kill(pid, number)
@@ -117,7 +95,7 @@ def test_stopped_saves_and_goes_on_bitwise(
     figures = runs.summary(run_dir)
     for key in ("model_sha256", "data_receipt", "test_confusion", "steps"):
         assert figures[key] == uninterrupted[key], key
-    assert steps_logged(run_dir) == uninterrupted["steps_logged"]
+    assert runs.logged_steps(run_dir) == uninterrupted["steps_logged"]
     assert status(run_dir)["status"] == "done"
 
 
@@ -129,7 +107,7 @@ def test_stopped_where_it_validates(data_dir: Path, tmp_path: Path) -> None:
     runs.run(1, *options, "--run.dir", tmp_path / "whole")
     run_dir = tmp_path / "stopped"
     process = runs.start(1, *options, "--run.dir", run_dir)
-    wait_until(lambda: validations(run_dir), process)
+    runs.wait_until(lambda: validations(run_dir), process)
     process.send_signal(signal.SIGTERM)
     assert "which is saved" in runs.finish(process, expected=75)
     step = all_steps(run_dir / "checkpoints")[-1]
@@ -144,13 +122,13 @@ def test_before_the_first_step(number: signal.Signals, data_dir: Path, tmp_path:
     """At moments of the start that differ in what runs: imports of the launcher, of the workers, ranks that meet."""
     moments: list[tuple[str, Callable[[subprocess.Popen[str], Path], Any]]] = [
         ("imports", lambda process, _: catches(process.pid)),
-        ("workers", lambda process, run_dir: ranks(run_dir, process)),
-        ("two workers listen", lambda process, run_dir: sum(map(catches, ranks(run_dir, process))) == 2),
+        ("workers", runs.workers_of),
+        ("two workers listen", lambda process, run_dir: sum(map(catches, runs.workers_of(process, run_dir))) == 2),
     ]
     for name, reached in moments:
         run_dir = tmp_path / name
         process = launch(*OPTIONS, "--train.max_steps", "4000", "--data.dir", data_dir, "--run.dir", run_dir)
-        wait_until(functools.partial(reached, process, run_dir), process)
+        runs.wait_until(functools.partial(reached, process, run_dir), process)
         os.kill(process.pid, number)
         asked_at = time.monotonic()
         output = runs.finish(process, expected=75)
@@ -162,7 +140,7 @@ def test_before_the_first_step(number: signal.Signals, data_dir: Path, tmp_path:
 def test_killed_launcher_leaves_no_worker(data_dir: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     process = launch(*OPTIONS, "--train.max_steps", "4000", "--data.dir", data_dir, "--run.dir", run_dir)
-    wait_until(lambda: steps_logged(run_dir), process)
+    runs.wait_until(lambda: runs.logged_steps(run_dir), process)
     process.kill()
     process.wait()
     deadline = time.monotonic() + 25
@@ -175,7 +153,7 @@ def test_killed_launcher_leaves_no_worker(data_dir: Path, tmp_path: Path) -> Non
 
 def test_interrupt_of_one_process(data_dir: Path, tmp_path: Path) -> None:
     process = runs.start(1, *OPTIONS, "--train.max_steps", "4000", "--data.dir", data_dir, "--run.dir", tmp_path)
-    wait_until(lambda: steps_logged(tmp_path), process)
+    runs.wait_until(lambda: runs.logged_steps(tmp_path), process)
     process.send_signal(signal.SIGINT)
     output = runs.finish(process, expected=75)
     assert "Ctrl-C again leaves at once" in output
@@ -186,8 +164,8 @@ def test_interrupt_of_one_process(data_dir: Path, tmp_path: Path) -> None:
 def test_second_interrupt_leaves_at_once(data_dir: Path, tmp_path: Path) -> None:
     """With a rank that stands still, so that the first leads to nothing."""
     process = launch(*OPTIONS, "--train.max_steps", "4000", "--data.dir", data_dir, "--run.dir", tmp_path)
-    wait_until(lambda: steps_logged(tmp_path), process)
-    os.kill(ranks(tmp_path, process)[-1], signal.SIGSTOP)
+    runs.wait_until(lambda: runs.logged_steps(tmp_path), process)
+    os.kill(runs.workers_of(process, tmp_path)[-1], signal.SIGSTOP)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)  # of the same keystroke
     time.sleep(3)
@@ -210,8 +188,8 @@ def test_codes_of_failures(data_dir: Path, tmp_path: Path) -> None:
 
 def test_code_of_a_killed_rank(data_dir: Path, tmp_path: Path) -> None:
     process = launch(*OPTIONS, "--train.max_steps", "4000", "--data.dir", data_dir, "--run.dir", tmp_path)
-    wait_until(lambda: steps_logged(tmp_path), process)
-    os.kill(ranks(tmp_path, process)[-1], signal.SIGKILL)
+    runs.wait_until(lambda: runs.logged_steps(tmp_path), process)
+    os.kill(runs.workers_of(process, tmp_path)[-1], signal.SIGKILL)
     assert "was killed by SIGKILL" in runs.finish(process, expected=6)
     assert runs.children_with(str(tmp_path)) == []
 
@@ -219,8 +197,8 @@ def test_code_of_a_killed_rank(data_dir: Path, tmp_path: Path) -> None:
 def test_stop_of_one_rank_is_no_failure_to_restart_after(data_dir: Path, tmp_path: Path) -> None:
     options = (*OPTIONS, "--train.max_steps", "4000", "--data.dir", data_dir, "--run.dir", tmp_path)
     process = launch(*options, restarts=2)
-    wait_until(lambda: steps_logged(tmp_path), process)
-    os.kill(ranks(tmp_path, process)[-1], signal.SIGUSR1)
+    runs.wait_until(lambda: runs.logged_steps(tmp_path), process)
+    os.kill(runs.workers_of(process, tmp_path)[-1], signal.SIGUSR1)
     output = runs.finish(process, expected=75)
     assert "going on from" not in output
     assert len(all_steps(tmp_path / "checkpoints")) == 1

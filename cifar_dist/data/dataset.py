@@ -150,7 +150,7 @@ def _locked(data_dir: Path, say: Say) -> Iterator[None]:
         except filelock.Timeout:
             say(f"dataset {data_dir}: another process is preparing it; waiting")
             lock.acquire()
-    except NotImplementedError:
+    except NotImplementedError:  # older filelock, where the file system knows no flock
         raise DataError(
             f"data.dir {data_dir} is on a file system without locks. Prepare it with one process first:\n"
             f"  python -m cifar_dist.prepare --data.dir SOME_LOCAL_FOLDER, then copy that folder there."

@@ -50,7 +50,7 @@ def claimed(config: Config) -> Iterator[Path]:
             f"the run directory {directory} is in use by {_owner(directory)}. Wait for that job or stop it, or choose "
             f"another --run.name."
         ) from None
-    except NotImplementedError:
+    except NotImplementedError:  # older filelock, where the file system knows no flock
         raise UserError(
             f"the run directory {directory} is on a file system without locks. Choose another --run.dir."
         ) from None

@@ -27,7 +27,7 @@ class Schedule:
     log_every: int
     checkpoint_every: int
     validate_every: int  # 0: at the end only
-    low_resolution_steps: int = 0
+    low_resolution_steps: int
 
     def side(self, done: int) -> int | None:
         """The side of the next step's images in pixels, None: as they are."""
