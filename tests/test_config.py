@@ -23,7 +23,9 @@ REPOSITORY = Path(__file__).parents[1]
 # Whoever adds, renames or removes a setting, or changes a default, changes this on purpose.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "run": {"name": None, "dir": None, "seed": 0, "resume": "never", "deterministic": False},
-    "data": {"dir": Path("data"), "source": "auto", "subset": None, "train_on": "train", "num_workers": 1},
+    "data": {
+        "dir": Path("data"), "source": "auto", "stage_dir": None, "subset": None, "train_on": "train", "num_workers": 1,
+    },
     "model": {
         "name": "inception_v1", "stem": "cifar", "width": 1.0, "norm": "batch", "branch5x5": "paper",
         "auxiliary": False, "dropout": 0.0, "merge_1x1": "auto",
@@ -48,7 +50,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 # Another value for every key, all valid together.
 OTHERS: dict[str, dict[str, Any]] = {
     "run": {"name": "on", "dir": Path("/tmp/a b"), "seed": 2**63 - 1, "resume": "auto", "deterministic": True},
-    "data": {"dir": Path("/d"), "source": "npm", "subset": 1000, "train_on": "all", "num_workers": 3},
+    "data": {
+        "dir": Path("/d"), "source": "npm", "stage_dir": Path("/s"), "subset": 1000, "train_on": "all",
+        "num_workers": 3,
+    },
     "model": {
         "name": "inception_v2", "stem": "pooled", "width": 0.25, "norm": "batch", "branch5x5": "paper",
         "auxiliary": True, "dropout": 0.4, "merge_1x1": "on",

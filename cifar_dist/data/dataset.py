@@ -61,7 +61,7 @@ def ensure(data_dir: Path, source: str, say: Say, rebuild: bool = False) -> Mani
         return _verify(data_dir, say)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(data_dir, say):
+        with locked(data_dir, say):
             if not rebuild and os.path.lexists(data_dir / MANIFEST):  # another process was faster
                 return _verify(data_dir, say)
             return _prepare(data_dir, source, say)
@@ -141,7 +141,7 @@ def _manifest_problem(tree: Any) -> str:
 
 
 @contextmanager
-def _locked(data_dir: Path, say: Say) -> Iterator[None]:
+def locked(data_dir: Path, say: Say) -> Iterator[None]:
     """One process at a time; the kernel lets go of the lock when its holder dies."""
     lock = filelock.FileLock(data_dir / ".prepare.lock")
     try:
@@ -172,7 +172,7 @@ def _prepare(data_dir: Path, source: str, say: Say) -> Manifest:
         facts = _write(partial, data, say)
         manifest = _manifest(data, facts)
         write_text_atomic(partial / MANIFEST, json.dumps(asdict(manifest), indent=2))
-        _install(partial, data_dir, say)
+        install(partial, data_dir, say)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     say(f"dataset {data_dir}: prepared from {data.origin} in {time.monotonic() - started:.1f} s")
@@ -208,7 +208,7 @@ def _manifest(data: cifar10.Cifar10, facts: dict[str, beton.BetonFacts]) -> Mani
     )
 
 
-def _install(partial: Path, data_dir: Path, say: Say) -> None:
+def install(partial: Path, data_dir: Path, say: Say) -> None:
     """Rename into place. Without a manifest nothing here counts as complete, whenever this is interrupted."""
     if os.path.lexists(data_dir / MANIFEST):
         (data_dir / MANIFEST).unlink()  # of a rebuild, before the first file that it does not describe

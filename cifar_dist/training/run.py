@@ -23,7 +23,7 @@ from cifar_dist.tracking.curves import draw_curves
 from cifar_dist.tracking.tracker import Tracker
 from cifar_dist.training import checkpoint, debug, evaluation, run_directory, status
 from cifar_dist.training.precision import number_format, set_backends
-from cifar_dist.training.samples import split_of
+from cifar_dist.training.samples import folder_of, split_of
 from cifar_dist.training.stepper import Stepper
 from cifar_dist.training.summary import device_names, summarize, to_json
 from cifar_dist.training.trainer import Trainer
@@ -66,8 +66,9 @@ def run(config: Config, world: World, stack: ExitStack) -> None:
     reporter = Reporter(world)
     formats = together(world, lambda: number_format(config.train.precision, world.device))
     set_backends(config.train, config.run.deterministic)
-    data_dir = config.data.dir
-    parts = split_of(config.data, data_dir, world, reporter.say)
+    data = config.data
+    data_dir = folder_of(data.dir, data.stage_dir, data.source, world, reporter.say)
+    parts = split_of(data, data_dir)
     directory, start = _claim(config, world, stack, reporter)
     with status.kept(directory, world.speaks), naming_lost_peers(world):
         together(world, lambda: _log_to(directory / "logs" / f"rank-{world.rank}.log", stack))
@@ -90,7 +91,7 @@ def run(config: Config, world: World, stack: ExitStack) -> None:
         together(world, lambda: debug.check(config, trainer, reporter.say))
         together(world, lambda: _start_tracking(config, trainer, directory, stack, reporter), at_work=world.speaks)
         trainer.train()
-        _finish(config, trainer, devices, directory, reporter)
+        _finish(config, trainer, data_dir, devices, directory, reporter)
 
 
 def _start_tracking(config: Config, trainer: Trainer, directory: Path, stack: ExitStack, reporter: Reporter) -> None:
@@ -153,9 +154,11 @@ def _introduce(config: Config, trainer: Trainer, devices: list[str], directory: 
     )
 
 
-def _finish(config: Config, trainer: Trainer, devices: list[str], directory: Path, reporter: Reporter) -> None:
+def _finish(
+    config: Config, trainer: Trainer, data_dir: Path, devices: list[str], directory: Path, reporter: Reporter
+) -> None:
     """Read the test set, once, and write what the run leaves."""
-    with BetonLoader(config.data.dir / "test.beton", trainer.world.device, config.data.num_workers) as loader:
+    with BetonLoader(data_dir / "test.beton", trainer.world.device, config.data.num_workers) as loader:
         test = trainer.score(loader, np.arange(NUM_TEST), config.eval.tta)
     figures = {"test/accuracy": test.accuracy, "test/accuracy_tta": test.accuracy_tta, "test/n": test.n}
     reporter.report(trainer.progress.step, figures)

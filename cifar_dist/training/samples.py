@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
+import torch
+
 from cifar_dist.config import DataConfig
-from cifar_dist.data import beton, dataset
+from cifar_dist.data import beton, dataset, staging
 from cifar_dist.data.order import Split, split
-from cifar_dist.distributed import World, together
+from cifar_dist.distributed import World, all_reduce_sum, together
 
 _PREPARE_TIMEOUT_S = 7200  # for one process to download and write the dataset while the others wait
 
 
-def split_of(config: DataConfig, folder: Path, world: World, say: Callable[[str], None]) -> Split:
-    """Have one process of each machine prepare or verify `folder`, then cut the training set as `config` says.
+def folder_of(data_dir: Path, stage_dir: Path | None, source: str, world: World, say: Callable[[str], None]) -> Path:
+    """Have one process of each machine prepare or verify `data_dir`, and copy it to `stage_dir` if one is given.
+
+    Returns the folder that this rank is to read from.
 
     Raises:
         DataError: the dataset is damaged, or cannot be had; on every rank.
     """
-    ensure = partial(dataset.ensure, folder, config.source, say)
-    together(world, ensure, at_work=world.local_rank == 0, timeout_s=_PREPARE_TIMEOUT_S)
+
+    def ready() -> bool:
+        if stage_dir is not None and stage_dir.resolve() != data_dir.resolve():
+            return staging.stage(data_dir, stage_dir, source, say) == stage_dir
+        dataset.ensure(data_dir, source, say)
+        return False
+
+    staged = together(world, ready, at_work=world.local_rank == 0, timeout_s=_PREPARE_TIMEOUT_S)
+    # The ranks of a machine follow one another; the first of them knows.
+    told = torch.zeros(world.size, dtype=torch.int64)
+    if staged:
+        told[world.rank : world.rank + world.local_size] = 1
+    found = all_reduce_sum(told, world)[world.rank]
+    return stage_dir if stage_dir is not None and bool(found) else data_dir
+
+
+def split_of(config: DataConfig, folder: Path) -> Split:
+    """Cut the training set in `folder` as `config` says."""
     _, labels = beton.read_arrays(folder / dataset.TRAIN)
     return split(labels, config.train_on, config.subset)

@@ -22,7 +22,7 @@ from cifar_dist.training import checkpoint, evaluation
 from cifar_dist.training.optim import build_ema
 from cifar_dist.training.precision import number_format, set_backends
 from cifar_dist.training.run_directory import config_of
-from cifar_dist.training.samples import split_of
+from cifar_dist.training.samples import folder_of, split_of
 from cifar_dist.training.summary import to_json
 
 
@@ -51,7 +51,8 @@ def score_checkpoint(
     if validation and config.data.train_on == "all":
         raise shared(UserError(f"{path} was trained on all 50,000 images (data.train_on all): no validation split."))
     folder = data_dir or config.data.dir
-    parts = split_of(config.data, folder, world, say)
+    folder_of(folder, None, config.data.source, world, say)
+    parts = split_of(config.data, folder)
     formats = together(world, lambda: number_format(config.train.precision, world.device))
     set_backends(config.train, config.run.deterministic)
     # The auxiliary heads have served their purpose in training.
