@@ -7,6 +7,7 @@ process without a word. Before the first step there is nothing to save, and the 
 
 from __future__ import annotations
 
+import atexit
 import os
 import select
 import signal
@@ -46,6 +47,7 @@ def listen() -> None:
     signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
     for number in SIGNALS:
         signal.signal(number, _note)
+    atexit.register(_ignore)
     threading.Thread(target=_watch, args=(reader, _launcher()), daemon=True).start()
 
 
@@ -115,6 +117,12 @@ def _note(number: int, _: FrameType | None) -> None:
         raise _outside_of_steps(_noted.first)
     if number == signal.SIGINT and speaks():
         os.write(2, b"\nstopping after this step; Ctrl-C again leaves at once\n")
+
+
+def _ignore() -> None:
+    """Python gives signals back to the system as it ends, which would then kill this process: 75 would become -10."""
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _outside_of_steps(number: signal.Signals) -> StopError:
