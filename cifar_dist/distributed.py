@@ -27,13 +27,14 @@ _SIGNS_OF_A_LOST_PEER = (
 
 @dataclass(frozen=True)
 class World:
-    """rank of size processes, local_rank of local_size on this machine, at work on device."""
+    """rank of size processes on num_nodes machines, local_rank of local_size on this one, at work on device."""
 
     rank: int
     size: int
     local_rank: int
     local_size: int
     device: torch.device
+    num_nodes: int = 1
 
     @property
     def speaks(self) -> bool:
@@ -58,7 +59,7 @@ def joined(device: str) -> Iterator[World]:
     except UserError as error:
         error.shared = local_rank > 0  # the first process of each machine speaks for it
         raise
-    world = World(int(env.get("RANK", 0)), size, local_rank, local_size, found)
+    world = World(int(env.get("RANK", 0)), size, local_rank, local_size, found, int(env.get("GROUP_WORLD_SIZE", 1)))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     else:

@@ -127,9 +127,43 @@ def table(runs: Sequence[FinishedRun]) -> str:
         deviations = [_cell(name, None if of is None else of.standard_deviation) for name, of in columns]
         rows.append(["standard deviation", *deviations])
         rows.append([f"{CONFIDENCE:.0%} interval of the mean", *(_interval(name, of) for name, of in columns)])
+    return "\n".join([*_heading(runs), "", *_aligned(rows), "", *_notes(runs)])
+
+
+def compare(groups: Mapping[str, Path], output: Path) -> str:
+    """The table of a sweep, whose figures are also written to `output`.
+
+    Args:
+        groups: the settings that runs in one folder have in common, with that folder; one alone: only seeds differ.
+
+    Raises:
+        UserError: runs are missing, unfinished or damaged, or differ in more than the seed within one folder.
+    """
+    found = {name: finished.read_runs(finished.run_directories([folder])) for name, folder in groups.items()}
+    for runs in found.values():
+        finished.refuse_unequal(runs)
+    reports = {name: report(runs) for name, runs in found.items()}
+    whole = next(iter(reports.values())) if len(reports) == 1 else {"settings": reports}
+    files.write_text_atomic(output, json.dumps(whole, indent=2, allow_nan=False) + "\n")
+    if len(found) == 1:
+        return table(next(iter(found.values())))
+    rows = [["settings", "runs", *(title.format(tta="TTA") for title, _ in COLUMNS.values())]]
+    for name, runs in found.items():
+        rows.append([name, str(len(runs)), *(_mean(column, of) for column, of in spreads(runs).items())])
+    return "\n".join([*_aligned(rows), "", "mean +- standard deviation over the seeds; accuracies in percent"])
+
+
+def _mean(name: str, value: Spread | None) -> str:
+    if value is None or value.standard_deviation is None:
+        return _cell(name, None if value is None else value.mean)
+    return f"{_cell(name, value.mean)} +- {_cell(name, value.standard_deviation)}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The first column to the left, the others to the right; rows may be short."""
     widths = [max(len(row[k]) for row in rows if len(row) > k) for k in range(len(rows[0]))]
-    lines = ["   ".join(f"{cell:{'>' if k else '<'}{widths[k]}}" for k, cell in enumerate(row)) for row in rows]
-    return "\n".join([*_heading(runs), "", *(line.rstrip() for line in lines), "", *_notes(runs)])
+    lines = ("   ".join(f"{cell:{'>' if k else '<'}{widths[k]}}" for k, cell in enumerate(row)) for row in rows)
+    return [line.rstrip() for line in lines]
 
 
 def _heading(runs: Sequence[FinishedRun]) -> list[str]:

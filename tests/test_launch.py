@@ -115,7 +115,9 @@ def readme_commands() -> list[str]:
     pages = [runs.REPOSITORY / "README.md", *sorted((runs.REPOSITORY / "docs").glob("*.md"))]
     lines = [line for page in pages for line in re.findall(r"^    (.+)$", page.read_text(), flags=re.M)]
     return [
-        line.split("#")[0].strip() for line in lines if re.match(r"\./|python |torchrun |NNODES=|git |source ", line)
+        line.split("#")[0].strip()
+        for line in lines
+        if re.match(r"\./|python |torchrun |sbatch |NNODES=|git |source ", line)
     ]
 
 
@@ -133,7 +135,20 @@ TESTED = {
     "./launch/seeds configs/quickstart.yaml 3 --run.name exp": "tests/test_seeds.py: test_stopped_and_gone_on",
     "python -m cifar_dist.seeds runs/exp --json exp.json": "tests/test_seeds.py: test_table_and_json",
     "python -m cifar_dist.bench loader": "test_bench.py",
-}
+    "./launch/setup": "test_setup_with_nothing_to_do_is_quick",
+    "sbatch slurm/train.sh --config configs/googlenet.yaml": "test_slurm.py: test_bounded_requeues",
+    "sbatch --nodes=2 --gpus-per-node=4 slurm/train.sh --config configs/googlenet.yaml":
+        "test_slurm.py: test_two_nodes_feed_what_one_process_feeds; without GPUs",
+    "sbatch --oversubscribe --gpus-per-node=1 --cpus-per-task=8 --mem=32G slurm/train.sh "
+    "--config configs/googlenet.yaml":
+        "test_slurm.py: test_two_jobs_share_the_nodes; without GPUs",
+    "sbatch --array=0-2 slurm/sweep.sh --config configs/quickstart.yaml":
+        "test_slurm.py: test_array_of_seeds_ends_with_one_table",
+    "sbatch --array=0-5 slurm/sweep.sh --grid grid.txt --config configs/quickstart.yaml":
+        "test_slurm.py: test_array_over_a_grid",
+    "sbatch slurm/evaluate.sh --checkpoint runs/job-17/checkpoints/step-00002730.pt --json score.json":
+        "test_slurm.py: test_evaluate",
+}  # fmt: skip
 QUICK = ("--help", "--print-config", "cifar_dist.prepare", "cifar_dist.models")
 
 

@@ -48,6 +48,7 @@ def _write(directory: Path, status: dict[str, Any]) -> None:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "job": os.environ.get("SLURM_JOB_ID"),
+        "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
     write_text_atomic(directory / FILE, to_json({**status, **facts}))

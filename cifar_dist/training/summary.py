@@ -79,6 +79,7 @@ def summarize(config: Config, trainer: Trainer, test: Score, devices: list[str])
         "versions": versions(),
         "device_names": devices,
         "world_size": trainer.world.size,
+        "num_nodes": trainer.world.num_nodes,
         "model": config.model.name,
         "params": num_parameters(stepper.scored_model),
         "seed": config.run.seed,

@@ -1,0 +1,154 @@
+"""The batch scripts in slurm/: `python -m cifar_dist.batch train|sweep|evaluate ...`, started by them.
+
+It runs on the first node of a job, starts the launchers under srun, and has Slurm requeue the job when that was asked
+to stop by the signal that comes before the time limit.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cifar_dist import slurm
+from cifar_dist.errors import StopError, UserError, reported
+
+if TYPE_CHECKING:
+    from cifar_dist.config import Config
+
+REPOSITORY = Path(__file__).parents[1]
+# srun tells each task its node; launch/multinode takes that by another name.
+_ON_NODE = ("bash", "-c", 'NODE_RANK=$SLURM_NODEID exec "$@"', "node")
+
+
+def main() -> None:
+    """Do what the first argument says, and exit with the code of what was done (see `errors`)."""
+    steps = slurm.Steps()  # from now on signals are noted; what takes its time to be imported comes later
+    with reported():
+        work, *arguments = sys.argv[1:] or [""]
+        kinds = {"train": _train, "sweep": _sweep, "evaluate": _evaluate}
+        if work not in kinds:
+            raise UserError(f"the first argument is '{work}'; valid: {', '.join(kinds)}.")
+        code = kinds[work](slurm.Job.current(), steps, arguments)
+    raise SystemExit(code)
+
+
+def _train(job: slurm.Job, steps: slurm.Steps, arguments: Sequence[str]) -> int:
+    config = _config(job, arguments)
+    directory = config.run.dir or Path("runs") / (config.run.name or job.label)
+    return _run(job, steps, arguments, config, directory)
+
+
+def _config(job: slurm.Job, arguments: Sequence[str]) -> Config:
+    """The configuration that the arguments ask for. So mistakes are answered here, once, and not on every node."""
+    from cifar_dist import cli
+
+    os.environ["WORLD_SIZE"] = str(job.num_nodes * slurm.processes_per_node())
+    try:
+        return cli.load_config(arguments, "train")
+    finally:
+        del os.environ["WORLD_SIZE"]
+
+
+def _run(job: slurm.Job, steps: slurm.Steps, arguments: Sequence[str], config: Config, directory: Path) -> int:
+    """Train in `directory`, going on with what is there, and requeue the job if that is wished."""
+    resume = ("--run.dir", str(directory), "--run.resume", "auto")
+    # A checkpoint given by its path is where the run begins, and not where it goes on once it was requeued.
+    settings = [*arguments, *(resume if job.restarts or config.run.resume == "never" else resume[:2])]
+    if config.data.stage_dir is None:
+        settings += ["--data.stage_dir", os.environ.get("SLURM_TMPDIR", f"/tmp/cifar_dist-{os.getuid()}")]
+    num_processes = slurm.processes_per_node()
+    print(f"job {job.id}: {job.num_nodes} x {num_processes} processes; run directory {directory}", flush=True)
+    env = {
+        "NNODES": str(job.num_nodes),
+        "NPROC_PER_NODE": str(num_processes),
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR") or slurm.first_address(),
+        "MASTER_PORT": os.environ.get("MASTER_PORT") or str(slurm.free_port(job.id)),
+    }
+    code = steps.run(job, [*_ON_NODE, str(REPOSITORY / "launch/multinode"), *settings], os.environ | env)
+    left, step = slurm.left_in(directory, job)
+    code = code if left is None else left
+    if code == StopError.exit_code and steps.wish == signal.SIGUSR1:
+        print(f"job {job.id}: stopped; asks Slurm to requeue it (requeued {job.restarts} times so far)", flush=True)
+        why_not = slurm.requeue(job, directory, step)
+        if not why_not:
+            return code
+        print(f"job {job.id}: not requeued: {why_not}.", flush=True)
+    if code:
+        print(
+            f"job {job.id}: ended with exit code {code}. To go on from the newest checkpoint, with the options of "
+            f"sbatch as before:\n  sbatch {shlex.join([_script(), *arguments, *resume])}",
+            flush=True,
+        )
+    return code
+
+
+def _script() -> str:
+    """The batch script as it was given to sbatch, as far as that is known."""
+    return os.environ.get("CIFAR_DIST_SCRIPT", "slurm/train.sh")
+
+
+def _sweep(job: slurm.Job, steps: slurm.Steps, arguments: Sequence[str]) -> int:
+    """One run of a job array: seed I, or with a grid of G lines setting I modulo G with seed I div G."""
+    if job.array_index is None or job.array_size is None:
+        raise UserError("a sweep is a job array: sbatch --array=0-2 slurm/sweep.sh --config configs/quickstart.yaml.")
+    grid, own = _grid(arguments)
+    seed, line = divmod(job.array_index, len(grid))
+    asked = [*own, *shlex.split(grid[line]), "--run.seed", str(seed)]
+    config = _config(job, asked)
+    folder = config.run.dir or Path("runs") / (config.run.name or f"sweep-{job.array_id}")
+    if (folder / "config.yaml").exists():
+        raise UserError(f"{folder} is a run itself. Choose another --run.name.")
+    inside = Path(f"seed-{seed}") if len(grid) == 1 else Path(f"setting-{line}", f"seed-{seed}")
+    code = _run(job, steps, asked, config, folder / inside)
+    if code == 0:
+        _report(folder, grid, job.array_size)
+    return code
+
+
+def _grid(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The lines of settings in the file that --grid names, without one an empty line; and the other arguments."""
+    import argparse
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--grid", type=Path)
+    known, rest = parser.parse_known_args(arguments)
+    if known.grid is None:
+        return [""], rest
+    try:
+        lines = [line.strip() for line in known.grid.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--grid {known.grid} cannot be read: {error}.") from None
+    settings = [line for line in lines if line and not line.startswith("#")]
+    if not settings:
+        raise UserError(f"--grid {known.grid} holds no settings. Write one line for each, e.g. --optim.lr 0.1.")
+    return settings, rest
+
+
+def _report(folder: Path, grid: Sequence[str], num_runs: int) -> None:
+    """Print the table and write its figures, once all runs of the sweep are complete: in the last job to end."""
+    from cifar_dist import seeds
+    from cifar_dist.training import finished
+
+    groups = [folder] if len(grid) == 1 else [folder / f"setting-{line}" for line in range(len(grid))]
+    directories = [run for group in groups if group.is_dir() for run in finished.run_directories([group])]
+    complete = [run for run in directories if (run / "summary.json").exists()]
+    if len(complete) < max(num_runs, len(directories)):
+        print(f"sweep {folder}: {len(complete)} of {max(num_runs, len(directories))} runs are complete", flush=True)
+        return
+    print(seeds.compare(dict(zip(grid, groups, strict=True)), folder / "seeds.json"), flush=True)
+
+
+def _evaluate(job: slurm.Job, steps: slurm.Steps, arguments: Sequence[str]) -> int:
+    """Score a checkpoint on the first node of the job."""
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone"]
+    command = [*torchrun, "--nproc-per-node", str(slurm.processes_per_node()), "-m", "cifar_dist.evaluate"]
+    return steps.run(job, [*command, *arguments], os.environ | {"OMP_NUM_THREADS": "1"}, num_nodes=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=cifar_dist-evaluate
+#SBATCH --nodes=1
+#SBATCH --cpus-per-task=2
+#SBATCH --time=00:30:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+#
+# Score a checkpoint on one node; the arguments go to cifar_dist.evaluate:
+#
+#   sbatch slurm/evaluate.sh --checkpoint runs/job-17/checkpoints/step-00002730.pt --json score.json
+#   sbatch --gpus-per-node=1 --cpus-per-task=8 slurm/evaluate.sh --checkpoint ...
+set -euo pipefail
+# Slurm runs a copy of this file, so that its own folder says nothing.
+root=${CIFAR_DIST_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
+until [[ $root == / || -x $root/launch/multinode ]]; do root=$(dirname "$root"); done
+[[ -x $root/.venv/bin/python ]] || {
+    echo "error: there is no prepared repository at ${CIFAR_DIST_HOME:-${SLURM_SUBMIT_DIR:-$PWD}} or above it. Run ./launch/setup" >&2
+    echo "in the repository and submit from inside it, or set CIFAR_DIST_HOME to it." >&2
+    exit 2
+}
+CIFAR_DIST_SCRIPT=slurm/evaluate.sh exec "$root/.venv/bin/python" -m cifar_dist.batch evaluate "$@"

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=cifar_dist-sweep
+#SBATCH --nodes=1
+#SBATCH --cpus-per-task=2
+#SBATCH --time=02:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%A_%a.out
+#
+# Train with several seeds, or over a small grid of settings, as a job array; the last job to end prints one table of
+# means and standard deviations, and writes seeds.json. The arguments go to cifar_dist.train:
+#
+#   sbatch --array=0-2 slurm/sweep.sh --config configs/quickstart.yaml                 seeds 0, 1 and 2
+#   sbatch --array=0-5 slurm/sweep.sh --grid grid.txt --config configs/googlenet.yaml  each line of two with 3 seeds
+#   sbatch --array=0-2 --gpus-per-node=1 --cpus-per-task=8 slurm/sweep.sh ...          each run on a GPU
+#
+# A line of the grid's file holds settings, e.g. --optim.lr 0.1. With G lines job I trains line I modulo G with seed I
+# div G. The runs are in runs/sweep-JOBID/seed-S, or in setting-L/seed-S there, unless --run.name or --run.dir names the
+# folder. Each is stopped, requeued and gone on with as by slurm/train.sh, whose variables count here too.
+set -euo pipefail
+trap '' USR1  # until the program below listens
+# Slurm runs a copy of this file, so that its own folder says nothing.
+root=${CIFAR_DIST_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
+until [[ $root == / || -x $root/launch/multinode ]]; do root=$(dirname "$root"); done
+[[ -x $root/.venv/bin/python ]] || {
+    echo "error: there is no prepared repository at ${CIFAR_DIST_HOME:-${SLURM_SUBMIT_DIR:-$PWD}} or above it. Run ./launch/setup" >&2
+    echo "in the repository and submit from inside it, or set CIFAR_DIST_HOME to it." >&2
+    exit 2
+}
+CIFAR_DIST_SCRIPT=slurm/sweep.sh exec "$root/.venv/bin/python" -m cifar_dist.batch sweep "$@"
