@@ -6,6 +6,7 @@ to stop by the signal that comes before the time limit.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -131,16 +132,31 @@ def _grid(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _report(folder: Path, grid: Sequence[str], num_runs: int) -> None:
     """Print the table and write its figures, once all runs of the sweep are complete: in the last job to end."""
+    from filelock import FileLock
+
     from cifar_dist import seeds
     from cifar_dist.training import finished
 
     groups = [folder] if len(grid) == 1 else [folder / f"setting-{line}" for line in range(len(grid))]
-    directories = [run for group in groups if group.is_dir() for run in finished.run_directories([group])]
-    complete = [run for run in directories if (run / "summary.json").exists()]
-    if len(complete) < max(num_runs, len(directories)):
-        print(f"sweep {folder}: {len(complete)} of {max(num_runs, len(directories))} runs are complete", flush=True)
-        return
-    print(seeds.compare(dict(zip(grid, groups, strict=True)), folder / "seeds.json"), flush=True)
+    output = folder / "seeds.json"
+    with FileLock(folder / ".table.lock"):  # two may end at once
+        directories = [run for group in groups if group.is_dir() for run in finished.run_directories([group])]
+        complete = [run for run in directories if (run / "summary.json").exists()]
+        total = max(num_runs, len(directories))
+        if len(complete) < total:
+            print(f"sweep {folder}: {len(complete)} of {total} runs are complete", flush=True)
+        elif _has_all(output, complete):
+            print(f"sweep {folder}: all {total} runs are complete; see {output}", flush=True)
+        else:
+            print(seeds.compare(dict(zip(grid, groups, strict=True)), output), flush=True)
+
+
+def _has_all(table: Path, runs: Sequence[Path]) -> bool:
+    """Whether the figures of all runs are in the file, by the digests of their models."""
+    if not table.exists():
+        return False
+    text = table.read_text(encoding="utf-8")
+    return all(json.loads((run / "summary.json").read_text(encoding="utf-8"))["model_sha256"] in text for run in runs)
 
 
 def _evaluate(job: slurm.Job, steps: slurm.Steps, arguments: Sequence[str]) -> int:

@@ -74,9 +74,25 @@ class Job:
         )
 
 
+def gpus_per_node(env: Mapping[str, str] = os.environ) -> int:
+    """The GPUs that this job asked for on each node, else those that it was given here, else those that are visible."""
+    for name in ("SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE"):
+        found = re.search(r"(\d+)$", env.get(name, ""))  # a type may stand in front: a100:4
+        if found:
+            return int(found[1])
+    if "CUDA_VISIBLE_DEVICES" in env:
+        return sum(bool(device) for device in env["CUDA_VISIBLE_DEVICES"].split(","))
+    try:
+        command = ["nvidia-smi", "--list-gpus"]
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU") for line in listed.splitlines())
+
+
 def processes_per_node(env: Mapping[str, str] = os.environ) -> int:
-    """NPROC_PER_NODE; else the job's GPUs on this node; else --ntasks-per-node, should it be more than 1; else 2,
-    which without GPUs is faster than one process with all processors, and 1 where there is one processor.
+    """NPROC_PER_NODE; else the job's GPUs on a node; else --ntasks-per-node, should it be more than 1; else 2, which
+    without GPUs are faster than one process with all processors, or 1 where there is one processor.
 
     Raises:
         UserError: NPROC_PER_NODE is no number.
@@ -86,13 +102,9 @@ def processes_per_node(env: Mapping[str, str] = os.environ) -> int:
         if not re.fullmatch("[1-9][0-9]{0,3}", asked):
             raise UserError(f"NPROC_PER_NODE is {asked}; valid: 1 to 9999.")
         return int(asked)
-    gpus = env.get("SLURM_GPUS_ON_NODE", "")
-    if gpus.isdigit() and int(gpus) > 0:
-        return int(gpus)
     tasks = env.get("SLURM_NTASKS_PER_NODE", "")
-    if tasks.isdigit() and int(tasks) > 1:
-        return int(tasks)
-    return min(2, len(os.sched_getaffinity(0)))
+    without = int(tasks) if tasks.isdigit() and int(tasks) > 1 else min(2, len(os.sched_getaffinity(0)))
+    return gpus_per_node(env) or without
 
 
 def first_address(env: Mapping[str, str] = os.environ) -> str:
@@ -157,6 +169,8 @@ class Steps:
         nodes = str(num_nodes or job.num_nodes)
         options = ["--nodes", nodes, "--ntasks", nodes, "--ntasks-per-node", "1", "--cpu-bind=none"]
         options += ["--kill-on-bad-exit=0", f"--wait={_LAST_NODE_S}"]
+        if "SLURM_GPUS_ON_NODE" in os.environ:  # of a job that is alone on its nodes a step gets no GPUs unasked
+            options.append(f"--gpus-per-node={gpus_per_node()}")
         self._running = subprocess.Popen(["srun", *options, *command], env=env)
         repeating = threading.Event()
         threading.Thread(target=self._repeat, args=(repeating,), daemon=True).start()

@@ -48,6 +48,7 @@ SlurmdTimeout=10
 KillWait=25
 MinJobAge=3600
 JobRequeue=1
+GresTypes=gpu
 {nodes}
 PartitionName=all Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
 """
@@ -94,12 +95,15 @@ class SlurmCluster:
         controller_port, *node_ports = _free_ports(1 + len(NODES))
         host = socket.gethostname().split(".")[0]
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 State=UNKNOWN"
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 Gres=gpu:2 State=UNKNOWN"
             for name, port in zip(NODES, node_ports, strict=True)
         )
         user = subprocess.check_output(["id", "-un"], text=True).strip()
         text = _CONFIG.format(host=host, controller_port=controller_port, user=user, folder=self.folder, nodes=nodes)
         (self.folder / "slurm.conf").write_text(text)
+        for number in (0, 1):  # GPUs in name: no device stands behind them
+            (self.folder / f"gpu{number}").touch()
+        (self.folder / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={self.folder}/gpu[0-1]\n")
         try:
             munge = self.folder / "munge"
             files = [f"--{name}-file={munge / name}" for name in ("key", "pid", "seed", "log")]
@@ -217,5 +221,5 @@ class SlurmCluster:
             time.sleep(0.1)
 
     def _logs(self) -> str:
-        files = [*sorted(self.folder.glob("*.log")), *sorted(self.folder.glob("*.out"))]
+        files = sorted(self.folder.glob("*.log"))
         return "\n".join(f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in files)

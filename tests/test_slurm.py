@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from cifar_dist import slurm
+from cifar_dist.errors import UserError
 from cifar_dist.training import checkpoint
 from tests import runs, slurm_cluster
 from tests.slurm_cluster import SlurmCluster
@@ -93,9 +96,9 @@ class Submission:
 
 @pytest.fixture(scope="module")
 def whole(running_cluster: SlurmCluster, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Submission:
-    """A run over two nodes with two ranks on each that nothing interrupts."""
+    """A run over two nodes with two ranks on each, one per GPU of the job, that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole")
-    submission = Submission(running_cluster, data_dir, folder, ("--nodes=2",), LONG, NPROC_PER_NODE="2")
+    submission = Submission(running_cluster, data_dir, folder, ("--nodes=2", "--gpus-per-node=2"), LONG)
     submission.wait()
     return submission
 
@@ -212,7 +215,7 @@ def test_evaluate(cluster: SlurmCluster, whole: Submission, data_dir: Path, tmp_
     job = cluster.submit(f"--output={tmp_path}/out", "slurm/evaluate.sh", *words)
     cluster.wait(job)
     score = json.loads((tmp_path / "score.json").read_text())
-    assert score["test_confusion"] == runs.summary(whole.directory)["test_confusion"]
+    assert score["confusion"] == runs.summary(whole.directory)["test_confusion"]
 
 
 @pytest.mark.parametrize(
@@ -268,3 +271,26 @@ def test_two_jobs_share_the_nodes(cluster: SlurmCluster, data_dir: Path, tmp_pat
     started = [cluster.command("scontrol", "show", "job", submission.job) for submission in both]
     times = [re.findall(r"(?:StartTime|EndTime)=(\S+)", text) for text in started]
     assert times[1][0] < times[0][1], "they ran one after the other"
+
+
+def test_processes_per_node() -> None:
+    none = {"CUDA_VISIBLE_DEVICES": ""}
+    assert slurm.processes_per_node(none) == min(2, os.cpu_count() or 1)
+    assert slurm.processes_per_node({**none, "SLURM_NTASKS_PER_NODE": "3"}) == 3
+    given = {**none, "SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "1"}
+    assert slurm.processes_per_node(given) == 8
+    assert slurm.processes_per_node({**given, "SLURM_GPUS_PER_NODE": "a100:4"}) == 4
+    assert slurm.processes_per_node({**given, "NPROC_PER_NODE": "5"}) == 5
+    assert slurm.processes_per_node({"CUDA_VISIBLE_DEVICES": "0,3"}) == 2
+    with pytest.raises(UserError, match="NPROC_PER_NODE is two"):
+        slurm.processes_per_node({"NPROC_PER_NODE": "two"})
+
+
+@pytest.mark.parametrize(("options", "gpus"), [((), 2), (("--gpus-per-node=1",), 1)])
+def test_steps_get_the_gpus(options: tuple[str, ...], gpus: int, cluster: SlurmCluster, tmp_path: Path) -> None:
+    """A job that is alone on its node is given all GPUs, but its steps are not by themselves."""
+    code = "import os; from cifar_dist import slurm; slurm.Steps().run(slurm.Job.current(), ['env'], os.environ)"
+    command = f'cd {runs.REPOSITORY} && {sys.executable} -c "{code}"'
+    job = cluster.submit("--exclusive", *options, f"--output={tmp_path}/out", "--wrap", command)
+    cluster.wait(job)
+    assert f"SLURM_GPUS_ON_NODE={gpus}" in (tmp_path / "out").read_text().splitlines()
