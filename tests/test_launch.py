@@ -53,7 +53,7 @@ def test_setup_with_nothing_to_do_is_quick() -> None:
 
 def test_setup_names_what_is_missing(tmp_path: Path) -> None:
     """On a machine without compiler, headers, apt and root: a copy of the script, with almost nothing on PATH."""
-    for name in ("launch/setup", "pyproject.toml", "uv.lock"):
+    for name in ("launch/setup", "launch/installing.sh", "pyproject.toml", "uv.lock"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((runs.REPOSITORY / name).read_bytes())
     tools = tmp_path / "bin"
@@ -64,7 +64,7 @@ def test_setup_names_what_is_missing(tmp_path: Path) -> None:
         ["bash", str(tmp_path / "launch/setup")], env={"PATH": str(tools)}, capture_output=True, text=True, check=False
     )
     assert result.returncode == 2
-    for part in ("C++ compiler", "OpenCV 4", "TurboJPEG", "apt-get install", "conda install"):
+    for part in ("C++ compiler", "OpenCV 4", "TurboJPEG", "apt-get install", "conda install", "--ffcv-wheel"):
         assert part in result.stderr
     assert not (tmp_path / ".venv").exists()
 
@@ -126,6 +126,8 @@ TESTED = {
     "git clone <this repository> && cd cifar_dist": "CI runs in a fresh clone",
     "source .venv/bin/activate": "runs.command uses the same environment",
     "./launch/quickstart": "test_quickstart_trains_and_goes_on",
+    "./launch/build-ffcv-wheel": "tests/test_wheel.py: test_built_again_it_has_the_same_bytes",
+    "./launch/setup --ffcv-wheel PATH": "tests/test_wheel.py: test_setup_from_the_wheel_on_a_bare_machine",
     "./launch/test": "CI",
     "torchrun --nproc_per_node=8 -m cifar_dist.train --config configs/googlenet.yaml": "test_eight_ranks_start",
     "NNODES=2 NODE_RANK=0 MASTER_ADDR=node-a ./launch/multinode --config configs/googlenet.yaml": "test_two_machines_*",
