@@ -42,9 +42,11 @@ def main() -> None:
             # One key of a shared store stays from the first start, and a restart in place waits on it.
             os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
             # Of a lost process torch's C++ tells by pages of addresses, besides what is said of it here.
-            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+            loud = os.environ.get("TORCH_CPP_LOG_LEVEL")
+            os.environ["TORCH_CPP_LOG_LEVEL"] = loud or "FATAL"
             with stopping.hold():  # an exception in the middle of torch's import is lost in it
                 options = _parsed([*_OPTIONS, *sys.argv[1:]])
+            os.environ["TORCH_CPP_LOG_LEVEL"] = loud or "ERROR"  # for the workers
             place = _meeting_place(options)
             if place:
                 meeting.check(*place)
@@ -134,7 +136,12 @@ def _meeting_place(options: Namespace) -> tuple[str, int, bool] | None:
 
 def _cannot_meet(place: tuple[str, int, bool] | None, error: Exception) -> str:
     where = f" at {place[0]}:{place[1]}" if place else ""
-    detail = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+    known = {
+        "RendezvousTimeoutError": "fewer have come than NNODES says",
+        "RendezvousClosedError": "the run has ended on one of them",
+        "RendezvousConnectionError": "the one with that address is gone",
+    }
+    detail = known.get(type(error).__name__) or (str(error).splitlines() or [""])[0][:200] or type(error).__name__
     return (
         f"{socket.gethostname()} cannot meet the other machines{where}, or no longer: {detail}\n"
         f"Look at what the others say; do all have the same MASTER_ADDR, MASTER_PORT, NNODES and RUN_ID? Then start "
