@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.launcher import api
 
@@ -30,6 +30,13 @@ def install() -> None:
 
 class Agent(LocalElasticAgent):
     """Overrides the methods that torch means to be overridden."""
+
+    def run(self, role: str = DEFAULT_ROLE) -> RunResult:
+        result: RunResult | None = super().run(role)
+        if result is None:  # which torch itself does not expect
+            print("the run ended without need of this machine, as NNODES were there already", file=sys.stderr)
+            return RunResult(state=WorkerState.SUCCEEDED)
+        return result
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         for path in Path(os.environ[EXIT_CODES]).iterdir():  # of the attempt before

@@ -114,7 +114,7 @@ def naming_lost_peers(world: World) -> Iterator[None]:
 def _lost_peer(world: World, error: RuntimeError) -> PeerError:
     missing = world.roll_call.missing() if world.roll_call else []
     if missing is None:
-        lost = f"rank 0 or its machine ({os.environ.get('MASTER_ADDR')}), which keeps all in touch"
+        lost = f"rank 0 or its machine ({os.environ.get('MASTER_ADDR')})"  # which has the store
     else:
         lost = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
     # Without the place in gloo's source at the start, and its guesses at the end.

@@ -107,11 +107,13 @@ def _torchrun(options: Namespace, place: tuple[str, int, bool] | None, folder: P
     except SignalException:
         left = codes_left()
         return 0 if left == {0} else what_failed([], left - {PeerError.exit_code}) or StopError.exit_code
-    except (RendezvousError, DistError) as error:
+    except Exception as error:
         # The machine with the rendezvous may have ended first, or none has come.
         code = what_failed([], codes_left())
-        if not code:
+        if not code and isinstance(error, (RendezvousError, DistError)):
             raise PeerError(_cannot_meet(place, error)) from None
+        if not code:
+            raise
         return code
     finally:
         stop.at = stop.at or time.monotonic()  # it is over: no signal changes the code

@@ -51,7 +51,7 @@ class RollCall:
 
     def close(self) -> None:
         self._over.set()
-        self._thread.join()
+        self._thread.join(_LOOK_S)  # not for ever, should the store be that of a process that stands still
 
     def _answer(self) -> None:
         with suppress(RuntimeError):  # without a store there is nobody to answer

@@ -68,6 +68,25 @@ def test_killed_rank_is_started_again(uninterrupted: Path, data_dir: Path, tmp_p
     assert runs.children_with(str(run_dir)) == []
 
 
+@pytest.mark.parametrize("places", [("0", "1"), ("", "")], ids=["static", "c10d"])
+def test_killed_rank_of_two_machines(
+    places: tuple[str, str], uninterrupted: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    run_dir, port = tmp_path / "run", free_port()
+    arguments = (*OPTIONS, "--data.dir", data_dir, "--run.dir", run_dir)
+    machines = [
+        machine(k, port, *arguments, NNODES="2", NODE_RANK=place, MAX_RESTARTS="1") for k, place in enumerate(places)
+    ]
+    wait_for_checkpoint(run_dir, 8, machines[0])
+    os.kill(trainers(run_dir)[1], signal.SIGKILL)
+    outputs = [runs.finish(process) for process in machines]
+    assert all("restart 1 of 1" in output and "Traceback" not in output for output in outputs)
+    figures, expected = runs.summary(run_dir), runs.summary(uninterrupted)
+    assert {key: figures[key] for key in KEYS} == {key: expected[key] for key in KEYS}
+    assert same_but_for_time(run_dir, uninterrupted)
+    assert runs.children_with(str(run_dir)) == []
+
+
 def test_what_would_fail_again_is_not_started_again(data_dir: Path, tmp_path: Path) -> None:
     explodes = ("--optim.name", "sgd", "--optim.lr", "1e5", "--optim.warmup_min_steps", "0")
     arguments = (*OPTIONS, *explodes, "--data.dir", data_dir, "--run.dir", tmp_path / "run")
@@ -120,6 +139,17 @@ def test_machine_is_lost_and_another_joins(uninterrupted: Path, data_dir: Path, 
     assert figures["world_size"] == 2
     assert runs.logged_steps(run_dir) == runs.logged_steps(uninterrupted)
     assert runs.children_with(str(run_dir)) == []
+
+
+def test_machine_too_many_waits_and_leaves(data_dir: Path, tmp_path: Path) -> None:
+    run_dir, port = tmp_path / "run", free_port()
+    arguments = (*OPTIONS, "--train.max_steps", "60", "--data.dir", data_dir, "--run.dir", run_dir)
+    first = machine(0, port, *arguments, NNODES="1:1")
+    runs.wait_until(lambda: listens(port), first)
+    second = machine(1, port, *arguments, NNODES="1:1")
+    assert "restart" not in runs.finish(first)
+    assert "the run ended without need of this machine" in runs.finish(second)
+    assert runs.summary(run_dir)["world_size"] == 1
 
 
 def test_number_of_machines_that_does_not_divide(data_dir: Path, tmp_path: Path) -> None:
