@@ -64,6 +64,11 @@ def load_config(args: Sequence[str], command: str = "train", description: str = 
     validate(config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     accumulation_steps(config.train.batch_size, config.train.micro_batch_size, world_size)
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and config.run.resume != "auto":
+        raise UserError(
+            f"run.resume is {config.run.resume}, but processes that are started again go on from the last checkpoint. "
+            f"Give --run.resume auto, or MAX_RESTARTS=0 (of torchrun: --max-restarts 0)."
+        )
     if known.print_config:
         if speaks():
             print(to_yaml(config), end="")

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
-from cifar_dist.errors import KINDS, PeerError, UserError, shared
+from cifar_dist.errors import KINDS, PeerError, UserError
+from cifar_dist.roll_call import RollCall
 
 TIMEOUT_S = 600  # for a collective
 _SIGNS_OF_A_LOST_PEER = (
@@ -35,10 +39,16 @@ class World:
     local_size: int
     device: torch.device
     num_nodes: int = 1
+    roll_call: RollCall | None = None
 
     @property
     def speaks(self) -> bool:
         return self.rank == 0
+
+    @property
+    def name(self) -> str:
+        """For messages: the rank, and the machine where there are several."""
+        return f"rank {self.rank}" + (f" on {socket.gethostname()}" if self.local_size < self.size else "")
 
 
 @contextmanager
@@ -68,7 +78,13 @@ def joined(device: str) -> Iterator[World]:
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
         device_id = world.device if world.device.type == "cuda" else None
         try:
-            dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S), device_id=device_id)
+            timeout = timedelta(seconds=TIMEOUT_S)
+            store, _, _ = next(rendezvous("env://", world.rank, size, timeout=timeout))
+            group_store = PrefixStore("group", store)
+            dist.init_process_group(
+                backend, timeout=timeout, device_id=device_id, store=group_store, rank=world.rank, world_size=size
+            )
+            world = replace(world, roll_call=RollCall(store, world.rank, size))
         except (ValueError, RuntimeError) as error:
             detail = (str(error).splitlines() or [""])[0][:300]
             raise PeerError(
@@ -79,6 +95,8 @@ def joined(device: str) -> Iterator[World]:
         with naming_lost_peers(world):
             yield world
     finally:
+        if world.roll_call:
+            world.roll_call.close()
         if size > 1:
             dist.destroy_process_group()
 
@@ -90,12 +108,24 @@ def naming_lost_peers(world: World) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if world.size > 1 and any(sign in str(error) for sign in _SIGNS_OF_A_LOST_PEER):
-            detail = (str(error).splitlines() or [""])[0][:200]
-            raise PeerError(
-                f"rank {world.rank} lost contact with another process, which failed or was stopped: {detail}\n"
-                f"Look for the first error above and in the run's logs/; then go on with --run.resume auto."
-            ) from error
+            raise _lost_peer(world, error) from error
         raise
+
+
+def _lost_peer(world: World, error: RuntimeError) -> PeerError:
+    missing = world.roll_call.missing() if world.roll_call else []
+    if missing is None:
+        lost = f"rank 0 or its machine ({os.environ.get('MASTER_ADDR')})"  # which has the store
+    else:
+        lost = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+    # Without the place in gloo's source at the start, and its guesses at the end.
+    detail = re.sub(r"^\[\S+\] ", "", (str(error).splitlines() or [""])[0]).split(". ")[0][:160]
+    found = PeerError(
+        f"{world.name} lost contact with {lost or 'another process'}, which failed or was stopped: {detail}\n"
+        f"Look for the first error above and in the run's logs/; then go on with --run.resume auto."
+    )
+    found.shared = world.roll_call is not None and not world.roll_call.speaks()
+    return found
 
 
 def _device(wanted: str, local_rank: int, local_size: int) -> torch.device:
@@ -124,7 +154,8 @@ def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:
 def together(world: World, work: Callable[[], Any], at_work: bool = True, timeout_s: int = TIMEOUT_S) -> Any:
     """Run `work` on the ranks where `at_work`; all ranks wait, at most `timeout_s`, and all raise if it fails on one.
 
-    Returns what `work` returned, on the other ranks None. An OSError counts as the user's, with the file's name.
+    Returns what `work` returned, on the other ranks None. An OSError counts as the user's, with the file's name. Of
+    several machines the message names that of the failure, which prints it as well as rank 0.
 
     Raises:
         UserError: the error of the lowest rank that failed, of its kind, with its message.
@@ -148,9 +179,13 @@ def together(world: World, work: Callable[[], Any], at_work: bool = True, timeou
     dist.all_reduce(failed, op=dist.ReduceOp.MIN, group=group)
     first = int(failed)
     if first < world.size:
-        told = _broadcast({"kind": type(failure).__name__, "text": str(failure)} if failure else None, world, first)
+        several = world.local_size < world.size
+        text = f"{world.name}: {failure}" if several else str(failure)
+        told = _broadcast({"kind": type(failure).__name__, "text": text} if failure else None, world, first)
         kind = next((k for k in KINDS if k.__name__ == told["kind"]), UserError)
-        raise shared(kind(told["text"]))
+        known = kind(told["text"])
+        known.shared = world.rank != first or world.rank < world.local_size
+        raise known
     return value
 
 

@@ -10,17 +10,18 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
-from cifar_dist import stopping
+from cifar_dist import meeting, stopping
 from cifar_dist.errors import EXIT_CODES, PeerError, StopError, reported
 
 # Torchrun kills what has not ended after so long; a checkpoint of these networks takes a second, W&B's end up to 30.
@@ -40,8 +41,17 @@ def main() -> None:
             os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT_S))
             # One key of a shared store stays from the first start, and a restart in place waits on it.
             os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+            # Of a lost process torch's C++ tells by pages of addresses, besides what is said of it here.
+            loud = os.environ.get("TORCH_CPP_LOG_LEVEL")
+            os.environ["TORCH_CPP_LOG_LEVEL"] = loud or "FATAL"
+            with stopping.hold():  # an exception in the middle of torch's import is lost in it
+                options = _parsed([*_OPTIONS, *sys.argv[1:]])
+            os.environ["TORCH_CPP_LOG_LEVEL"] = loud or "ERROR"  # for the workers
+            place = _meeting_place(options)
+            if place:
+                meeting.check(*place)
             with stopping.hold():
-                code = _torchrun([*_OPTIONS, *sys.argv[1:]], folder)
+                code = _torchrun(options, place, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     raise SystemExit(code)
@@ -69,30 +79,39 @@ class _Stop:
             os._exit(128 + number)
 
 
-def _torchrun(arguments: list[str], folder: Path) -> int:
+def _parsed(arguments: list[str]) -> Namespace:
     from torch.distributed import run
+
+    options: Namespace = run.parse_args(arguments)  # type: ignore[no-untyped-call]
+    return options
+
+
+def _torchrun(options: Namespace, place: tuple[str, int, bool] | None, folder: Path) -> int:
+    from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
 
+    from cifar_dist.agent import codes_left, install, what_failed
+
+    install()
     stop = _Stop(folder)
     for number in stopping.SIGNALS:
         signal.signal(number, stop)
     try:
         stopping.check()
-        run.run(run.parse_args(arguments))  # type: ignore[no-untyped-call]
+        run.run(options)  # type: ignore[no-untyped-call]
         return 0
     except ChildFailedError as error:
-        failures = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        for rank, code in failures.items():
-            if code < 0:
-                print(f"error: rank {rank} was killed by {signal.Signals(-code).name}.", file=sys.stderr)
-        return what_failed(failures.values(), _left(folder))
+        return what_failed([failure.exitcode for failure in error.failures.values()], codes_left())
     except SignalException:
-        left = _left(folder)
+        left = codes_left()
         return 0 if left == {0} else what_failed([], left - {PeerError.exit_code}) or StopError.exit_code
-    except Exception:
-        # The node with the rendezvous may have ended first.
-        code = what_failed([], _left(folder))
+    except Exception as error:
+        # The machine with the rendezvous may have ended first, or none has come.
+        code = what_failed([], codes_left())
+        if not code and isinstance(error, (RendezvousError, DistError)):
+            raise PeerError(_cannot_meet(place, error)) from None
         if not code:
             raise
         return code
@@ -101,22 +120,35 @@ def _torchrun(arguments: list[str], folder: Path) -> int:
         kill_children()
 
 
-def what_failed(failures: Iterable[int], left: set[int]) -> int:
-    """The exit code that says most: of a failure of its own, then of a wish to stop, then of a lost process; else 0.
+def _meeting_place(options: Namespace) -> tuple[str, int, bool] | None:
+    """(address, port, whether this process is the one to open it); None where torch finds a port itself."""
+    static = options.rdzv_backend == "static"
+    if options.standalone or options.rdzv_backend not in ("static", "c10d"):
+        return None
+    if options.rdzv_endpoint:
+        address, _, port = options.rdzv_endpoint.rpartition(":")
+    elif static and options.master_port is not None:
+        address, port = options.master_addr, options.master_port
+    else:
+        return None
+    if not address or not str(port).isdigit() or int(port) == 0:
+        return None
+    return address.strip("[]"), int(port), static and int(options.node_rank) == 0
 
-    Args:
-        failures: of the workers that torchrun saw failing, the exit codes; -n: killed by signal n.
-        left: the codes that workers left themselves, of which torchrun may have stopped some.
-    """
-    seen = [PeerError.exit_code if code < 0 else code for code in failures]
-    lost = any(code < 0 for code in failures)
-    peers = {0, PeerError.exit_code, StopError.exit_code}
-    for own in ([code for code in seen if code not in peers], sorted(left - peers)):
-        if own:
-            return own[0]
-    # A worker that is killed makes torchrun stop the others, and they say so.
-    order = (PeerError, StopError) if lost else (StopError, PeerError)
-    return next((kind.exit_code for kind in order if kind.exit_code in {*seen, *left}), 0)
+
+def _cannot_meet(place: tuple[str, int, bool] | None, error: Exception) -> str:
+    where = f" at {place[0]}:{place[1]}" if place else ""
+    known = {
+        "RendezvousTimeoutError": "fewer have come than NNODES says",
+        "RendezvousClosedError": "the run has ended on one of them",
+        "RendezvousConnectionError": "the one with that address is gone",
+    }
+    detail = known.get(type(error).__name__) or (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+    return (
+        f"{socket.gethostname()} cannot meet the other machines{where}, or no longer: {detail}\n"
+        f"Look at what the others say; do all have the same MASTER_ADDR, MASTER_PORT, NNODES and RUN_ID? Then start "
+        f"all of them again, to go on with --run.resume auto."
+    )
 
 
 def kill_children() -> None:
@@ -125,10 +157,6 @@ def kill_children() -> None:
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):
                 process.kill()
-
-
-def _left(folder: Path) -> set[int]:
-    return {int(text) for path in folder.iterdir() if (text := path.read_text())}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
@@ -85,14 +85,6 @@ def hold() -> Iterator[None]:
     check()
 
 
-def tell_launcher() -> None:
-    """Let the launcher know that its processes stop by a wish; with --max-restarts it would start them again."""
-    launcher = _launcher()
-    if LAUNCHER in os.environ and launcher == os.getppid() and os.environ.get("LOCAL_RANK") == "0":
-        with suppress(OSError):
-            os.kill(launcher, signal.SIGUSR1)
-
-
 @contextmanager
 def kept_from_children() -> Iterator[None]:
     """Processes started inside do not see the signals, which Slurm sends to every process of a job step."""
@@ -113,7 +105,6 @@ def _note(number: int, _: FrameType | None) -> None:
         return
     _noted.first = signal.Signals(number)
     if not _noted.held:
-        tell_launcher()
         raise _outside_of_steps(_noted.first)
     if number == signal.SIGINT and speaks():
         os.write(2, b"\nstopping after this step; Ctrl-C again leaves at once\n")

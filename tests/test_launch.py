@@ -117,7 +117,7 @@ def readme_commands() -> list[str]:
     return [
         line.split("#")[0].strip()
         for line in lines
-        if re.match(r"\./|python |torchrun |sbatch |NNODES=|git |source ", line)
+        if re.match(r"\./|python |torchrun |sbatch |[A-Z_]+=|git |source ", line)
     ]
 
 
@@ -131,6 +131,7 @@ TESTED = {
     "./launch/test": "CI",
     "torchrun --nproc_per_node=8 -m cifar_dist.train --config configs/googlenet.yaml": "test_eight_ranks_start",
     "NNODES=2 NODE_RANK=0 MASTER_ADDR=node-a ./launch/multinode --config configs/googlenet.yaml": "test_two_machines_*",
+    "MAX_RESTARTS=2 ./launch/node --config configs/googlenet.yaml --run.name mine --run.resume auto": "test_elastic.py",
     "./launch/debug": "tests/test_debug.py",
     "python -m cifar_dist.train --config configs/quickstart.yaml --run.name mine --run.resume auto": "test_resume.py",
     "python -m cifar_dist.evaluate --checkpoint runs/mine/checkpoints/step-00002730.pt": "test_world_size.py",

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from cifar_dist.launch import what_failed
+from cifar_dist.agent import what_failed
 from cifar_dist.training.checkpoint import all_steps
 from tests import runs
 

@@ -11,6 +11,7 @@ from cifar_dist.config import DataConfig
 from cifar_dist.data import beton, dataset, staging
 from cifar_dist.data.order import Split, split
 from cifar_dist.distributed import World, all_reduce_sum, together
+from cifar_dist.errors import DataError
 
 _PREPARE_TIMEOUT_S = 7200  # for one process to download and write the dataset while the others wait
 
@@ -25,10 +26,15 @@ def folder_of(data_dir: Path, stage_dir: Path | None, source: str, world: World,
     """
 
     def ready() -> bool:
-        if stage_dir is not None and stage_dir.resolve() != data_dir.resolve():
-            return staging.stage(data_dir, stage_dir, source, say) == stage_dir
-        dataset.ensure(data_dir, source, say)
-        return False
+        try:
+            if stage_dir is not None and stage_dir.resolve() != data_dir.resolve():
+                return staging.stage(data_dir, stage_dir, source, say) == stage_dir
+            dataset.ensure(data_dir, source, say)
+            return False
+        except DataError as error:
+            if (data_dir / dataset.MANIFEST).exists():
+                raise  # it names the file
+            raise DataError(f"data.dir {data_dir.resolve()} holds no dataset.\n{error}") from None
 
     staged = together(world, ready, at_work=world.local_rank == 0, timeout_s=_PREPARE_TIMEOUT_S)
     # The ranks of a machine follow one another; the first of them knows.

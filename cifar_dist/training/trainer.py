@@ -163,7 +163,6 @@ class Trainer:
         return shared(NonFiniteError(f"{what} {good}. {advice}"))
 
     def _stopped(self, asked: signal.Signals) -> StopError:
-        stopping.tell_launcher()
         text = f"stopped by {asked.name} after step {self.progress.step}, which is saved in {self.directory}."
         return StopError(f"{text} The same command with --run.resume auto goes on from there.")
 
