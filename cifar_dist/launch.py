@@ -39,6 +39,7 @@ def main() -> None:
             os.environ |= {EXIT_CODES: str(folder), stopping.LAUNCHER: str(os.getpid())}
             os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers set theirs; without this torchrun warns
             os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT_S))
+            os.environ.setdefault("LOGLEVEL", "ERROR")  # torchrun tells of each process that it stops
             # One key of a shared store stays from the first start, and a restart in place waits on it.
             os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
             # Of a lost process torch's C++ tells by pages of addresses, besides what is said of it here.
