@@ -215,6 +215,7 @@ def requeue(job: Job, directory: Path, step: int | None) -> str:
     if len(sittings) > _MAX_IDLE and len(set(sittings[-_MAX_IDLE - 1 :])) == 1:
         return f"{_MAX_IDLE} sittings in a row came no step further; it needs a longer --time"
     try:
+        directory.mkdir(parents=True, exist_ok=True)  # the run may have been stopped before it made it
         write_text_atomic(directory / _SITTINGS, json.dumps({"job": job.id, "last_steps": sittings}))
         command = ["scontrol", "requeue", str(job.id)]
         result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

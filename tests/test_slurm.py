@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -294,3 +295,28 @@ def test_steps_get_the_gpus(options: tuple[str, ...], gpus: int, cluster: SlurmC
     job = cluster.submit("--exclusive", *options, f"--output={tmp_path}/out", "--wrap", command)
     cluster.wait(job)
     assert f"SLURM_GPUS_ON_NODE={gpus}" in (tmp_path / "out").read_text().splitlines()
+
+
+def test_sittings_that_come_no_further_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a node without scontrol, as in a container, where each refusal has its own reason."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    first = slurm.Job.current({"SLURM_JOB_ID": "7"})
+    steps = [None, None, 20, 40, 40, 40]
+    for restarts, step in enumerate(steps):
+        job = slurm.Job.current({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)})
+        assert slurm.requeue(job, tmp_path, step) == "scontrol is not on this node"
+    assert slurm.requeue(first, tmp_path, 40) == "3 sittings in a row came no step further; it needs a longer --time"
+    assert slurm.requeue(first, tmp_path, 41) == "scontrol is not on this node"
+    other = slurm.Job.current({"SLURM_JOB_ID": "8"})
+    assert slurm.requeue(other, tmp_path, 41) == "scontrol is not on this node"
+    bounded = slurm.Job.current({"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "2", "MAX_REQUEUES": "2"})
+    assert "requeued 2 times" in slurm.requeue(bounded, tmp_path, 60)
+
+
+def test_ports_of_jobs() -> None:
+    assert slurm.free_port(5) == 16_384 + 5
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 16_384 + 6))
+        taken.listen()
+        assert slurm.free_port(6) == 16_384 + 6 + 97
+    assert slurm.free_port(16_384 * 3 + 7) == 16_384 + 7
