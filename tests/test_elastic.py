@@ -75,7 +75,9 @@ def test_killed_rank_of_two_machines(uninterrupted: Path, data_dir: Path, tmp_pa
     wait_for_checkpoint(run_dir, 8, machines[0])
     os.kill(trainers(run_dir)[1], signal.SIGKILL)
     outputs = [runs.finish(process) for process in machines]
-    assert all("restart 1 of 1" in output and "Traceback" not in output for output in outputs)
+    assert "restart 1 of 1" in "".join(outputs)  # the other one may join before it sees its own process fail
+    assert "".join(outputs).count("going on from") == 1
+    assert "Traceback" not in "".join(outputs)
     figures, expected = runs.summary(run_dir), runs.summary(uninterrupted)
     assert {key: figures[key] for key in KEYS} == {key: expected[key] for key in KEYS}
     assert same_but_for_time(run_dir, uninterrupted)
