@@ -118,8 +118,8 @@ def _lost_peer(world: World, error: RuntimeError) -> PeerError:
         lost = f"rank 0 or its machine ({os.environ.get('MASTER_ADDR')})"  # which has the store
     else:
         lost = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-    # Without the place in gloo's source at the start, and its guesses at the end.
-    detail = re.sub(r"^\[\S+\] ", "", (str(error).splitlines() or [""])[0]).split(". ")[0][:160]
+    # Without the place in gloo's source, and its guesses at the end.
+    detail = re.sub(r"\[/\S+\] ", "", (str(error).splitlines() or [""])[0]).split(". ")[0][:160]
     found = PeerError(
         f"{world.name} lost contact with {lost or 'another process'}, which failed or was stopped: {detail}\n"
         f"Look for the first error above and in the run's logs/; then go on with --run.resume auto."

@@ -2,7 +2,8 @@
 
 The options are torchrun's. It always exits with 1 when a worker failed or a signal came, whatever the workers did; this
 exits with the code of the worker that failed of its own (see `errors`), or 75 when the run was asked to stop. It passes
-on SIGUSR1, too, which would kill torchrun and leave its workers behind, and a second Ctrl-C leaves at once.
+on SIGUSR1, too, which would kill torchrun and leave its workers behind, and a second Ctrl-C leaves at once. With
+--max-restarts it starts again only what can go on (see `agent`), and it looks at the port where machines meet first.
 """
 
 from __future__ import annotations

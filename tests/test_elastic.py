@@ -68,19 +68,16 @@ def test_killed_rank_is_started_again(uninterrupted: Path, data_dir: Path, tmp_p
     assert runs.children_with(str(run_dir)) == []
 
 
-@pytest.mark.parametrize("places", [("0", "1"), ("", "")], ids=["static", "c10d"])
-def test_killed_rank_of_two_machines(
-    places: tuple[str, str], uninterrupted: Path, data_dir: Path, tmp_path: Path
-) -> None:
+def test_killed_rank_of_two_machines(uninterrupted: Path, data_dir: Path, tmp_path: Path) -> None:
     run_dir, port = tmp_path / "run", free_port()
     arguments = (*OPTIONS, "--data.dir", data_dir, "--run.dir", run_dir)
-    machines = [
-        machine(k, port, *arguments, NNODES="2", NODE_RANK=place, MAX_RESTARTS="1") for k, place in enumerate(places)
-    ]
+    machines = [machine(k, port, *arguments, NNODES="2", MAX_RESTARTS="1") for k in range(2)]
     wait_for_checkpoint(run_dir, 8, machines[0])
     os.kill(trainers(run_dir)[1], signal.SIGKILL)
     outputs = [runs.finish(process) for process in machines]
-    assert all("restart 1 of 1" in output and "Traceback" not in output for output in outputs)
+    assert "restart 1 of 1" in "".join(outputs)  # the other one may join before it sees its own process fail
+    assert "".join(outputs).count("going on from") == 1
+    assert "Traceback" not in "".join(outputs)
     figures, expected = runs.summary(run_dir), runs.summary(uninterrupted)
     assert {key: figures[key] for key in KEYS} == {key: expected[key] for key in KEYS}
     assert same_but_for_time(run_dir, uninterrupted)
@@ -108,6 +105,12 @@ def test_restarts_need_a_run_to_go_on_with(tmp_path: Path) -> None:
 )
 def test_mistyped_numbers_of_machines(setting: str, value: str) -> None:
     assert f"{setting} is {value}" in runs.finish(start("multinode", **{setting: value}), expected=2)
+
+
+@pytest.mark.parametrize("changing", [{"NNODES": "1:2"}, {"NNODES": "2", "MAX_RESTARTS": "1"}])
+def test_numbered_machines_are_not_started_again(changing: dict[str, str]) -> None:
+    output = runs.finish(start("multinode", MASTER_ADDR="127.0.0.1", NODE_RANK="0", **changing), expected=2)
+    assert "Leave NODE_RANK out" in output
 
 
 def test_machine_is_lost_and_another_joins(uninterrupted: Path, data_dir: Path, tmp_path: Path) -> None:
@@ -142,13 +145,17 @@ def test_machine_is_lost_and_another_joins(uninterrupted: Path, data_dir: Path, 
 
 
 def test_machine_too_many_waits_and_leaves(data_dir: Path, tmp_path: Path) -> None:
+    """It hears of the end of the run, or finds the other machine gone."""
     run_dir, port = tmp_path / "run", free_port()
     arguments = (*OPTIONS, "--train.max_steps", "60", "--data.dir", data_dir, "--run.dir", run_dir)
     first = machine(0, port, *arguments, NNODES="1:1")
     runs.wait_until(lambda: listens(port), first)
     second = machine(1, port, *arguments, NNODES="1:1")
     assert "restart" not in runs.finish(first)
-    assert "the run ended without need of this machine" in runs.finish(second)
+    output, _ = second.communicate(timeout=60)
+    said = {0: "the run ended without need of this machine", 6: "or no longer: the one with that address is gone"}
+    assert said[second.returncode] in output
+    assert "Traceback" not in output
     assert runs.summary(run_dir)["world_size"] == 1
 
 
@@ -165,7 +172,7 @@ def test_number_of_machines_that_does_not_divide(data_dir: Path, tmp_path: Path)
 
 def test_four_two_one_and_three_processes_train_one_run(data_dir: Path, tmp_path: Path) -> None:
     """Each sitting but the last is stopped by SIGUSR1; the same samples in the same order, the same model."""
-    options = (*runs.SMALL, "--train.precision", "fp64", "--train.micro_batch_size", "8", "--train.max_steps", "28",
+    options = (*runs.SMALL, "--train.precision", "fp64", "--train.micro_batch_size", "8", "--train.max_steps", "20",
                "--train.log_every_steps", "1", "--run.resume", "auto", "--data.dir", data_dir)  # fmt: skip
     runs.run(1, *options, "--run.dir", tmp_path / "whole")
     run_dir = tmp_path / "parts"
@@ -179,7 +186,7 @@ def test_four_two_one_and_three_processes_train_one_run(data_dir: Path, tmp_path
     figures, expected = runs.summary(run_dir), runs.summary(tmp_path / "whole")
     assert figures["data_receipt"] == expected["data_receipt"]
     assert figures["world_size"] == 3
-    assert runs.logged_steps(run_dir) == list(range(1, 29))
-    parts, whole = runs.weights(run_dir, 28), runs.weights(tmp_path / "whole", 28)
+    assert runs.logged_steps(run_dir) == list(range(1, 21))
+    parts, whole = runs.weights(run_dir, 20), runs.weights(tmp_path / "whole", 20)
     largest = max((parts[name].double() - whole[name].double()).abs().max().item() for name in whole)
     assert largest < 1e-10
