@@ -133,8 +133,9 @@ TESTED = {
     "./launch/seeds configs/quickstart.yaml 3 --run.name exp": "tests/test_seeds.py: test_stopped_and_gone_on",
     "python -m cifar_dist.seeds runs/exp --json exp.json": "tests/test_seeds.py: test_table_and_json",
     "python -m cifar_dist.bench loader": "test_bench.py",
+    "./launch/rehearse --world-size 8 configs/googlenet.yaml --steps 20": "tests/test_rehearse.py",
 }
-QUICK = ("--help", "--print-config", "cifar_dist.prepare", "cifar_dist.models")
+QUICK = ("--help", "--print-config", "cifar_dist.prepare", "cifar_dist.models", "cifar_dist.plan")
 
 
 def test_readme_commands_are_all_known() -> None:
