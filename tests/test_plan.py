@@ -259,7 +259,7 @@ def test_too_little_memory(planned: Forecast) -> None:
     (text,) = objections(planned, None, None, planned.memory.peak - 1.0).refusals
     assert text.endswith("Lower eval.batch_size.")
     (text,) = objections(planned, None, None, planned.memory.training - 1.0).refusals
-    assert text.endswith("Lower train.micro_batch_size.")
+    assert text.endswith("Lower train.micro_batch_size and eval.batch_size.")
 
 
 def test_no_room_on_the_disk(planned: Forecast, tmp_path: Path) -> None:

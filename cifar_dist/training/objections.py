@@ -35,16 +35,24 @@ def objections(
     _warm_up(plan, found)
     _dataset(plan.config.data.dir, found)
     _run_directory(plan, found)
-    if device_memory_bytes is not None and plan.memory.peak > device_memory_bytes:
-        found.refusals.append(
-            f"a device has {device_memory_bytes / GIB:.3g} GiB, but some {plan.memory.peak / GIB:.3g} GiB are needed. "
-            f"Lower {'train.micro_batch_size' if plan.memory.training > device_memory_bytes else 'eval.batch_size'}."
-        )
+    if device_memory_bytes is not None:
+        _memory(plan, device_memory_bytes, found)
     if limit_seconds is not None and pace is None:
         found.warnings.append("the time limit is not checked, since the time is unknown.")
     if limit_seconds is not None and pace is not None:
         _time(plan, pace, limit_seconds, found)
     return found
+
+
+def _memory(plan: Forecast, device_bytes: float, found: Objections) -> None:
+    memory = plan.memory
+    needs = {"train.micro_batch_size": memory.training, "eval.batch_size": memory.evaluation}
+    too_large = [name for name, num_bytes in needs.items() if num_bytes > device_bytes]
+    if too_large:
+        found.refusals.append(
+            f"a device has {device_bytes / GIB:.3g} GiB, but some {memory.peak / GIB:.3g} GiB are needed. Lower "
+            f"{' and '.join(too_large)}."
+        )
 
 
 def _warm_up(plan: Forecast, found: Objections) -> None:
