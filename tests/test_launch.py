@@ -151,8 +151,9 @@ TESTED = {
         "test_slurm.py: test_array_over_a_grid",
     "sbatch slurm/evaluate.sh --checkpoint runs/job-17/checkpoints/step-00002730.pt --json score.json":
         "test_slurm.py: test_evaluate",
+    "./launch/rehearse --world-size 8 configs/googlenet.yaml --steps 20": "tests/test_rehearse.py",
 }  # fmt: skip
-QUICK = ("--help", "--print-config", "cifar_dist.prepare", "cifar_dist.models")
+QUICK = ("--help", "--print-config", "cifar_dist.prepare", "cifar_dist.models", "cifar_dist.plan")
 
 
 def test_readme_commands_are_all_known() -> None:

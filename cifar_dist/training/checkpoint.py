@@ -36,9 +36,14 @@ def save(directory: Path, step: int, state: dict[str, Any]) -> Path:
     Raises:
         CheckpointError: the disk is full or the directory not writable; the earlier checkpoints are untouched.
     """
+    return write(directory, step, encode(step, state))
+
+
+def encode(step: int, state: dict[str, Any]) -> bytes:
+    """What the file of a checkpoint holds."""
     buffer = io.BytesIO()
     torch.save(state | {"format": FORMAT, "step": step}, buffer)
-    return write(directory, step, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def write(directory: Path, step: int, data: bytes) -> Path:

@@ -40,7 +40,7 @@ def claimed(config: Config) -> Iterator[Path]:
         RunInUseError: another job is in it.
         UserError: it holds a run already and `run.resume` does not allow for that, or it cannot be written.
     """
-    directory = _directory(config)
+    directory = directory_of(config)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(directory / ".lock")
@@ -59,7 +59,7 @@ def claimed(config: Config) -> Iterator[Path]:
             f"the run directory {directory} cannot be written: {error.strerror}. Choose another --run.dir."
         ) from None
     try:
-        if config.run.resume != "auto" and _holds_run(directory):
+        if config.run.resume != "auto" and holds_run(directory):
             raise UserError(
                 f"the run directory {directory} already holds a run. Go on with it by --run.resume auto, or choose "
                 f"another --run.name."
@@ -76,7 +76,8 @@ def claimed(config: Config) -> Iterator[Path]:
         lock.release()
 
 
-def _directory(config: Config) -> Path:
+def directory_of(config: Config) -> Path:
+    """The directory that a run with `config` gets, if it starts now."""
     if config.run.dir is not None:
         return config.run.dir
     if config.run.name is not None:
@@ -89,7 +90,8 @@ def _directory(config: Config) -> Path:
     return directory
 
 
-def _holds_run(directory: Path) -> bool:
+def holds_run(directory: Path) -> bool:
+    """Whether a run was begun there."""
     return (directory / "config.yaml").exists() or bool(checkpoint.all_steps(directory / "checkpoints"))
 
 
