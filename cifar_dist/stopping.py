@@ -46,7 +46,7 @@ def listen() -> None:
     signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
     for number in SIGNALS:
         signal.signal(number, _note)
-    threading.Thread(target=_watch, args=(reader, _launcher()), daemon=True).start()
+    threading.Thread(target=_watch, args=(reader, launcher_pid()), daemon=True).start()
 
 
 def wish() -> signal.Signals | None:
@@ -83,9 +83,15 @@ def hold() -> Iterator[None]:
     check()
 
 
+def ask() -> None:
+    """Note the wish to stop as if SIGUSR1 had come, from any thread; outside of `hold` it does nothing."""
+    if _noted.held and _noted.first is None and not ending():
+        _noted.first = signal.SIGUSR1
+
+
 def tell_launcher() -> None:
     """Let the launcher know that its processes stop by a wish; with --max-restarts it would start them again."""
-    launcher = _launcher()
+    launcher = launcher_pid()
     if LAUNCHER in os.environ and launcher == os.getppid() and os.environ.get("LOCAL_RANK") == "0":
         with suppress(OSError):
             os.kill(launcher, signal.SIGUSR1)
@@ -121,7 +127,7 @@ def _outside_of_steps(number: signal.Signals) -> StopError:
     return StopError(f"stopped by {number.name} before the first step or after the last; nothing was left to save.")
 
 
-def _launcher() -> int | None:
+def launcher_pid() -> int | None:
     """The process that started this one for torchrun; None outside of it."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None

@@ -22,6 +22,7 @@ from cifar_dist.models.layers import num_parameters
 from cifar_dist.tracking.curves import draw_curves
 from cifar_dist.tracking.tracker import Tracker
 from cifar_dist.training import checkpoint, debug, evaluation, run_directory, status
+from cifar_dist.training.claim import Claim
 from cifar_dist.training.precision import number_format, set_backends
 from cifar_dist.training.samples import split_of
 from cifar_dist.training.stepper import Stepper
@@ -38,6 +39,7 @@ class Reporter:
     def __init__(self, world: World) -> None:
         self.world = world
         self.tracker: Tracker | None = None
+        self.claim: Claim | None = None  # rank 0 has it
 
     def say(self, text: str) -> None:
         log.info(text)
@@ -48,8 +50,16 @@ class Reporter:
 
     def report(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
         log.info("step %d %s", step, metrics)
-        if self.tracker is not None:
+        if self.tracker is not None and self.may_write():  # else all ranks are about to stop
             self.tracker.log(step, metrics)
+
+    def may_write(self) -> bool:
+        return self.claim is not None and self.claim.held()
+
+    def guard(self) -> None:
+        """Raise where another process has taken the run over."""
+        if self.claim is not None:
+            self.claim.check()
 
     def tick(self, step: int) -> None:
         if self.tracker is not None:
@@ -69,7 +79,7 @@ def run(config: Config, world: World, stack: ExitStack) -> None:
     data_dir = config.data.dir
     parts = split_of(config.data, data_dir, world, reporter.say)
     directory, start = _claim(config, world, stack, reporter)
-    with status.kept(directory, world.speaks), naming_lost_peers(world):
+    with status.kept(directory, reporter.may_write), naming_lost_peers(world):
         together(world, lambda: _log_to(directory / "logs" / f"rank-{world.rank}.log", stack))
         devices = device_names(world)
         open_loader = partial(BetonLoader, data_dir / "train.beton", world.device, config.data.num_workers)
@@ -78,7 +88,7 @@ def run(config: Config, world: World, stack: ExitStack) -> None:
         calibration = evaluation.calibration_samples(parts, config.eval)
         fit_whitening([stepper.model, stepper.scored_model], loader, calibration, world)
         checkpoints = directory / "checkpoints"
-        trainer = Trainer(config, stepper, parts, loader, reporter.report, reporter.tick, checkpoints)
+        trainer = Trainer(config, stepper, parts, loader, reporter.report, reporter.tick, checkpoints, reporter.guard)
         if start:
             together(world, lambda: trainer.restore(checkpoint.decode(start, "the checkpoint"), "the checkpoint"))
         _introduce(config, trainer, devices, directory, reporter)
@@ -86,14 +96,20 @@ def run(config: Config, world: World, stack: ExitStack) -> None:
         if complete and trainer.progress.step == trainer.schedule.total_steps:
             reporter.say(f"this run is complete; its figures are in {directory / 'summary.json'}")
             return
-        together(world, lambda: run_directory.write_config(config, directory), at_work=world.speaks)
+        together(world, lambda: _leave_config(config, directory, reporter), at_work=world.speaks)
         together(world, lambda: debug.check(config, trainer, reporter.say))
         together(world, lambda: _start_tracking(config, trainer, directory, stack, reporter), at_work=world.speaks)
         trainer.train()
         _finish(config, trainer, devices, directory, reporter)
 
 
+def _leave_config(config: Config, directory: Path, reporter: Reporter) -> None:
+    reporter.guard()
+    run_directory.write_config(config, directory)
+
+
 def _start_tracking(config: Config, trainer: Trainer, directory: Path, stack: ExitStack, reporter: Reporter) -> None:
+    reporter.guard()
     plain, steps = yaml.safe_load(to_yaml(config)), (trainer.schedule.total_steps, trainer.progress.step)
     reporter.tracker = stack.enter_context(Tracker(directory, config.track, plain, *steps, _name(config, directory)))
 
@@ -108,7 +124,8 @@ def _claim(config: Config, world: World, stack: ExitStack, reporter: Reporter) -
 
     def claim() -> str:
         nonlocal data
-        directory = stack.enter_context(run_directory.claimed(config))
+        reporter.claim = stack.enter_context(run_directory.claimed(config, reporter.say))
+        directory = reporter.claim.directory
         found = run_directory.starting_point(config, directory, reporter.say)
         checkpoint.sweep(directory / "checkpoints")
         if found and not found[0].is_relative_to(directory):
@@ -172,6 +189,7 @@ def _finish(config: Config, trainer: Trainer, devices: list[str], directory: Pat
 
 def _leave(directory: Path, name: str, summary: dict[str, Any], reporter: Reporter) -> None:
     assert reporter.tracker is not None
+    reporter.guard()
     draw_curves(directory / "metrics.jsonl", directory / "curves.png", name)
     # Last, since it says that the run is complete.
     write_text_atomic(directory / "summary.json", to_json(summary))

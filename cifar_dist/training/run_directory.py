@@ -5,9 +5,6 @@ Everything here runs on rank 0 alone.
 
 from __future__ import annotations
 
-import json
-import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,13 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import yaml
-from filelock import FileLock, Timeout
 
 from cifar_dist.cli import from_tree, to_yaml
 from cifar_dist.config import Config
-from cifar_dist.errors import CheckpointError, RunInUseError, UserError
+from cifar_dist.errors import CheckpointError, UserError
 from cifar_dist.files import write_text_atomic
 from cifar_dist.training import checkpoint
+from cifar_dist.training.claim import Claim
+from cifar_dist.training.takeover import acquire
 
 # What decides which numbers a run computes. The rest may change when it goes on.
 _DECISIVE = ("model", "optim", "augment")
@@ -33,8 +31,8 @@ _DECISIVE_KEYS = {
 
 
 @contextmanager
-def claimed(config: Config) -> Iterator[Path]:
-    """Make the run's directory and hold it until the end; the kernel lets go of it when this process dies.
+def claimed(config: Config, say: Callable[[str], None]) -> Iterator[Claim]:
+    """Make the run's directory and own it until the end. See `takeover` for what becomes of a former owner.
 
     Raises:
         RunInUseError: another job is in it.
@@ -43,22 +41,13 @@ def claimed(config: Config) -> Iterator[Path]:
     directory = _directory(config)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunInUseError(
-            f"the run directory {directory} is in use by {_owner(directory)}. Wait for that job or stop it, or choose "
-            f"another --run.name."
-        ) from None
-    except NotImplementedError:  # older filelock, where the file system knows no flock
-        raise UserError(
-            f"the run directory {directory} is on a file system without locks. Choose another --run.dir."
-        ) from None
+        claim = acquire(directory, config.run.resume == "auto", say)
     except OSError as error:
         raise UserError(
             f"the run directory {directory} cannot be written: {error.strerror}. Choose another --run.dir."
         ) from None
     try:
+        claim.check()
         if config.run.resume != "auto" and _holds_run(directory):
             raise UserError(
                 f"the run directory {directory} already holds a run. Go on with it by --run.resume auto, or choose "
@@ -66,14 +55,9 @@ def claimed(config: Config) -> Iterator[Path]:
             )
         for left in directory.glob(".*.tmp"):  # by a process that was killed while writing
             left.unlink(missing_ok=True)
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
-        write_text_atomic(directory / ".owner", json.dumps(owner))
-        try:
-            yield directory
-        finally:
-            (directory / ".owner").unlink(missing_ok=True)
+        yield claim
     finally:
-        lock.release()
+        claim.release()
 
 
 def _directory(config: Config) -> Path:
@@ -91,14 +75,6 @@ def _directory(config: Config) -> Path:
 
 def _holds_run(directory: Path) -> bool:
     return (directory / "config.yaml").exists() or bool(checkpoint.all_steps(directory / "checkpoints"))
-
-
-def _owner(directory: Path) -> str:
-    try:
-        owner = json.loads((directory / ".owner").read_text(encoding="utf-8"))
-        return f"process {owner['pid']} on {owner['host']}" + (f" (job {owner['job']})" if owner["job"] else "")
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
 
 
 def starting_point(config: Config, directory: Path, warn: Callable[[str], None]) -> tuple[Path, bytes] | None:
