@@ -26,8 +26,7 @@ from cifar_dist.training.owner import Owner
 from cifar_dist.training.takeover import LOCK, WATCH_S, acquire
 from tests import runs
 
-OPTIONS = (*runs.SMALL, "--train.precision", "fp32", "--train.batch_size", "32", "--train.max_steps", "60",
-           "--train.log_every_steps", "4", "--train.checkpoint_every_steps", "20", "--run.resume", "auto")  # fmt: skip
+OPTIONS = (*runs.SHORT, "--run.resume", "auto")
 # Directory, seconds until an owner that is asked to go is ended, seconds to hold the directory.
 HOLD = """
 import sys, time
@@ -203,25 +202,16 @@ def test_an_owner_that_hangs_is_ended_for_its_successor(tmp_path: Path, started:
     assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK]
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    runs.run(1, *OPTIONS, "--data.dir", data_dir, "--run.dir", folder)
-    return folder
-
-
-def same_run(run_dir: Path, whole: Path, *keys: str) -> None:
-    expected, got = runs.summary(whole), runs.summary(run_dir)
-    for key in ("data_receipt", "steps", *keys):
-        assert got[key] == expected[key], key
-    assert runs.logged_steps(run_dir) == runs.logged_steps(whole)
+def finished(run_dir: Path, whole: Path, *keys: str) -> None:
+    """Nothing is missing, nothing there twice, and nothing left over."""
+    runs.assert_same(run_dir, whole, *keys)
     assert json.loads((run_dir / "status.json").read_text())["status"] == "done"
     assert not [path.name for path in run_dir.iterdir() if path.name.startswith(".") and path.name != LOCK]
 
 
 @pytest.mark.run
 @pytest.mark.data
-def test_killed_and_resumed_at_once(uninterrupted: Path, data_dir: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_at_once(short_run: Path, data_dir: Path, tmp_path: Path) -> None:
     options = (*OPTIONS, "--data.dir", data_dir, "--run.dir", tmp_path)
     first = runs.start(1, *options)
     runs.wait_until(lambda: runs.logged_steps(tmp_path), first)
@@ -231,12 +221,12 @@ def test_killed_and_resumed_at_once(uninterrupted: Path, data_dir: Path, tmp_pat
     assert "without a word and is gone; taken over" in output
     assert "waiting" not in output
     first.communicate()
-    same_run(tmp_path, uninterrupted, "model_sha256")
+    finished(tmp_path, short_run)
 
 
 @pytest.mark.run
 @pytest.mark.data
-def test_resumed_while_orphans_save(uninterrupted: Path, data_dir: Path, tmp_path: Path) -> None:
+def test_resumed_while_orphans_save(short_run: Path, data_dir: Path, tmp_path: Path) -> None:
     """The launcher is killed; its workers stand still for a moment, and save while the next start waits for them."""
     launch = [sys.executable, "-m", "cifar_dist.launch", "--standalone", "--nproc-per-node", "2", "-m"]
     options = [*OPTIONS, "--data.dir", str(data_dir), "--run.dir", str(tmp_path)]
@@ -257,14 +247,14 @@ def test_resumed_while_orphans_save(uninterrupted: Path, data_dir: Path, tmp_pat
     for pid in workers:
         os.kill(pid, signal.SIGCONT)
     assert "going on from" in runs.finish(second)
-    same_run(tmp_path, uninterrupted)
+    finished(tmp_path, short_run, "data_receipt")
     first.communicate()
 
 
 @pytest.mark.run
 @pytest.mark.data
 def test_a_requeued_job_takes_over_from_its_earlier_start(
-    uninterrupted: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short_run: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first start stands still, so that the others meet it in the middle of its steps."""
     options = (*OPTIONS, "--data.dir", data_dir, "--run.dir", tmp_path)
@@ -284,13 +274,13 @@ def test_a_requeued_job_takes_over_from_its_earlier_start(
     output = runs.finish(second)
     assert f"waiting for process {first.pid} on " in output
     assert "going on from" in output
-    same_run(tmp_path, uninterrupted, "model_sha256")
+    finished(tmp_path, short_run)
 
 
 @pytest.mark.run
 @pytest.mark.data
 def test_a_run_that_stood_still_and_lost_its_directory_writes_no_more(
-    uninterrupted: Path, data_dir: Path, tmp_path: Path
+    short_run: Path, data_dir: Path, tmp_path: Path
 ) -> None:
     """Two ranks stand still, as with their machine; the run goes on elsewhere, and then they come back."""
     options = [*OPTIONS, "--data.dir", str(data_dir), "--run.dir", str(tmp_path / "run")]
@@ -312,5 +302,5 @@ def test_a_run_that_stood_still_and_lost_its_directory_writes_no_more(
     assert "Traceback" not in output
     output = runs.finish(second)
     assert "without a word and is gone; taken over" in output
-    same_run(tmp_path / "run", uninterrupted)
+    finished(tmp_path / "run", short_run, "data_receipt")
     shutil.rmtree(tmp_path / "run")

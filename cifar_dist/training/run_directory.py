@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -86,14 +88,12 @@ def starting_point(config: Config, directory: Path, warn: Callable[[str], None])
     if config.run.resume == "never":
         return None
     if config.run.resume == "auto":
-        found = checkpoint.newest_valid(directory / "checkpoints", warn)
-        if found is None:
-            return None
-        path, data = found
-    else:
-        path = Path(config.run.resume)
-        data = checkpoint.read_verified(path, need_digest=False)
-    _refuse_other_run(config, checkpoint.decode(data, str(path))["config"], path)
+        return checkpoint.newest_valid(directory / "checkpoints", warn, partial(_difference, config))
+    path = Path(config.run.resume)
+    data = checkpoint.read_verified(path, need_digest=False)
+    difference = _difference(config, checkpoint.decode(data, str(path)), path)
+    if difference:
+        raise CheckpointError(f"{path} {difference}\n{checkpoint.HOW_TO_GO_ON}")
     return path, data
 
 
@@ -109,16 +109,12 @@ def config_of(text: str, origin: str) -> Config:
         raise CheckpointError(f"{origin} has a configuration that this version cannot use: {error}") from None
 
 
-def _refuse_other_run(config: Config, text: str, path: Path) -> None:
-    old, new = asdict(config_of(text, str(path))), asdict(config)
+def _difference(config: Config, state: dict[str, Any], path: Path) -> str:
+    """In what the checkpoint is another run's, as the end of a sentence; empty if in nothing that decides."""
+    old, new = asdict(config_of(state["config"], str(path))), asdict(config)
     keys = [(s, k) for s in _DECISIVE for k in new[s]] + [(s, k) for s, names in _DECISIVE_KEYS.items() for k in names]
-    changed = [f"{s}.{k} was {old[s][k]}, is now {new[s][k]}" for s, k in keys if old[s][k] != new[s][k]]
-    if changed:
-        raise CheckpointError(
-            f"{path} is of a run with other settings, so going on would give neither run:\n  "
-            + "\n  ".join(changed)
-            + "\nGive the old values, or start anew under another --run.name without --run.resume."
-        )
+    changed = [f"\n  {s}.{k} was {old[s][k]}, is now {new[s][k]}" for s, k in keys if old[s][k] != new[s][k]]
+    return "is of a run with other settings, so going on would give neither run:" + "".join(changed) if changed else ""
 
 
 def write_config(config: Config, directory: Path) -> None:

@@ -17,7 +17,7 @@ from cifar_dist.config import Config
 from cifar_dist.data.loader import Batch, BetonLoader
 from cifar_dist.data.order import Indices, Order, Split
 from cifar_dist.distributed import together
-from cifar_dist.errors import NonFiniteError, StopError, shared
+from cifar_dist.errors import CheckpointError, NonFiniteError, StopError, shared
 from cifar_dist.processes import age_s
 from cifar_dist.training import checkpoint, evaluation, optim
 from cifar_dist.training.metrics import Metrics, Receipt, Window
@@ -52,7 +52,8 @@ class Trainer:
         report: takes (step, metrics) of a log step, on every rank.
         tick: takes the number of steps done after every step; must not wait for the device.
         directory: of the checkpoints, written by rank 0.
-        guard: raises on rank 0, before a checkpoint is written, where another process has taken the run over.
+        guard: raises on rank 0, before a checkpoint is written, where it must not be: another process has taken the run
+            over, or metrics up to this step could not be written.
     """
 
     def __init__(
@@ -238,8 +239,11 @@ class Trainer:
         """Go back to a state from `state()`.
 
         Raises:
-            CheckpointError: it is of another model.
+            CheckpointError: it is of another model, or incomplete.
         """
+        missing = self.state().keys() - state.keys()
+        if missing:
+            raise CheckpointError(f"{origin} is incomplete: it has no {', '.join(sorted(missing))}.")
         self.stepper.restore(state, origin)
         progress = self.progress
         progress.step = progress.read_step = progress.last_saved = state["step"]
