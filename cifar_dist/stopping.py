@@ -48,7 +48,7 @@ def listen() -> None:
     for number in SIGNALS:
         signal.signal(number, _note)
     atexit.register(_ignore)
-    threading.Thread(target=_watch, args=(reader, _launcher()), daemon=True).start()
+    threading.Thread(target=_watch, args=(reader, launcher_pid()), daemon=True).start()
 
 
 def wish() -> signal.Signals | None:
@@ -83,6 +83,12 @@ def hold() -> Iterator[None]:
     finally:
         _noted.held = False
     check()
+
+
+def ask() -> None:
+    """Note the wish to stop as if SIGUSR1 had come, from any thread; outside of `hold` it does nothing."""
+    if _noted.held and _noted.first is None and not ending():
+        _noted.first = signal.SIGUSR1
 
 
 @contextmanager
@@ -120,7 +126,7 @@ def _outside_of_steps(number: signal.Signals) -> StopError:
     return StopError(f"stopped by {number.name} before the first step or after the last; nothing was left to save.")
 
 
-def _launcher() -> int | None:
+def launcher_pid() -> int | None:
     """The process that started this one for torchrun; None outside of it."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cifar_dist.data import beton, cifar10, dataset
+from tests import runs
 
 # Numbers are asserted for CPUs, several ranks on any machine; child processes inherit it.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -45,6 +46,14 @@ def binary_dir(cifar: cifar10.Cifar10, tmp_path_factory: pytest.TempPathFactory)
         records = cifar10_records(cifar.train_images[part], cifar.train_labels[part])
         (folder / f"data_batch_{k + 1}.bin").write_bytes(records)
     (folder / "test_batch.bin").write_bytes(cifar10_records(cifar.test_images, cifar.test_labels))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def short_run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a whole run with runs.SHORT that nothing disturbed; read it, do not change it."""
+    folder = tmp_path_factory.mktemp("short") / "run"
+    runs.run(1, *runs.SHORT, "--data.dir", data_dir, "--run.dir", folder)
     return folder
 
 

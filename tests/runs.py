@@ -22,6 +22,12 @@ SMALL = (
     "--eval.bn_samples", "500", "--augment.low_resolution_share", "0", "--track.wandb", "disabled",
 )  # fmt: skip
 
+# A run of seconds with three checkpoints, which the fixture `short_run` makes with one process.
+SHORT = (
+    *SMALL, "--train.precision", "fp32", "--train.batch_size", "32", "--train.max_steps", "60",
+    "--train.log_every_steps", "4", "--train.checkpoint_every_steps", "20", "--train.keep_checkpoints", "3",
+)  # fmt: skip
+
 
 def command(world_size: int, module: str = "train") -> list[str]:
     """Plain python for one process, torchrun on this machine for more."""
@@ -72,6 +78,14 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 def logged_steps(run_dir: Path) -> list[int]:
     return [record["step"] for record in records(run_dir) if "train/loss" in record]
+
+
+def assert_same(run_dir: Path, whole: Path, *keys: str) -> None:
+    """The run in `run_dir` ended as that in `whole`, by these figures or all that tell, with each line of it once."""
+    expected, got = summary(whole), summary(run_dir)
+    for key in keys or ("model_sha256", "data_receipt", "test_confusion", "steps"):
+        assert got[key] == expected[key], key
+    assert logged_steps(run_dir) == logged_steps(whole)
 
 
 def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:

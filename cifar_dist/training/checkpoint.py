@@ -22,6 +22,7 @@ from torch import nn
 from cifar_dist.errors import CheckpointError
 from cifar_dist.files import write_bytes_atomic, write_text_atomic
 
+HOW_TO_GO_ON = "Give the old values, or start anew under another --run.name without --run.resume."
 FORMAT = 3  # 1 knew no optimizer but SGD, 2 no validation left to do
 _NAME = re.compile(r"step-(\d{8,})\.pt")
 
@@ -108,27 +109,61 @@ def decode(data: bytes, origin: str) -> dict[str, Any]:
     return state
 
 
-def newest_valid(directory: Path, warn: Callable[[str], None]) -> tuple[Path, bytes] | None:
-    """The newest checkpoint that equals its digest, with its bytes; None when there are no checkpoints.
+def newest_valid(
+    directory: Path, warn: Callable[[str], None], differs: Callable[[dict[str, Any], Path], str] = lambda *_: ""
+) -> tuple[Path, bytes] | None:
+    """The newest checkpoint that equals its digest and is of this run, with its bytes; None when there are none at all.
+
+    Undamaged ones of other runs that came before it are renamed, lest they be removed as damaged ones are.
+
+    Args:
+        warn: takes a line about each that is passed over.
+        differs: in what a state is another run's, as the end of a sentence; empty for one of this run.
 
     Raises:
-        CheckpointError: there are checkpoints, and none is valid.
+        CheckpointError: there are checkpoints, and none is valid, or none is of this run.
     """
     steps = all_steps(directory)
+    others: list[tuple[Path, str]] = []
     for step in reversed(steps):
         path = path_of(directory, step)
         try:
             data = read_verified(path)
-            decode(data, str(path))
         except CheckpointError as error:
             warn(f"warning: passed over: {error}")
-        else:
-            return path, data
+            continue
+        unfit = _unfit(data, step, path, differs)
+        if unfit:
+            others.append((path, unfit))
+            continue
+        for other, why in others:
+            warn(f"warning: passed over, and renamed to {_set_aside(other).name}: {other} {why}")
+        return path, data
+    if others:
+        raise CheckpointError(f"{others[0][0]} {others[0][1]}\n{HOW_TO_GO_ON}")
     if steps:
         raise CheckpointError(
             f"none of the {len(steps)} checkpoints in {directory} is valid. To begin anew, choose another run.name."
         )
     return None
+
+
+def _unfit(data: bytes, step: int, path: Path, differs: Callable[[dict[str, Any], Path], str]) -> str:
+    """Why a run cannot go on from these bytes, as the end of a sentence; empty if it can."""
+    try:
+        state = decode(data, str(path))
+        difference = differs(state, path)
+    except CheckpointError as error:
+        return f"cannot be used: {error}"
+    if not difference and state["step"] != step:
+        return f"is the checkpoint of step {state['step']}, whatever its name says."
+    return difference
+
+
+def _set_aside(path: Path) -> Path:
+    for file in (_digest_path(path), path):
+        file.rename(file.with_name(file.name + ".other"))
+    return path.with_name(path.name + ".other")
 
 
 def retain(directory: Path, current: int, newest: int, keep: Iterable[int]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -13,15 +13,18 @@ from typing import Any
 import numpy as np
 import yaml
 
+from cifar_dist import stopping
 from cifar_dist.cli import to_yaml
 from cifar_dist.config import NUM_TEST, Config
 from cifar_dist.data.loader import BetonLoader
 from cifar_dist.distributed import World, broadcast_bytes, from_rank0, naming_lost_peers, together
+from cifar_dist.errors import UserError
 from cifar_dist.files import write_text_atomic
 from cifar_dist.models.layers import num_parameters
 from cifar_dist.tracking.curves import draw_curves
 from cifar_dist.tracking.tracker import Tracker
 from cifar_dist.training import checkpoint, debug, evaluation, run_directory, status
+from cifar_dist.training.claim import Claim
 from cifar_dist.training.precision import number_format, set_backends
 from cifar_dist.training.samples import folder_of, split_of
 from cifar_dist.training.stepper import Stepper
@@ -38,6 +41,8 @@ class Reporter:
     def __init__(self, world: World) -> None:
         self.world = world
         self.tracker: Tracker | None = None
+        self.claim: Claim | None = None  # rank 0 has it
+        self.failure: UserError | None = None
 
     def say(self, text: str) -> None:
         log.info(text)
@@ -48,8 +53,23 @@ class Reporter:
 
     def report(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
         log.info("step %d %s", step, metrics)
-        if self.tracker is not None:
-            self.tracker.log(step, metrics)
+        # Where it cannot be written, all ranks stop after the same step, and `guard` says why.
+        if self.tracker is not None and self.failure is None and self.may_write():
+            try:
+                self.tracker.log(step, metrics)
+            except UserError as error:
+                self.failure = error
+                stopping.ask()
+
+    def may_write(self) -> bool:
+        return self.claim is not None and self.claim.held()
+
+    def guard(self) -> None:
+        """Raise where another process has taken the run over, or where metrics of it could not be written."""
+        if self.failure is not None:
+            raise self.failure
+        if self.claim is not None:
+            self.claim.check()
 
     def tick(self, step: int) -> None:
         if self.tracker is not None:
@@ -69,8 +89,8 @@ def run(config: Config, world: World, stack: ExitStack) -> None:
     data = config.data
     data_dir = folder_of(data.dir, data.stage_dir, data.source, world, reporter.say)
     parts = split_of(data, data_dir)
-    directory, start = _claim(config, world, stack, reporter)
-    with status.kept(directory, world.speaks), naming_lost_peers(world):
+    directory, origin, start = _claim(config, world, stack, reporter)
+    with status.kept(directory, reporter.may_write), naming_lost_peers(world):
         together(world, lambda: _log_to(directory / "logs" / f"rank-{world.rank}.log", stack))
         devices = device_names(world)
         open_loader = partial(BetonLoader, data_dir / "train.beton", world.device, config.data.num_workers)
@@ -79,22 +99,28 @@ def run(config: Config, world: World, stack: ExitStack) -> None:
         calibration = evaluation.calibration_samples(parts, config.eval)
         fit_whitening([stepper.model, stepper.scored_model], loader, calibration, world)
         checkpoints = directory / "checkpoints"
-        trainer = Trainer(config, stepper, parts, loader, reporter.report, reporter.tick, checkpoints)
+        trainer = Trainer(config, stepper, parts, loader, reporter.report, reporter.tick, checkpoints, reporter.guard)
         if start:
-            together(world, lambda: trainer.restore(checkpoint.decode(start, "the checkpoint"), "the checkpoint"))
+            together(world, lambda: trainer.restore(checkpoint.decode(start, origin), origin))
         _introduce(config, trainer, devices, directory, reporter)
         complete = from_rank0(world, (directory / "summary.json").exists)
         if complete and trainer.progress.step == trainer.schedule.total_steps:
             reporter.say(f"this run is complete; its figures are in {directory / 'summary.json'}")
             return
-        together(world, lambda: run_directory.write_config(config, directory), at_work=world.speaks)
+        together(world, lambda: _leave_config(config, directory, reporter), at_work=world.speaks)
         together(world, lambda: debug.check(config, trainer, reporter.say))
         together(world, lambda: _start_tracking(config, trainer, directory, stack, reporter), at_work=world.speaks)
         trainer.train()
         _finish(config, trainer, data_dir, devices, directory, reporter)
 
 
+def _leave_config(config: Config, directory: Path, reporter: Reporter) -> None:
+    reporter.guard()
+    run_directory.write_config(config, directory)
+
+
 def _start_tracking(config: Config, trainer: Trainer, directory: Path, stack: ExitStack, reporter: Reporter) -> None:
+    reporter.guard()
     plain, steps = yaml.safe_load(to_yaml(config)), (trainer.schedule.total_steps, trainer.progress.step)
     reporter.tracker = stack.enter_context(Tracker(directory, config.track, plain, *steps, _name(config, directory)))
 
@@ -103,13 +129,14 @@ def _name(config: Config, directory: Path) -> str:
     return config.run.name or directory.resolve().name
 
 
-def _claim(config: Config, world: World, stack: ExitStack, reporter: Reporter) -> tuple[Path, bytes]:
-    """The run's directory, and the bytes of the checkpoint to go on from (empty: none), on every rank."""
+def _claim(config: Config, world: World, stack: ExitStack, reporter: Reporter) -> tuple[Path, str, bytes]:
+    """The run's directory, and the name and bytes of the checkpoint to go on from (empty: none), on every rank."""
     data = b""
 
-    def claim() -> str:
+    def claim() -> tuple[str, str]:
         nonlocal data
-        directory = stack.enter_context(run_directory.claimed(config))
+        reporter.claim = stack.enter_context(run_directory.claimed(config, reporter.say))
+        directory = reporter.claim.directory
         found = run_directory.starting_point(config, directory, reporter.say)
         checkpoint.sweep(directory / "checkpoints")
         if found and not found[0].is_relative_to(directory):
@@ -118,15 +145,26 @@ def _claim(config: Config, world: World, stack: ExitStack, reporter: Reporter) -
         if found:
             reporter.say(f"going on from {found[0]}")
             data = found[1]
-        return str(directory)
+        return str(directory), str(found[0]) if found else ""
 
-    directory = Path(from_rank0(world, claim))
-    return directory, broadcast_bytes(data, world)
+    directory, origin = from_rank0(world, claim)
+    return Path(directory), origin, broadcast_bytes(data, world)
+
+
+class _LogFile(logging.FileHandler):
+    """On a full disk it stays behind; what must not be lost says so where it is written."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Say nothing: the standard library would print a traceback for each line."""
+
+    def close(self) -> None:
+        with suppress(OSError):  # what could not be written before is tried again
+            super().close()
 
 
 def _log_to(path: Path, stack: ExitStack) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -175,6 +213,7 @@ def _finish(
 
 def _leave(directory: Path, name: str, summary: dict[str, Any], reporter: Reporter) -> None:
     assert reporter.tracker is not None
+    reporter.guard()
     draw_curves(directory / "metrics.jsonl", directory / "curves.png", name)
     # Last, since it says that the run is complete.
     write_text_atomic(directory / "summary.json", to_json(summary))

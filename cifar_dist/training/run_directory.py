@@ -5,23 +5,23 @@ Everything here runs on rank 0 alone.
 
 from __future__ import annotations
 
-import json
-import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from cifar_dist.cli import from_tree, to_yaml
 from cifar_dist.config import Config
-from cifar_dist.errors import CheckpointError, RunInUseError, UserError
+from cifar_dist.errors import CheckpointError, UserError
 from cifar_dist.files import write_text_atomic
 from cifar_dist.training import checkpoint
+from cifar_dist.training.claim import Claim
+from cifar_dist.training.takeover import acquire
 
 # What decides which numbers a run computes. The rest may change when it goes on.
 _DECISIVE = ("model", "optim", "augment")
@@ -33,8 +33,8 @@ _DECISIVE_KEYS = {
 
 
 @contextmanager
-def claimed(config: Config) -> Iterator[Path]:
-    """Make the run's directory and hold it until the end; the kernel lets go of it when this process dies.
+def claimed(config: Config, say: Callable[[str], None]) -> Iterator[Claim]:
+    """Make the run's directory and own it until the end. See `takeover` for what becomes of a former owner.
 
     Raises:
         RunInUseError: another job is in it.
@@ -43,22 +43,13 @@ def claimed(config: Config) -> Iterator[Path]:
     directory = directory_of(config)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunInUseError(
-            f"the run directory {directory} is in use by {_owner(directory)}. Wait for that job or stop it, or choose "
-            f"another --run.name."
-        ) from None
-    except NotImplementedError:  # older filelock, where the file system knows no flock
-        raise UserError(
-            f"the run directory {directory} is on a file system without locks. Choose another --run.dir."
-        ) from None
+        claim = acquire(directory, config.run.resume == "auto", say)
     except OSError as error:
         raise UserError(
             f"the run directory {directory} cannot be written: {error.strerror}. Choose another --run.dir."
         ) from None
     try:
+        claim.check()
         if config.run.resume != "auto" and holds_run(directory):
             raise UserError(
                 f"the run directory {directory} already holds a run. Go on with it by --run.resume auto, or choose "
@@ -66,14 +57,9 @@ def claimed(config: Config) -> Iterator[Path]:
             )
         for left in directory.glob(".*.tmp"):  # by a process that was killed while writing
             left.unlink(missing_ok=True)
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
-        write_text_atomic(directory / ".owner", json.dumps(owner))
-        try:
-            yield directory
-        finally:
-            (directory / ".owner").unlink(missing_ok=True)
+        yield claim
     finally:
-        lock.release()
+        claim.release()
 
 
 def directory_of(config: Config) -> Path:
@@ -95,14 +81,6 @@ def holds_run(directory: Path) -> bool:
     return (directory / "config.yaml").exists() or bool(checkpoint.all_steps(directory / "checkpoints"))
 
 
-def _owner(directory: Path) -> str:
-    try:
-        owner = json.loads((directory / ".owner").read_text(encoding="utf-8"))
-        return f"process {owner['pid']} on {owner['host']}" + (f" (job {owner['job']})" if owner["job"] else "")
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
-
-
 def starting_point(config: Config, directory: Path, warn: Callable[[str], None]) -> tuple[Path, bytes] | None:
     """The checkpoint to go on from, with its bytes, or None to start at step 0.
 
@@ -112,14 +90,12 @@ def starting_point(config: Config, directory: Path, warn: Callable[[str], None])
     if config.run.resume == "never":
         return None
     if config.run.resume == "auto":
-        found = checkpoint.newest_valid(directory / "checkpoints", warn)
-        if found is None:
-            return None
-        path, data = found
-    else:
-        path = Path(config.run.resume)
-        data = checkpoint.read_verified(path, need_digest=False)
-    _refuse_other_run(config, checkpoint.decode(data, str(path))["config"], path)
+        return checkpoint.newest_valid(directory / "checkpoints", warn, partial(_difference, config))
+    path = Path(config.run.resume)
+    data = checkpoint.read_verified(path, need_digest=False)
+    difference = _difference(config, checkpoint.decode(data, str(path)), path)
+    if difference:
+        raise CheckpointError(f"{path} {difference}\n{checkpoint.HOW_TO_GO_ON}")
     return path, data
 
 
@@ -135,16 +111,12 @@ def config_of(text: str, origin: str) -> Config:
         raise CheckpointError(f"{origin} has a configuration that this version cannot use: {error}") from None
 
 
-def _refuse_other_run(config: Config, text: str, path: Path) -> None:
-    old, new = asdict(config_of(text, str(path))), asdict(config)
+def _difference(config: Config, state: dict[str, Any], path: Path) -> str:
+    """In what the checkpoint is another run's, as the end of a sentence; empty if in nothing that decides."""
+    old, new = asdict(config_of(state["config"], str(path))), asdict(config)
     keys = [(s, k) for s in _DECISIVE for k in new[s]] + [(s, k) for s, names in _DECISIVE_KEYS.items() for k in names]
-    changed = [f"{s}.{k} was {old[s][k]}, is now {new[s][k]}" for s, k in keys if old[s][k] != new[s][k]]
-    if changed:
-        raise CheckpointError(
-            f"{path} is of a run with other settings, so going on would give neither run:\n  "
-            + "\n  ".join(changed)
-            + "\nGive the old values, or start anew under another --run.name without --run.resume."
-        )
+    changed = [f"\n  {s}.{k} was {old[s][k]}, is now {new[s][k]}" for s, k in keys if old[s][k] != new[s][k]]
+    return "is of a run with other settings, so going on would give neither run:" + "".join(changed) if changed else ""
 
 
 def write_config(config: Config, directory: Path) -> None:

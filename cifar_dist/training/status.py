@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -19,13 +19,16 @@ FILE = "status.json"
 
 
 @contextmanager
-def kept(directory: Path, writes: bool) -> Iterator[None]:
-    """Keep `directory`/status.json on the rank that `writes`: running, then done, stopped (by a signal) or failed.
+def kept(directory: Path, writes: Callable[[], bool]) -> Iterator[None]:
+    """Keep `directory`/status.json while this process `writes`: running, then done, stopped (by a signal) or failed.
 
     A run that is killed leaves "running", with the host and process that it was. From an error on, signals are ignored:
     torchrun sends them to all ranks once one has failed.
+
+    Raises:
+        UserError: it cannot be written.
     """
-    if writes:
+    if writes():
         _write(directory, {"status": "running", "exit_code": None})
     try:
         yield
@@ -33,11 +36,11 @@ def kept(directory: Path, writes: bool) -> Iterator[None]:
         end()
         status = "stopped" if isinstance(error, StopError) else "failed"
         code = error.exit_code if isinstance(error, (UserError, StopError)) else 1
-        if writes:
-            with suppress(OSError):  # the error itself says more
+        if writes():
+            with suppress(UserError):  # the error itself says more
                 _write(directory, {"status": status, "exit_code": code, "message": str(error)[:2000]})
         raise
-    if writes:
+    if writes():
         _write(directory, {"status": "done", "exit_code": 0})
 
 
@@ -51,4 +54,9 @@ def _write(directory: Path, status: dict[str, Any]) -> None:
         "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
-    write_text_atomic(directory / FILE, to_json({**status, **facts}))
+    try:
+        write_text_atomic(directory / FILE, to_json({**status, **facts}))
+    except OSError as error:
+        raise UserError(
+            f"{directory / FILE} cannot be written: {error.strerror}. Make room, then go on with --run.resume auto."
+        ) from None

@@ -165,7 +165,7 @@ class Stepper:
             checkpoint.load_weights(self.ema, state["ema"], origin)
         try:
             self.optimizer.load_state_dict(state["optimizer"])
-        except ValueError as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{origin} holds the state of another optimizer: {error}.") from None
         self.scaler.load_state_dict(state["scaler"])
 

@@ -9,7 +9,6 @@ from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from cifar_dist import stopping
@@ -18,7 +17,8 @@ from cifar_dist.config import Config
 from cifar_dist.data.loader import Batch, BetonLoader
 from cifar_dist.data.order import Indices, Order, Split
 from cifar_dist.distributed import together
-from cifar_dist.errors import NonFiniteError, StopError, shared
+from cifar_dist.errors import CheckpointError, NonFiniteError, StopError, shared
+from cifar_dist.processes import age_s
 from cifar_dist.training import checkpoint, evaluation, optim
 from cifar_dist.training.metrics import Metrics, Receipt, Window
 from cifar_dist.training.preemption import StopVote
@@ -52,6 +52,8 @@ class Trainer:
         report: takes (step, metrics) of a log step, on every rank.
         tick: takes the number of steps done after every step; must not wait for the device.
         directory: of the checkpoints, written by rank 0.
+        guard: raises on rank 0, before a checkpoint is written, where it must not be: another process has taken the run
+            over, or metrics up to this step could not be written.
     """
 
     def __init__(
@@ -63,10 +65,11 @@ class Trainer:
         report: Callable[[int, dict[str, float]], None],
         tick: Callable[[int], None],
         directory: Path,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.stepper, self.world = config, stepper, stepper.world
         self.split, self.loader, self.directory = split, loader, directory
-        self.report, self.tick = report, tick
+        self.report, self.tick, self.guard = report, tick, guard
         self.order = Order(split.train, config.train.batch_size, config.run.seed)
         self.schedule = schedule_of(config, self.order.steps_per_epoch)
         self.metrics = Metrics(self.world)
@@ -78,6 +81,7 @@ class Trainer:
         Raises:
             NonFiniteError: on every rank; nothing was saved since the last finite log step.
             CheckpointError: a checkpoint could not be written.
+            RunInUseError: another process has taken the run over.
             StopError: on every rank; a signal came, and the step at which all stopped is saved.
         """
         with stopping.hold():
@@ -127,7 +131,7 @@ class Trainer:
     def _seconds_since_process_start(self) -> float:
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
-        return time.time() - psutil.Process().create_time()
+        return age_s()
 
     def _read_metrics(self, started: float) -> None:
         progress = self.progress
@@ -200,6 +204,7 @@ class Trainer:
         Raises:
             NonFiniteError: a parameter is not finite.
             CheckpointError: it cannot be written.
+            RunInUseError: another process has taken the run over.
         """
         finite = torch.stack([torch.isfinite(p).all() for p in self.stepper.model.parameters()]).all()
         if not bool(finite):
@@ -209,6 +214,7 @@ class Trainer:
         self.progress.last_saved = self.progress.step
 
     def _write(self) -> None:
+        self.guard()
         checkpoint.save(self.directory, self.progress.step, self.state())
         best = [] if self.progress.best_step is None else [self.progress.best_step]
         checkpoint.retain(self.directory, self.progress.step, self.config.train.keep_checkpoints, best)
@@ -232,8 +238,11 @@ class Trainer:
         """Go back to a state from `state()`.
 
         Raises:
-            CheckpointError: it is of another model.
+            CheckpointError: it is of another model, or incomplete.
         """
+        missing = self.state().keys() - state.keys()
+        if missing:
+            raise CheckpointError(f"{origin} is incomplete: it has no {', '.join(sorted(missing))}.")
         self.stepper.restore(state, origin)
         progress = self.progress
         progress.step = progress.read_step = progress.last_saved = state["step"]

@@ -1,0 +1,63 @@
+"""Which process this is and whether another one still lives; neither clocks nor process ids alone tell."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+
+
+def place() -> tuple[str, str, str]:
+    """Where this process's id means something: host name, boot of the kernel, and namespace of process ids.
+
+    Cloned machines and containers share names; containers on one machine share the boot; process namespaces of
+    different machines share numbers.
+    """
+    boot, namespace = "", ""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    with suppress(OSError):
+        namespace = str(Path("/proc/self/ns/pid").stat().st_ino)
+    return socket.gethostname(), boot, namespace
+
+
+def started_ticks(pid: int) -> int | None:
+    """When that process started, in clock ticks since boot, which setting the clock does not move; None if unknown."""
+    fields = _stat(pid)
+    return int(fields[19]) if fields else None
+
+
+def is_gone(pid: int, ticks: int | None) -> bool:
+    """Whether the process that had `pid` here and started at `ticks` has ended; in doubt it has not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        pass  # somebody else's: it lives
+    fields = _stat(pid)  # empty where /proc hides the processes of others
+    return bool(fields) and (fields[0] in "ZX" or (ticks is not None and int(fields[19]) != ticks))
+
+
+def parent_of(pid: int) -> int | None:
+    fields = _stat(pid)
+    return int(fields[1]) if fields else None
+
+
+def age_s() -> float:
+    """Seconds since this process started, whatever was done to the clock meanwhile."""
+    ticks = started_ticks(os.getpid())
+    if ticks is None:  # no /proc
+        return time.process_time()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on; empty if there are none to be read."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return text.rpartition(")")[2].split()
