@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from cifar_dist.config import Config
 
 REPOSITORY = Path(__file__).parents[1]
-# srun tells each task its node; launch/multinode takes that by another name.
-_ON_NODE = ("bash", "-c", 'NODE_RANK=$SLURM_NODEID exec "$@"', "node")
+# srun tells each task its node; launch/multinode takes that by another name, unless processes may be started again.
+_ON_NODE = ("bash", "-c", '[[ ${MAX_RESTARTS:-0} != 0 ]] || export NODE_RANK=$SLURM_NODEID; exec "$@"', "node")
 
 
 def main() -> None:
@@ -67,6 +67,7 @@ def _run(job: slurm.Job, steps: slurm.Steps, arguments: Sequence[str], config: C
     env = {
         "NNODES": str(job.num_nodes),
         "NPROC_PER_NODE": str(num_processes),
+        "RUN_ID": f"{job.id}-{job.restarts}",
         "MASTER_ADDR": os.environ.get("MASTER_ADDR") or slurm.first_address(),
         "MASTER_PORT": os.environ.get("MASTER_PORT") or str(slurm.free_port(job.id)),
     }
