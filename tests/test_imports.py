@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "cifar_dist"
-GROUND = {"config", "limits", "distributed", "errors", "files", "hashing", "cli", "stopping"}
+GROUND = {"config", "limits", "distributed", "errors", "files", "hashing", "cli", "stopping", "place"}
 FOLDERS = {"data", "models", "tracking"}
 # What a module of each layer may import beside its own layer. Commands may import everything, and nobody them.
 BELOW = {"ground": set(), **{name: {"ground"} for name in FOLDERS}, "training": {"ground", *FOLDERS}}

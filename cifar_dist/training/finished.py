@@ -19,7 +19,11 @@ from cifar_dist.config import Config
 from cifar_dist.errors import UserError
 
 # What runs of one table may differ in: which of them they are, where files lie, and who is told.
-_FREE = {"run": {"name", "dir", "seed", "resume"}, "data": {"dir", "source"}, "track": {"wandb", "project"}}
+_FREE = {
+    "run": {"name", "dir", "seed", "resume", "stall_timeout_s"},
+    "data": {"dir", "source"},
+    "track": {"wandb", "project"},
+}
 # What is taken from a summary.json, and the types that it must have there.
 FIGURES: Mapping[str, tuple[type, ...]] = {
     "seed": (int,), "val_accuracy": (float, type(None)), "val_n": (int, type(None)), "test_accuracy": (float,),

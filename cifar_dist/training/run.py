@@ -19,9 +19,10 @@ from cifar_dist.data.loader import BetonLoader
 from cifar_dist.distributed import World, broadcast_bytes, from_rank0, naming_lost_peers, together
 from cifar_dist.files import write_text_atomic
 from cifar_dist.models.layers import num_parameters
+from cifar_dist.place import SLOW_S, VERY_SLOW_S, Place, go
 from cifar_dist.tracking.curves import draw_curves
 from cifar_dist.tracking.tracker import Tracker
-from cifar_dist.training import checkpoint, debug, evaluation, run_directory, status
+from cifar_dist.training import checkpoint, debug, evaluation, memory, run_directory, stall, status
 from cifar_dist.training.precision import number_format, set_backends
 from cifar_dist.training.samples import split_of
 from cifar_dist.training.stepper import Stepper
@@ -63,13 +64,22 @@ def run(config: Config, world: World, stack: ExitStack) -> None:
         UserError: anything that a user can mend; see `errors` for the kinds.
         StopError: a signal came; everything is saved.
     """
+    with stall.watched(world, config.run.stall_timeout_s) as watch:
+        _run(config, world, stack, watch)
+
+
+def _run(config: Config, world: World, stack: ExitStack, watch: stall.Watch) -> None:
     reporter = Reporter(world)
+    go(Place("preparing or verifying the dataset", limit_s=VERY_SLOW_S))
     formats = together(world, lambda: number_format(config.train.precision, world.device))
     set_backends(config.train, config.run.deterministic)
     data_dir = config.data.dir
     parts = split_of(config.data, data_dir, world, reporter.say)
+    go(Place("opening the run directory", limit_s=SLOW_S))
     directory, start = _claim(config, world, stack, reporter)
-    with status.kept(directory, world.speaks), naming_lost_peers(world):
+    watch.directory = directory
+    named = memory.named(config, world.rank, world.size)
+    with status.kept(directory, world.speaks), watch.told(), named, naming_lost_peers(world):
         together(world, lambda: _log_to(directory / "logs" / f"rank-{world.rank}.log", stack))
         devices = device_names(world)
         open_loader = partial(BetonLoader, data_dir / "train.beton", world.device, config.data.num_workers)
@@ -77,6 +87,7 @@ def run(config: Config, world: World, stack: ExitStack) -> None:
         stepper = Stepper(config, world, formats)
         calibration = evaluation.calibration_samples(parts, config.eval)
         fit_whitening([stepper.model, stepper.scored_model], loader, calibration, world)
+        go(Place("the start of training", limit_s=SLOW_S))
         checkpoints = directory / "checkpoints"
         trainer = Trainer(config, stepper, parts, loader, reporter.report, reporter.tick, checkpoints)
         if start:
@@ -87,7 +98,9 @@ def run(config: Config, world: World, stack: ExitStack) -> None:
             reporter.say(f"this run is complete; its figures are in {directory / 'summary.json'}")
             return
         together(world, lambda: run_directory.write_config(config, directory), at_work=world.speaks)
+        go(Place("the self-check", limit_s=VERY_SLOW_S))
         together(world, lambda: debug.check(config, trainer, reporter.say))
+        go(Place("the start of tracking", limit_s=SLOW_S))
         together(world, lambda: _start_tracking(config, trainer, directory, stack, reporter), at_work=world.speaks)
         trainer.train()
         _finish(config, trainer, devices, directory, reporter)
@@ -155,8 +168,10 @@ def _introduce(config: Config, trainer: Trainer, devices: list[str], directory: 
 
 def _finish(config: Config, trainer: Trainer, devices: list[str], directory: Path, reporter: Reporter) -> None:
     """Read the test set, once, and write what the run leaves."""
+    go(Place("the final test", limit_s=SLOW_S))
     with BetonLoader(config.data.dir / "test.beton", trainer.world.device, config.data.num_workers) as loader:
         test = trainer.score(loader, np.arange(NUM_TEST), config.eval.tta)
+    go(Place("writing the results", limit_s=SLOW_S))
     figures = {"test/accuracy": test.accuracy, "test/accuracy_tta": test.accuracy_tta, "test/n": test.n}
     reporter.report(trainer.progress.step, figures)
     summary = summarize(config, trainer, test, devices)
