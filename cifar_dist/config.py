@@ -31,6 +31,8 @@ class RunConfig:
     A path: go on from that checkpoint."""
     deterministic: bool = False
     """Ask torch and cuDNN for deterministic algorithms (slower on GPUs)."""
+    stall_timeout_s: int = 300
+    """Seconds without progress after which a run says which rank holds it up, and ends. 0: it waits."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,9 @@ class TrainConfig:
     """Steps between checkpoints; one more is always written at the end. 0: only that one."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay, beside the best one."""
+    check_ranks_every_steps: int = 100
+    """Steps after which all ranks compare checksums of their weights, at the next log step. 0: only before a
+    checkpoint is saved, as always."""
     log_every_steps: int = 20
     """Steps between two lines of metrics; nothing waits for the device in between."""
 

@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
 from cifar_dist.errors import KINDS, PeerError, UserError
+from cifar_dist.place import waiting
 from cifar_dist.roll_call import RollCall
 
-TIMEOUT_S = 600  # for a collective
+TIMEOUT_S = 600  # for a collective; what is named in a report of a standstill (training.stall) comes before
 _SIGNS_OF_A_LOST_PEER = (
     "by peer", "Timed out", "Broken pipe", "Connection refused", "remote process exited", "collective operation timeout"
 )  # fmt: skip
@@ -147,8 +148,20 @@ def _device(wanted: str, local_rank: int, local_size: int) -> torch.device:
 def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:
     """Add `tensor` up over all ranks, in place."""
     if world.size > 1:
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+        with waiting():
+            dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor
+
+
+def all_gather(tensor: Tensor, world: World) -> Tensor:
+    """The `tensor` (...) of all ranks, on the CPU: (size, ...)."""
+    mine = tensor.cpu()
+    if world.size == 1:
+        return mine[None]
+    parts = [torch.empty_like(mine) for _ in range(world.size)]
+    with waiting():
+        dist.all_gather(parts, mine)
+    return torch.stack(parts)
 
 
 def together(world: World, work: Callable[[], Any], at_work: bool = True, timeout_s: int = TIMEOUT_S) -> Any:
@@ -174,9 +187,10 @@ def together(world: World, work: Callable[[], Any], at_work: bool = True, timeou
         return value
     failed = torch.full((), world.rank if failure else world.size)
     group: Any = None  # all ranks, with the usual timeout
-    if timeout_s != TIMEOUT_S:
-        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-    dist.all_reduce(failed, op=dist.ReduceOp.MIN, group=group)
+    with waiting():
+        if timeout_s != TIMEOUT_S:
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        dist.all_reduce(failed, op=dist.ReduceOp.MIN, group=group)
     first = int(failed)
     if first < world.size:
         several = world.local_size < world.size
@@ -201,12 +215,13 @@ def broadcast_bytes(data: bytes, world: World, source: int = 0) -> bytes:
         return data
     mine = world.rank == source
     length = torch.tensor(len(data))
-    dist.broadcast(length, source)
-    # frombuffer refuses zero bytes, so one more travels along.
-    payload = torch.empty(int(length) + 1, dtype=torch.uint8)
-    if mine:
-        payload = torch.frombuffer(bytearray(data + b" "), dtype=torch.uint8)
-    dist.broadcast(payload, source)
+    with waiting():
+        dist.broadcast(length, source)
+        # frombuffer refuses zero bytes, so one more travels along.
+        payload = torch.empty(int(length) + 1, dtype=torch.uint8)
+        if mine:
+            payload = torch.frombuffer(bytearray(data + b" "), dtype=torch.uint8)
+        dist.broadcast(payload, source)
     return payload.numpy()[:-1].tobytes()
 
 

@@ -56,6 +56,12 @@ class RunInUseError(UserError):
     exit_code = 7
 
 
+class DivergedError(UserError):
+    """The processes of the run do not hold the same model."""
+
+    exit_code = 8
+
+
 class StopError(BaseException):
     """The run was asked to stop by a signal, and saved what there was to save.
 
@@ -72,7 +78,7 @@ def shared(error: UserError) -> UserError:
 
 
 KINDS: tuple[type[UserError], ...] = (
-    UserError, DataError, CheckpointError, NonFiniteError, PeerError, RunInUseError
+    UserError, DataError, CheckpointError, NonFiniteError, PeerError, RunInUseError, DivergedError
 )  # fmt: skip
 
 

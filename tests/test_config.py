@@ -22,7 +22,9 @@ REPOSITORY = Path(__file__).parents[1]
 
 # Whoever adds, renames or removes a setting, or changes a default, changes this on purpose.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "run": {"name": None, "dir": None, "seed": 0, "resume": "never", "deterministic": False},
+    "run": {
+        "name": None, "dir": None, "seed": 0, "resume": "never", "deterministic": False, "stall_timeout_s": 300,
+    },
     "data": {
         "dir": Path("data"), "source": "auto", "stage_dir": None, "subset": None, "train_on": "train", "num_workers": 1,
     },
@@ -33,7 +35,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "train": {
         "device": "auto", "epochs": 100, "max_steps": None, "batch_size": 1024, "micro_batch_size": 128,
         "precision": "auto", "compile": "auto", "channels_last": True, "tf32": True, "checkpoint_every_steps": 500,
-        "keep_checkpoints": 2, "log_every_steps": 20,
+        "keep_checkpoints": 2, "check_ranks_every_steps": 100, "log_every_steps": 20,
     },
     "optim": {
         "name": "muon", "lr": 0.05, "muon_lr": 0.1, "muon_momentum": 0.8, "momentum": 0.9, "bias_lr_factor": 1.0,
@@ -49,7 +51,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 # Another value for every key, all valid together.
 OTHERS: dict[str, dict[str, Any]] = {
-    "run": {"name": "on", "dir": Path("/tmp/a b"), "seed": 2**63 - 1, "resume": "auto", "deterministic": True},
+    "run": {
+        "name": "on", "dir": Path("/tmp/a b"), "seed": 2**63 - 1, "resume": "auto", "deterministic": True,
+        "stall_timeout_s": 0,
+    },
     "data": {
         "dir": Path("/d"), "source": "npm", "stage_dir": Path("/s"), "subset": 1000, "train_on": "all",
         "num_workers": 3,
@@ -61,7 +66,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "train": {
         "device": "cpu", "epochs": 3, "max_steps": 7, "batch_size": 96, "micro_batch_size": 32, "precision": "fp64",
         "compile": "off", "channels_last": False, "tf32": False, "checkpoint_every_steps": 0, "keep_checkpoints": 9,
-        "log_every_steps": 1,
+        "check_ranks_every_steps": 0, "log_every_steps": 1,
     },
     "optim": {
         "name": "sgd", "lr": 1e-05, "muon_lr": 0.02, "muon_momentum": 0.0, "momentum": 0.5, "bias_lr_factor": 8.0,
@@ -250,6 +255,7 @@ def test_configs_load(path: Path) -> None:
 LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "run.seed": ([0, 2**63 - 1], [-1, 2**63]),
     "run.resume": (["never"], [""]),
+    "run.stall_timeout_s": ([0, 500], [-1, 501]),
     "data.num_workers": ([1], [0]),
     "model.width": ([0.01, 16], [0, -1, 16.1, "nan", "inf"]),
     "model.dropout": ([0, 0.99], [-0.1, 1, "nan"]),
@@ -259,6 +265,7 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "train.micro_batch_size": ([2], [0, 1, -4]),
     "train.checkpoint_every_steps": ([0], [-1]),
     "train.keep_checkpoints": ([1], [0]),
+    "train.check_ranks_every_steps": ([0], [-1]),
     "train.log_every_steps": ([1], [0]),
     "optim.lr": ([1e-9], [0, -0.1, 1e6, "nan", "inf"]),
     "optim.muon_lr": ([1e-9], [0, -0.1, 1e3, "nan"]),

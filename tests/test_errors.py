@@ -105,7 +105,7 @@ def test_loss_that_explodes_stops_every_rank(data_dir: Path, tmp_path: Path) -> 
                "--optim.warmup_share", "0", "--optim.name", "sgd", "--optim.norm_scales", "trained",
                "--train.log_every_steps", "5", "--train.precision", "fp32")  # fmt: skip
     output = runs.run(2, *options, expected=1)
-    assert "became infinite or NaN between steps" in output or "infinite or NaN after step" in output
+    assert "became infinite or NaN in step" in output or "infinite or NaN after step" in output
     assert output.count("error: ") == 1
     assert not list((tmp_path / "run" / "checkpoints").glob("*.pt"))
     assert runs.children_with(str(tmp_path)) == []
@@ -142,6 +142,7 @@ def test_summary_of_codes_is_what_the_package_uses() -> None:
         ("NonFiniteError", 5),
         ("PeerError", 6),
         ("RunInUseError", 7),
+        ("DivergedError", 8),
     ]
 
 

@@ -21,6 +21,7 @@ from cifar_dist.data.loader import Batch, BetonLoader
 from cifar_dist.data.order import Indices, Order, Split, chunks_of_rank
 from cifar_dist.distributed import World, all_reduce_sum
 from cifar_dist.hashing import derive
+from cifar_dist.place import SLOW_S, Place, go
 from cifar_dist.training.precision import NumberFormat, reproducible
 
 
@@ -159,5 +160,11 @@ def _further_views(images: Tensor, tta: str) -> Iterator[tuple[Tensor, float]]:
 
 def _my_batches(loader: BetonLoader, samples: Indices, chunk_size: int, world: World) -> Iterator[Batch]:
     mine = chunks_of_rank(samples, chunk_size, world.rank, world.size)
+    if not mine:
+        return
+    first = Place(f"evaluation, batch 1 of {len(mine)}", limit_s=SLOW_S, memory="eval.batch_size")  # FFCV compiles
+    go(first)
     # Only the last chunk of all may be short, and it is then the last of its rank, so FFCV cuts alike.
-    return loader.read(np.concatenate(mine), chunk_size) if mine else iter(())
+    for k, batch in enumerate(loader.read(np.concatenate(mine), chunk_size)):
+        yield batch
+        go(first._replace(what=f"evaluation, batch {min(k + 2, len(mine))} of {len(mine)}", limit_s=0.0))

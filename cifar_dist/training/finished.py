@@ -20,7 +20,7 @@ from cifar_dist.errors import UserError
 
 # What runs of one table may differ in: which of them they are, where files lie, and who is told.
 _FREE = {
-    "run": {"name", "dir", "seed", "resume"},
+    "run": {"name", "dir", "seed", "resume", "stall_timeout_s"},
     "data": {"dir", "source", "stage_dir"},
     "track": {"wandb", "project"},
 }

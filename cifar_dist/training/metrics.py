@@ -8,7 +8,11 @@ from dataclasses import astuple, dataclass, field
 import torch
 from torch import Tensor
 
-from cifar_dist.distributed import World, all_reduce_sum
+from cifar_dist.distributed import World, all_gather, all_reduce_sum
+from cifar_dist.place import Place, at
+
+_SUMS_UP = Place("the sums over a log window", waits=True)
+_NEVER = 2**62  # later than any step
 
 
 @dataclass(frozen=True)
@@ -39,23 +43,32 @@ class Metrics:
         self._world = world
         # Sums of 32-bit hashes over an epoch stay below 2**53, so float64 holds them exactly beside the rest.
         self._sums = torch.zeros(8, dtype=torch.float64, device=world.device)
+        self._first_nonfinite = torch.full((), _NEVER, dtype=torch.int64, device=world.device)
         self.receipt = Receipt()
 
-    def add(self, loss: Tensor, finite: Tensor, logits: Tensor, labels: Tensor, receipt: Tensor) -> None:
-        """Take in a micro-batch: mean loss (), whether all that was minimised is finite () bool, logits (N, C),
-        labels (N,), receipt words (4,) int64."""
+    def add(self, step: int, loss: Tensor, finite: Tensor, logits: Tensor, labels: Tensor, receipt: Tensor) -> None:
+        """Take in a micro-batch of step `step` (from 0): mean loss (), whether all that was minimised is finite ()
+        bool, logits (N, C), labels (N,), receipt words (4,) int64."""
         hits = (logits.argmax(dim=1) == labels).sum()
         n = torch.full_like(hits, len(labels))
         nonfinite = (~finite).long()
+        self._first_nonfinite.clamp_(max=_NEVER - nonfinite * (_NEVER - step))
         self._sums += torch.cat((torch.stack((loss * len(labels), hits, n, nonfinite)).double(), receipt.double()))
 
     def window(self) -> Window:
         """Wait for the device, add up over ranks, and start anew."""
-        loss, *counts = all_reduce_sum(self._sums, self._world).tolist()
+        with at(_SUMS_UP):
+            loss, *counts = all_reduce_sum(self._sums, self._world).tolist()
         self._sums.zero_()
         hits, n, nonfinite, *words = map(int, counts)
         self.receipt.add(words, n)
         return Window(loss, hits, n, nonfinite)
+
+    def first_nonfinite(self) -> tuple[int, list[int]]:
+        """The first step (from 1) in which what was minimised was not finite on some rank, and on which; a collective,
+        which waits for the device."""
+        steps = all_gather(self._first_nonfinite, self._world).tolist()
+        return min(steps) + 1, [rank for rank, step in enumerate(steps) if step == min(steps)]
 
 
 @dataclass

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from cifar_dist import stopping
 from cifar_dist.distributed import World
+from cifar_dist.place import Place, at
+
+_VOTE = Place("the start of the step before", waits=True)
 
 
 class StopVote:
@@ -50,5 +53,6 @@ class StopVote:
             return None
         work, votes = self._pending
         self._pending = None
-        work.wait()
+        with at(_VOTE):
+            work.wait()
         return signal.Signals(int(votes)) if int(votes) else None

@@ -21,9 +21,10 @@ from cifar_dist.distributed import World, broadcast_bytes, from_rank0, naming_lo
 from cifar_dist.errors import UserError
 from cifar_dist.files import write_text_atomic
 from cifar_dist.models.layers import num_parameters
+from cifar_dist.place import SLOW_S, VERY_SLOW_S, Place, go
 from cifar_dist.tracking.curves import draw_curves
 from cifar_dist.tracking.tracker import Tracker
-from cifar_dist.training import checkpoint, debug, evaluation, run_directory, status
+from cifar_dist.training import checkpoint, debug, evaluation, out_of_memory, run_directory, stall, status
 from cifar_dist.training.claim import Claim
 from cifar_dist.training.precision import number_format, set_backends
 from cifar_dist.training.samples import folder_of, split_of
@@ -83,14 +84,23 @@ def run(config: Config, world: World, stack: ExitStack) -> None:
         UserError: anything that a user can mend; see `errors` for the kinds.
         StopError: a signal came; everything is saved.
     """
+    with stall.watched(world, config.run.stall_timeout_s) as watch:
+        _run(config, world, stack, watch)
+
+
+def _run(config: Config, world: World, stack: ExitStack, watch: stall.Watch) -> None:
     reporter = Reporter(world)
+    go(Place("preparing or verifying the dataset", limit_s=VERY_SLOW_S))
     formats = together(world, lambda: number_format(config.train.precision, world.device))
     set_backends(config.train, config.run.deterministic)
     data = config.data
     data_dir = folder_of(data.dir, data.stage_dir, data.source, world, reporter.say)
     parts = split_of(data, data_dir)
+    go(Place("opening the run directory", limit_s=SLOW_S))
     directory, origin, start = _claim(config, world, stack, reporter)
-    with status.kept(directory, reporter.may_write), naming_lost_peers(world):
+    watch.directory = directory
+    named = out_of_memory.named(config, world.rank, world.size)
+    with status.kept(directory, reporter.may_write), watch.told(), named, naming_lost_peers(world):
         together(world, lambda: _log_to(directory / "logs" / f"rank-{world.rank}.log", stack))
         devices = device_names(world)
         open_loader = partial(BetonLoader, data_dir / "train.beton", world.device, config.data.num_workers)
@@ -98,6 +108,7 @@ def run(config: Config, world: World, stack: ExitStack) -> None:
         stepper = Stepper(config, world, formats)
         calibration = evaluation.calibration_samples(parts, config.eval)
         fit_whitening([stepper.model, stepper.scored_model], loader, calibration, world)
+        go(Place("the start of training", limit_s=SLOW_S))
         checkpoints = directory / "checkpoints"
         trainer = Trainer(config, stepper, parts, loader, reporter.report, reporter.tick, checkpoints, reporter.guard)
         if start:
@@ -108,7 +119,9 @@ def run(config: Config, world: World, stack: ExitStack) -> None:
             reporter.say(f"this run is complete; its figures are in {directory / 'summary.json'}")
             return
         together(world, lambda: _leave_config(config, directory, reporter), at_work=world.speaks)
+        go(Place("the self-check", limit_s=VERY_SLOW_S))
         together(world, lambda: debug.check(config, trainer, reporter.say))
+        go(Place("the start of tracking", limit_s=SLOW_S))
         together(world, lambda: _start_tracking(config, trainer, directory, stack, reporter), at_work=world.speaks)
         trainer.train()
         _finish(config, trainer, data_dir, devices, directory, reporter)
@@ -196,8 +209,10 @@ def _finish(
     config: Config, trainer: Trainer, data_dir: Path, devices: list[str], directory: Path, reporter: Reporter
 ) -> None:
     """Read the test set, once, and write what the run leaves."""
+    go(Place("the final test", limit_s=SLOW_S))
     with BetonLoader(data_dir / "test.beton", trainer.world.device, config.data.num_workers) as loader:
         test = trainer.score(loader, np.arange(NUM_TEST), config.eval.tta)
+    go(Place("writing the results", limit_s=SLOW_S))
     figures = {"test/accuracy": test.accuracy, "test/accuracy_tta": test.accuracy_tta, "test/n": test.n}
     reporter.report(trainer.progress.step, figures)
     summary = summarize(config, trainer, test, devices)

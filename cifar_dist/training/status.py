@@ -29,7 +29,7 @@ def kept(directory: Path, writes: Callable[[], bool]) -> Iterator[None]:
         UserError: it cannot be written.
     """
     if writes():
-        _write(directory, {"status": "running", "exit_code": None})
+        write(directory, "running", None)
     try:
         yield
     except BaseException as error:
@@ -38,15 +38,23 @@ def kept(directory: Path, writes: Callable[[], bool]) -> Iterator[None]:
         code = error.exit_code if isinstance(error, (UserError, StopError)) else 1
         if writes():
             with suppress(UserError):  # the error itself says more
-                _write(directory, {"status": status, "exit_code": code, "message": str(error)[:2000]})
+                write(directory, status, code, str(error))
         raise
     if writes():
-        _write(directory, {"status": "done", "exit_code": 0})
+        write(directory, "done", 0)
 
 
-def _write(directory: Path, status: dict[str, Any]) -> None:
+def write(directory: Path, status: str, exit_code: int | None, message: str = "") -> None:
+    """Replace `directory`/status.json.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     steps = checkpoint.all_steps(directory / "checkpoints")
-    facts = {
+    facts: dict[str, Any] = {"status": status, "exit_code": exit_code}
+    if message:
+        facts["message"] = message[:2000]
+    facts |= {
         "last_checkpoint_step": steps[-1] if steps else None,
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -55,7 +63,7 @@ def _write(directory: Path, status: dict[str, Any]) -> None:
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
     try:
-        write_text_atomic(directory / FILE, to_json({**status, **facts}))
+        write_text_atomic(directory / FILE, to_json(facts))
     except OSError as error:
         raise UserError(
             f"{directory / FILE} cannot be written: {error.strerror}. Make room, then go on with --run.resume auto."

@@ -21,10 +21,17 @@ from cifar_dist.hashing import derive
 from cifar_dist.limits import accumulation_steps
 from cifar_dist.models.auxiliary import AUXILIARY_WEIGHT, Logits, without_auxiliary
 from cifar_dist.models.registry import create_model
+from cifar_dist.place import SLOW_S, Place, go
 from cifar_dist.training import checkpoint, optim
 from cifar_dist.training.metrics import Metrics
 from cifar_dist.training.precision import NumberFormat
 from cifar_dist.training.schedule import LOW_RESOLUTION, Step
+
+_BUILDS = Place("building and compiling the network", limit_s=SLOW_S)
+_READS, _READS_FIRST = Place("reading data"), Place("reading the first data", limit_s=SLOW_S)  # FFCV compiles
+_COMPUTES = Place("a forward or backward pass")
+_EXCHANGES = Place("the gradient exchange", waits=True)
+_UPDATES = Place("the update of the weights")
 
 
 class Stepper:
@@ -32,6 +39,7 @@ class Stepper:
     DDP, only steps."""
 
     def __init__(self, config: Config, world: World, number_format: NumberFormat) -> None:
+        go(_BUILDS)
         self.config, self.world, self.number_format = config, world, number_format
         self.accumulation = accumulation_steps(config.train.batch_size, config.train.micro_batch_size, world.size)
         torch.manual_seed(derive(config.run.seed, "init"))
@@ -48,6 +56,7 @@ class Stepper:
         on_gpu = world.device.type == "cuda"
         self._compiled = config.train.compile == "on" or (config.train.compile == "auto" and on_gpu)
         self._augment = torch.compile(augment.apply, dynamic=False) if self._compiled else augment.apply
+        self._reads = _READS_FIRST
         self._stepped = self._wrap()
 
     def _wrap(self) -> nn.Module:
@@ -88,8 +97,12 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = step.lr_share * group["peak_lr"]
         for part in range(self.accumulation):
+            go(self._reads)
             epoch, batch = next(batches)
+            self._reads = _READS
+            go(_COMPUTES)
             self._forward_backward(step, part, epoch, batch, metrics)
+        go(_UPDATES)
         if self.config.optim.grad_clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.grad_clip)
@@ -112,10 +125,12 @@ class Stepper:
                 logits, auxiliary = _outputs(self._stepped(images))
             loss = self._loss(logits, batch.labels)
             total = loss + AUXILIARY_WEIGHT * sum(self._loss(output, batch.labels) for output in auxiliary)
+            if part == self.accumulation - 1 and self.world.size > 1:
+                go(_EXCHANGES)
             self._backward(step.number, total / self.accumulation)
         with torch.no_grad():
             finite = torch.isfinite(total)
-            metrics.add(loss, finite, logits, batch.labels, augment.receipt_words(batch.indices, draws))
+            metrics.add(step.number, loss, finite, logits, batch.labels, augment.receipt_words(batch.indices, draws))
 
     def _inputs(self, images: Tensor, draws: augment.Draws, side: int | None) -> Tensor:
         """What the network is fed: (N, 3, H, W) uint8, augmented, in its number format and memory order."""
@@ -133,7 +148,8 @@ class Stepper:
             if "returned nan values" not in str(error):
                 raise
             # What anomaly detection says; the forward operation is in the warning that it prints before.
-            raise NonFiniteError(f"in step {step + 1}: {str(error).splitlines()[0]}") from error
+            where = f"in step {step + 1} on rank {self.world.rank}"
+            raise NonFiniteError(f"{where}: {str(error).splitlines()[0]}") from error
 
     def _no_sync(self) -> contextlib.AbstractContextManager[None]:
         wrapped = isinstance(self._stepped, DistributedDataParallel)

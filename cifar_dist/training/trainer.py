@@ -17,13 +17,16 @@ from cifar_dist.config import Config
 from cifar_dist.data.loader import Batch, BetonLoader
 from cifar_dist.data.order import Indices, Order, Split
 from cifar_dist.distributed import together
-from cifar_dist.errors import CheckpointError, NonFiniteError, StopError, shared
+from cifar_dist.errors import CheckpointError, StopError
+from cifar_dist.place import SLOW_S, Place, go, here
 from cifar_dist.processes import age_s
-from cifar_dist.training import checkpoint, evaluation, optim
+from cifar_dist.training import checkpoint, drift, evaluation, health, optim
 from cifar_dist.training.metrics import Metrics, Receipt, Window
 from cifar_dist.training.preemption import StopVote
 from cifar_dist.training.schedule import Step, schedule_of
 from cifar_dist.training.stepper import Stepper
+
+_SAVES = Place("writing the checkpoint", limit_s=SLOW_S)
 
 
 @dataclass
@@ -34,10 +37,10 @@ class Progress:
     step: int = 0
     train_seconds: float = 0.0
     first_step_seconds: float | None = None
-    read_step: int = 0  # when the metrics were last read
     since_log: Window = field(default_factory=Window)  # read, but not logged yet
     seconds_since_log: float = 0.0
     last_saved: int | None = None
+    last_compared: int = 0  # with the other ranks
     best_step: int | None = None
     best_accuracy: float = -1.0
     last_validation: dict[str, float] | None = None
@@ -80,6 +83,7 @@ class Trainer:
 
         Raises:
             NonFiniteError: on every rank; nothing was saved since the last finite log step.
+            DivergedError: on every rank; they do not hold the same model.
             CheckpointError: a checkpoint could not be written.
             RunInUseError: another process has taken the run over.
             StopError: on every rank; a signal came, and the step at which all stopped is saved.
@@ -94,6 +98,7 @@ class Trainer:
         started = time.perf_counter()
         batches = self._batches()
         while progress.step < total:
+            here.step = progress.step + 1
             lr_share = optim.schedule(progress.step, total, self.config.optim)
             step = Step(progress.step, lr_share, self.schedule.side(progress.step))
             self.stepper.step(step, batches, self.metrics)
@@ -141,9 +146,10 @@ class Trainer:
         progress.seconds_since_log += seconds
         progress.since_log += window
         if window.num_nonfinite:
-            what = f"the loss became infinite or NaN between steps {progress.read_step + 1} and {progress.step}"
-            raise self._nonfinite(f"{what}; nothing was saved since.")
-        progress.read_step = progress.step
+            raise health.nonfinite_loss(self.metrics, self.world, progress.last_saved)
+        every = self.config.train.check_ranks_every_steps
+        if every and progress.step - progress.last_compared >= every:
+            self._compare_ranks()
         if self.schedule.ends_epoch(progress.step):
             self.metrics.receipt.end_epoch()
 
@@ -160,11 +166,10 @@ class Trainer:
         self.report(progress.step, figures)
         progress.since_log, progress.seconds_since_log = Window(), 0.0
 
-    def _nonfinite(self, what: str) -> Exception:
-        last = self.progress.last_saved
-        good = "There is no good checkpoint yet" if last is None else f"The last good checkpoint is that of step {last}"
-        advice = "Lower optim.lr, set optim.grad_clip, or see where it starts with --debug.anomaly True."
-        return shared(NonFiniteError(f"{what} {good}. {advice}"))
+    def _compare_ranks(self) -> None:
+        at, last_saved = self.progress.step, self.progress.last_saved
+        drift.refuse_drift(health.tensors_alike(self.stepper), self.world, at, last_saved)
+        self.progress.last_compared = at
 
     def _stopped(self, asked: signal.Signals) -> StopError:
         text = f"stopped by {asked.name} after step {self.progress.step}, which is saved in {self.directory}."
@@ -203,13 +208,13 @@ class Trainer:
 
         Raises:
             NonFiniteError: a parameter is not finite.
+            DivergedError: not all ranks hold the same state.
             CheckpointError: it cannot be written.
             RunInUseError: another process has taken the run over.
         """
-        finite = torch.stack([torch.isfinite(p).all() for p in self.stepper.model.parameters()]).all()
-        if not bool(finite):
-            what = f"a parameter is infinite or NaN after step {self.progress.step}, so it is not saved."
-            raise self._nonfinite(what)
+        go(_SAVES)
+        health.refuse_nonfinite(self.stepper.model, self.progress.step, self.progress.last_saved)
+        self._compare_ranks()
         together(self.world, self._write, at_work=self.world.speaks)
         self.progress.last_saved = self.progress.step
 
@@ -245,7 +250,7 @@ class Trainer:
             raise CheckpointError(f"{origin} is incomplete: it has no {', '.join(sorted(missing))}.")
         self.stepper.restore(state, origin)
         progress = self.progress
-        progress.step = progress.read_step = progress.last_saved = state["step"]
+        progress.step = progress.last_saved = progress.last_compared = state["step"]
         progress.train_seconds = state["train_seconds"]
         *window, progress.seconds_since_log = state["since_log"]
         progress.since_log = Window(*window)

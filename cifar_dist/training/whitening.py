@@ -11,7 +11,10 @@ from cifar_dist.data.loader import BetonLoader
 from cifar_dist.data.order import Indices
 from cifar_dist.distributed import World, together
 from cifar_dist.models.stems import WhiteningConv, whitening_filters
+from cifar_dist.place import SLOW_S, Place, go
 from cifar_dist.training.precision import reproducible
+
+_FILTERS = Place("the filters of the stem", limit_s=SLOW_S, memory="eval.bn_samples")
 
 
 @torch.no_grad()
@@ -27,6 +30,7 @@ def fit_whitening(models: list[nn.Module], loader: BetonLoader, samples: Indices
     stems = [module for model in models for module in model.modules() if isinstance(module, WhiteningConv)]
     if not stems:
         return
+    go(_FILTERS)
     computed = together(world, lambda: _filters(loader, samples, stems[0].kernel_size), at_work=world.rank == 0)
     filters = torch.empty(stems[0].weight.shape, dtype=torch.float64) if computed is None else computed
     filters = filters.to(world.device)
