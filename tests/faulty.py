@@ -37,11 +37,11 @@ def stop(*_: Any) -> None:
 
 
 def flip_bit(stepper: Any, *_: Any) -> None:
-    """The lowest bit of one weight of the last layer."""
+    """One bit of one weight of the last layer; not the lowest, which the rounding of the next steps may swallow."""
     name, parameter = [item for item in stepper.model.named_parameters() if item[0].endswith("weight")][-1]
     with torch.no_grad():
         bits = parameter.view(torch.int64 if parameter.dtype == torch.float64 else torch.int32)
-        bits[3, 1] ^= 1
+        bits[3, 1] ^= 2**18
     print(f"planted in {name}", flush=True)
 
 
