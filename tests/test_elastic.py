@@ -12,7 +12,7 @@ import pytest
 
 from cifar_dist.training.checkpoint import all_steps
 from tests import runs
-from tests.machines import listens, lose, machine, trainers
+from tests.machines import CPUS, listens, lose, machine, trainers
 from tests.test_launch import free_port, start
 
 pytestmark = [pytest.mark.run, pytest.mark.data]
@@ -174,11 +174,12 @@ def test_four_two_one_and_three_processes_train_one_run(data_dir: Path, tmp_path
     """Each sitting but the last is stopped by SIGUSR1; the same samples in the same order, the same model."""
     options = (*runs.SMALL, "--train.precision", "fp64", "--train.micro_batch_size", "8", "--train.max_steps", "20",
                "--train.log_every_steps", "1", "--run.resume", "auto", "--data.dir", data_dir)  # fmt: skip
-    runs.run(1, *options, "--run.dir", tmp_path / "whole")
+    runs.finish(start("node", *options, "--run.dir", tmp_path / "whole", NPROC_PER_NODE="2"))
     run_dir = tmp_path / "parts"
     for world_size in (4, 2, 1, 3):
         before = max(all_steps(run_dir / "checkpoints"), default=0)
-        process = start("node", *options, "--run.dir", run_dir, NPROC_PER_NODE=str(world_size))
+        cpu = CPUS[0] if world_size == 1 else ""  # a thread per process: two wait for each other on a busy machine
+        process = start("node", *options, "--run.dir", run_dir, cpu=cpu, NPROC_PER_NODE=str(world_size))
         if world_size != 3:
             runs.wait_until(lambda at=before: max(runs.logged_steps(run_dir), default=0) > at + 1, process)  # type: ignore[misc]
             process.send_signal(signal.SIGUSR1)
