@@ -16,7 +16,7 @@ def test_named_tests_exist() -> None:
     assert len(faults) >= 50
     for row in faults:
         named = re.findall(r"(test_\w+\.py)::(test_\w+)", row)
-        assert named, row
+        assert named or "by hand" in row, row
         for file, name in named:
             functions = {node.name for node in ast.walk(ast.parse((TESTS / file).read_text())) if hasattr(node, "name")}
             assert name in functions, f"{file}::{name}"
