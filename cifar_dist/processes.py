@@ -41,6 +41,12 @@ def is_gone(pid: int, ticks: int | None) -> bool:
     return bool(fields) and (fields[0] in "ZX" or (ticks is not None and int(fields[19]) != ticks))
 
 
+def state(pid: int) -> str:
+    """R, S, D, T (stopped), Z ... as in /proc; empty if there is no such process."""
+    fields = _stat(pid)
+    return fields[0] if fields else ""
+
+
 def parent_of(pid: int) -> int | None:
     fields = _stat(pid)
     return int(fields[1]) if fields else None

@@ -77,14 +77,14 @@ def test_places() -> None:
 
 def test_only_that_very_process_is_killed() -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
-        born = Beat(**identity() | {"pid": process.pid, "born": "0"})
+        born = Beat(**identity() | {"pid": process.pid, "born": 0})
         born.kill()
         assert born.process_state() == ""
         elsewhere = Beat(**identity() | {"machine": "another"})
         assert elsewhere.process_state() == ""
         os.kill(process.pid, signal.SIGSTOP)
         fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        true = replace(born, born=fields[19])
+        true = replace(born, born=int(fields[19]))
         deadline = time.monotonic() + 5
         while true.process_state() != "T":
             assert time.monotonic() < deadline

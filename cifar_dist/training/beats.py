@@ -16,10 +16,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from torch.distributed import distributed_c10d
+
+from cifar_dist import processes
 
 TICK_S = 1.0
 _WORDS = "cifar_dist/words"
@@ -41,15 +42,14 @@ class Beat:
     heard: bool = False  # it knows the last words
     host: str = "?"
     pid: int = 0
-    born: str = ""
+    born: int | None = None
     machine: str = ""
 
     def process_state(self) -> str:
         """R, S, D, T (stopped), Z ... as in /proc; empty if it is on another machine or no more."""
         if not self.machine or self.machine != machine():
             return ""
-        state, born = _stat(self.pid)
-        return state if born == self.born else ""
+        return processes.state(self.pid) if processes.started_ticks(self.pid) == self.born else ""
 
     def kill(self) -> None:
         """Kill that process if it is on this machine."""
@@ -72,26 +72,16 @@ class Words:
 
 @cache
 def machine() -> str:
-    """The same for two processes if they see the same process ids."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:  # a sandbox hides it
-        return ""
+    """The same for two processes if they see the same process ids; empty where that is hidden."""
+    _, *where = processes.place()
+    return " ".join(where) if all(where) else ""
 
 
 def identity() -> dict[str, Any]:
     """Which process this is, as fields of its beats."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "born": _stat(os.getpid())[1], "machine": machine()}
-
-
-def _stat(pid: int) -> tuple[str, str]:
-    """State and start time, in ticks since the machine started, which no change of the clock touches."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()
-    except OSError:
-        return "", ""
-    return fields[0], fields[19]
+    pid = os.getpid()
+    born = processes.started_ticks(pid)
+    return {"host": socket.gethostname(), "pid": pid, "born": born, "machine": machine()}
 
 
 class Exchange(threading.Thread):
