@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cifar_dist import slurm
-from cifar_dist.errors import StopError, UserError, reported
+from cifar_dist.errors import DivergedError, PeerError, StopError, UserError, reported
 
 if TYPE_CHECKING:
     from cifar_dist.config import Config
@@ -41,7 +41,8 @@ def main() -> None:
 def _train(job: slurm.Job, steps: slurm.Steps, arguments: Sequence[str]) -> int:
     config = _config(job, arguments)
     directory = config.run.dir or Path("runs") / (config.run.name or job.label)
-    return _run(job, steps, arguments, config, directory)
+    named = () if config.run.dir else ("--run.dir", str(directory))
+    return _run(job, steps, arguments, config, directory, [_script(), *arguments, *named])
 
 
 def _config(job: slurm.Job, arguments: Sequence[str]) -> Config:
@@ -55,8 +56,19 @@ def _config(job: slurm.Job, arguments: Sequence[str]) -> Config:
         del os.environ["WORLD_SIZE"]
 
 
-def _run(job: slurm.Job, steps: slurm.Steps, arguments: Sequence[str], config: Config, directory: Path) -> int:
-    """Train in `directory`, going on with what is there, and requeue the job if that is wished."""
+def _run(
+    job: slurm.Job,
+    steps: slurm.Steps,
+    arguments: Sequence[str],
+    config: Config,
+    directory: Path,
+    again: Sequence[str],
+) -> int:
+    """Train in `directory`, going on with what is there, and requeue the job if that is wished.
+
+    Args:
+        again: what to submit to go on later.
+    """
     resume = ("--run.dir", str(directory), "--run.resume", "auto")
     # A checkpoint given by its path is where the run begins, and not where it goes on once it was requeued.
     settings = [*arguments, *(resume if job.restarts or config.run.resume == "never" else resume[:2])]
@@ -80,10 +92,10 @@ def _run(job: slurm.Job, steps: slurm.Steps, arguments: Sequence[str], config: C
         if not why_not:
             return code
         print(f"job {job.id}: not requeued: {why_not}.", flush=True)
-    if code:
+    if code in (1, PeerError.exit_code, DivergedError.exit_code, StopError.exit_code):
         print(
-            f"job {job.id}: ended with exit code {code}. To go on from the newest checkpoint, with the options of "
-            f"sbatch as before:\n  sbatch {shlex.join([_script(), *arguments, *resume])}",
+            f"job {job.id}: ended with exit code {code}. To go on from the newest checkpoint, with the other options "
+            f"of sbatch as before:\n  sbatch {shlex.join(again)}",
             flush=True,
         )
     return code
@@ -106,7 +118,9 @@ def _sweep(job: slurm.Job, steps: slurm.Steps, arguments: Sequence[str]) -> int:
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is a run itself. Choose another --run.name.")
     inside = Path(f"seed-{seed}") if len(grid) == 1 else Path(f"setting-{line}", f"seed-{seed}")
-    code = _run(job, steps, asked, config, folder / inside)
+    named = () if config.run.dir else ("--run.dir", str(folder))
+    again = [f"--array={job.array_index}", _script(), *arguments, *named]
+    code = _run(job, steps, asked, config, folder / inside, again)
     if code == 0:
         _report(folder, grid, job.array_size)
     return code

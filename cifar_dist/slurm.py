@@ -24,8 +24,9 @@ from cifar_dist.files import write_text_atomic
 _FIRST_PORT, _NUM_PORTS = 16_384, 16_384
 # A signal that comes while srun is still starting the tasks may be lost.
 _REPEAT_S = 10.0
-# How long other nodes may take to end after the first one has: they notice a lost peer by themselves.
-_LAST_NODE_S = 90
+# How long other nodes may take to end after the first one has. Those that live notice a lost peer in seconds. Slurm
+# notices a lost node after SlurmdTimeout (300 s unless set), and requeues the job then, unless that has ended before.
+_LAST_NODE_S = 600
 _SITTINGS = "sittings.json"
 _MAX_IDLE = 3  # sittings in a row that may come no step further
 
