@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from cifar_dist.distributed import World
-from cifar_dist.errors import KINDS, PeerError, UserError, end, ending, leave_code, shared
+from cifar_dist.errors import KINDS, PeerError, StopError, UserError, end, ending, leave_code, shared
 from cifar_dist.place import here
 from cifar_dist.training import status
 from cifar_dist.training.beats import TICK_S, Beat, Exchange, Words, identity
@@ -64,6 +64,13 @@ class Watch(threading.Thread):
                 if not gone:
                     raise
                 raise PeerError(f"{error}\nNo longer there:\n{gone}") from error
+            raise shared(_kind(words)(words.text)) from error
+        except StopError as error:
+            self._stay_if_over()
+            words = None if self._exchange is None else self._exchange.words
+            if words is None:
+                raise
+            # torchrun stops the others as soon as the rank that failed has ended.
             raise shared(_kind(words)(words.text)) from error
         except UserError as error:
             self._stay_if_over()
