@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 REPOSITORY = Path(__file__).parents[1]
@@ -56,7 +57,14 @@ def start_command(words: list[str], cwd: Path = REPOSITORY) -> subprocess.Popen[
 
 def finish(process: subprocess.Popen[str], expected: int = 0, timeout_s: float = 240) -> str:
     """Wait for the end and return the output; anything but the `expected` exit code is a failure that shows it."""
-    output, _ = process.communicate(timeout=timeout_s)
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        # Or it would slow down all that comes after, which then fails, too.
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
+        raise
     assert process.returncode == expected, output
     return output
 
