@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.run, pytest.mark.data, pytest.mark.timeout(600)]
 OPTIONS = (*runs.SMALL, "--train.micro_batch_size", "8", "--train.precision", "fp32", "--train.log_every_steps", "5",
            "--train.checkpoint_every_steps", "0")  # fmt: skip
 LONG = (*OPTIONS, "--train.max_steps", "300")
+# In sweeps by two processes of one thread each: two threads of one wait very long for each other beside another job.
 SHORT = (*OPTIONS, "--train.max_steps", "4")
 
 
@@ -188,7 +189,7 @@ def test_lost_first_node_is_replaced(
 
 
 def test_array_of_seeds_ends_with_one_table(cluster: SlurmCluster, data_dir: Path, tmp_path: Path) -> None:
-    submission = Submission(cluster, data_dir, tmp_path, ("--array=0-2",), SHORT, script="sweep", NPROC_PER_NODE="1")
+    submission = Submission(cluster, data_dir, tmp_path, ("--array=0-2",), SHORT, script="sweep", NPROC_PER_NODE="2")
     output = submission.wait()
     assert output.count("95% interval of the mean") == 1
     assert re.findall(r"^seed (\d)", output, flags=re.M) == ["0", "1", "2"]
@@ -202,7 +203,7 @@ def test_array_over_a_grid(cluster: SlurmCluster, data_dir: Path, tmp_path: Path
     grid = tmp_path / "my grid.txt"
     grid.write_text("# rates\n--optim.lr 0.1\n\n--optim.lr 0.2 --optim.momentum 0.8\n")
     settings = ("--grid", str(grid), *SHORT)
-    submission = Submission(cluster, data_dir, tmp_path, ("--array=0-3",), settings, "sweep", NPROC_PER_NODE="1")
+    submission = Submission(cluster, data_dir, tmp_path, ("--array=0-3",), settings, "sweep", NPROC_PER_NODE="2")
     output = submission.wait()
     assert len(re.findall(r"^--optim.lr 0.\d.* 2 .* \+- ", output, flags=re.M)) == 2
     figures = json.loads((submission.directory / "seeds.json").read_text())
