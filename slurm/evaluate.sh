@@ -14,6 +14,7 @@
 set -euo pipefail
 # Slurm runs a copy of this file, so that its own folder says nothing.
 root=${CIFAR_DIST_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
+[[ $root == /* ]] || root=$PWD/$root  # or the search upward would never end
 until [[ $root == / || -x $root/launch/multinode ]]; do root=$(dirname "$root"); done
 [[ -x $root/.venv/bin/python ]] || {
     echo "error: there is no prepared repository at ${CIFAR_DIST_HOME:-${SLURM_SUBMIT_DIR:-$PWD}} or above it. Run ./launch/setup" >&2
