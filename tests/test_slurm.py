@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -120,9 +122,12 @@ def test_two_nodes_feed_what_one_process_feeds(whole: Submission, data_dir: Path
 def test_time_limit_saves_requeues_and_goes_on(
     cluster: SlurmCluster, whole: Submission, data_dir: Path, tmp_path: Path
 ) -> None:
-    """Slurm sends the signal some 20 to 50 s before the limit of a minute, so while this trains."""
-    limits = ("--nodes=2", "--time=1", "--signal=B:USR1@20")
-    submission = Submission(cluster, data_dir, tmp_path, limits, LONG)
+    """Slurm counts limits in minutes and signals up to one early, so the limit is set when training has begun."""
+    started = time.monotonic()
+    submission = Submission(cluster, data_dir, tmp_path, ("--nodes=2", "--time=20", "--signal=B:USR1@20"), LONG)
+    submission.wait_for_step(5)
+    minutes = math.ceil((time.monotonic() - started + 25) / 60)
+    cluster.command("scontrol", "update", f"JobId={submission.job}", f"TimeLimit={minutes}")
     submission.wait_for_restart()
     cluster.command("scontrol", "update", f"JobId={submission.job}", "TimeLimit=20")
     output = submission.wait()
@@ -292,7 +297,7 @@ def test_processes_per_node() -> None:
 def test_steps_get_the_gpus(options: tuple[str, ...], gpus: int, cluster: SlurmCluster, tmp_path: Path) -> None:
     """A job that is alone on its node is given all GPUs, but its steps are not by themselves."""
     code = "import os; from cifar_dist import slurm; slurm.Steps().run(slurm.Job.current(), ['env'], os.environ)"
-    command = f'cd {runs.REPOSITORY} && {sys.executable} -c "{code}"'
+    command = f'cd {shlex.quote(str(runs.REPOSITORY))} && {shlex.quote(sys.executable)} -c "{code}"'
     job = cluster.submit("--exclusive", *options, f"--output={tmp_path}/out", "--wrap", command)
     cluster.wait(job)
     assert f"SLURM_GPUS_ON_NODE={gpus}" in (tmp_path / "out").read_text().splitlines()
