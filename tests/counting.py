@@ -87,43 +87,28 @@ class Wait(NamedTuple):
 
 
 class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes what would make this process wait for a device, and where in the run that was.
+    """Notes what would make the host wait, if the tensors were on a device, and where in the run that was.
 
-    What reads the numbers in a tensor waits: item(), bool(), nonzero(), an index by mask; so does a copy from one
-    device to another, unless it is asked not to.
-
-    Args:
-        device_type: where tensors have to be waited for; on a CPU that stands for the device, everywhere.
-        host: tensors that are on the CPU whatever the device is, and may be read.
-        stand_in: answer item() with 0 on devices that cannot; otherwise the fake tensors of one raise an error.
+    It is what reads the numbers in a tensor, or whose output's size depends on them: item(), bool(), nonzero(), an
+    index by a mask. `host` are tensors that are on the CPU whatever the device is.
     """
 
-    def __init__(self, device_type: str, host: tuple[Tensor, ...] = (), stand_in: bool = False) -> None:
+    def __init__(self, *host: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.device_type, self.host, self.stand_in = device_type, {id(tensor) for tensor in host}, stand_in
+        self.host = {id(tensor) for tensor in host}
         self.seen: list[Wait] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        scalar = func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)
-        if self._waits(func, tensors, args, kwargs or {}):
+        if _reads_numbers(func, args) and not all(id(tensor) in self.host for tensor in tensors):
             self.seen.append(Wait(func.overloadpacket.__name__, here.place.what))
-        if scalar and self.stand_in:
-            return 0
         return func(*args, **(kwargs or {}))
 
-    def _waits(self, func: Any, tensors: list[Tensor], args: Any, kwargs: dict[str, Any]) -> bool:
-        name = func.overloadpacket.__name__
-        if name in ("_to_copy", "copy_"):
-            devices = {tensor.device.type for tensor in tensors}
-            devices |= {torch.device(kwargs["device"]).type} if kwargs.get("device") else set()
-            return len(devices) > 1 and not (kwargs.get("non_blocking") or True in args[2:])
-        if not any(tensor.device.type == self.device_type and id(tensor) not in self.host for tensor in tensors):
-            return False
-        if name in ("index", "index_put", "index_put_"):
-            return any(x.dtype in (torch.bool, torch.uint8) for x in args[1] if x is not None)
-        tags = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
-        return any(tag in func.tags for tag in tags)
+
+def _reads_numbers(func: Any, args: Any) -> bool:
+    if func.overloadpacket.__name__ in ("index", "index_put", "index_put_", "_index_put_impl_"):
+        return any(x.dtype in (torch.bool, torch.uint8) for x in args[1] if x is not None)
+    return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
 
 
 class CpuReads(TorchFunctionMode):
