@@ -85,5 +85,7 @@ class InceptionNetwork(nn.Module):
             x = block(x)
             if self.training and name in self.auxiliary:
                 auxiliary.append(self.auxiliary[name](x))
-        logits: Tensor = self.classifier(self.dropout(x.mean(dim=(2, 3))))
+        # Over the pixels of a channels-last tensor: the gradient of mean(dim=(2, 3)) would come back in planes.
+        features = x.permute(0, 2, 3, 1).mean(dim=(1, 2))
+        logits: Tensor = self.classifier(self.dropout(features))
         return Logits(logits, tuple(auxiliary)) if auxiliary else logits
