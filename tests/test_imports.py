@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "cifar_dist"
 GROUND = {
     "config", "limits", "distributed", "errors", "files", "hashing", "cli", "stopping", "slurm", "roll_call",
-    "processes", "place",
+    "processes", "place", "bundled",
 }  # fmt: skip
 FOLDERS = {"data", "models", "tracking"}
 # What a module of each layer may import beside its own layer. Commands may import everything, and nobody them.

@@ -152,6 +152,10 @@ TESTED = {
     "sbatch slurm/evaluate.sh --checkpoint runs/job-17/checkpoints/step-00002730.pt --json score.json":
         "test_slurm.py: test_evaluate",
     "./launch/rehearse --world-size 8 configs/googlenet.yaml --steps 20": "tests/test_rehearse.py",
+    "./launch/bundle": "tests/test_bundle.py, without torch; whole by hand",
+    "./launch/bundle --system-torch": "tests/test_bundle.py",
+    "./launch/measure": "tests/test_bundle.py: test_measures_without_network; test_measure.py",
+    "./launch/measure --bench none --configs configs/cpu-84.yaml": "tests/test_measure.py",
 }  # fmt: skip
 QUICK = ("--help", "--print-config", "cifar_dist.prepare", "cifar_dist.models", "cifar_dist.plan")
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import zipfile
@@ -18,60 +16,20 @@ from pathlib import Path
 import pytest
 
 from tests import runs
+from tests.wheels import LAUNCH, SYSTEM_PATH, build, made_wheel, other_python, script, uv
 
 pytestmark = pytest.mark.run
-LAUNCH = runs.REPOSITORY / "launch"
 NOBODY = 65534
 HIDDEN_LIBRARIES = re.compile(
     r"lib(opencv_|turbojpeg|jpeg|tbb|lapack|blas|openblas|gfortran|quadmath|X11|xcb|Xau|Xdmcp|bsd|md\.|GL|OpenGL|EGL)"
 )
 HIDDEN_PROGRAMS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "ld", "pkg-config", "pkgconf", "apt-get", "sudo")
 GLIBC = re.compile(r"(lib(c|m|dl|pthread|rt)|ld-linux-[\w-]+)\.so\.\d+$")
-SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 @pytest.fixture(scope="module")
 def wheel(pytestconfig: pytest.Config) -> Path:
-    """The wheel of launch/build-ffcv-wheel, kept below .pytest_cache until the script or uv.lock changes."""
-    inputs = [LAUNCH / "build-ffcv-wheel", LAUNCH / "installing.sh", runs.REPOSITORY / "uv.lock"]
-    key = hashlib.sha256(b"".join(path.read_bytes() for path in inputs)).hexdigest()[:16]
-    assert pytestconfig.cache is not None
-    folder = pytestconfig.cache.mkdir("ffcv-wheel") / key
-    made = list(folder.glob("*.whl"))
-    if not made:
-        if os.geteuid() != 0 and subprocess.run(["pkg-config", "--exists", "opencv4"], check=False).returncode != 0:
-            pytest.skip("NOT TESTED: FFCV's wheel (this machine lacks the headers to compile it, and you are not root)")
-        output = build("--out", folder)
-        made = list(folder.glob("*.whl"))
-        assert [str(path) for path in made] == output.splitlines()[-1:]
-    assert re.fullmatch(r"ffcv-[\d.]+-cp311-abi3-manylinux_2_\d+_\w+\.whl", made[0].name)
-    return made[0]
-
-
-def environment() -> dict[str, str]:
-    """With the uv that launch/setup uses on PATH, so that a copy of the scripts need not install one."""
-    return os.environ | {"PATH": f"{os.environ['PATH']}:{runs.REPOSITORY / '.uv/bin'}"}
-
-
-def uv() -> str:
-    found = shutil.which("uv", path=environment()["PATH"])
-    assert found is not None
-    return found
-
-
-def script(name: str, *arguments: str | Path, where: Path = runs.REPOSITORY, expected: int = 0) -> str:
-    process = subprocess.Popen(
-        [str(where / "launch" / name), *map(str, arguments)],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    return runs.finish(process, expected)
-
-
-def build(*arguments: str | Path, where: Path = runs.REPOSITORY, expected: int = 0) -> str:
-    return script("build-ffcv-wheel", *arguments, where=where, expected=expected)
+    return made_wheel(pytestconfig)
 
 
 @pytest.fixture
@@ -118,20 +76,9 @@ def test_the_name_says_which_glibc(wheel: Path, tmp_path: Path) -> None:
     assert tags == ["-".join(wheel.stem.split("-")[2:])]
 
 
-def python_of(version: str) -> str:
-    """A Python of that version: the one at work, or one that uv or pyenv has here; else the test is skipped."""
-    if version == f"{sys.version_info.major}.{sys.version_info.minor}":
-        return sys.executable
-    command = [uv(), "python", "find", "--no-project", "--no-python-downloads", version]
-    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
-    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
-    found += [str(path) for path in pyenv.glob(f"versions/{version}.*/bin/python")]
-    return found[0] if found else pytest.skip(f"no Python {version} on this machine to load FFCV's extension with")
-
-
 @pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
 def test_every_python_loads_the_extension(wheel: Path, tmp_path: Path, version: str) -> None:
-    python = python_of(version)
+    python = other_python(version) or pytest.skip(f"no Python {version} on this machine to load FFCV's extension with")
     extension = next(path for path in elf_files(wheel, tmp_path) if path.name == "_libffcv.abi3.so")
     program = (
         "import sys, importlib.util as u; spec = u.spec_from_file_location('_libffcv', sys.argv[1]); "

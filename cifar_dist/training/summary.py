@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cifar_dist import bundled
 from cifar_dist.config import Config
 from cifar_dist.distributed import World
 from cifar_dist.models.layers import num_parameters
@@ -57,8 +58,12 @@ def _version(name: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """The commit of the code at work, with -dirty after changes; None outside a git checkout."""
+    """The commit of the code at work, with -dirty after changes; None outside a git checkout or a bundle."""
     here = Path(__file__).parent
+    # First, since a bundle may lie inside some checkout.
+    bundle = bundled.commit(here.parents[1])
+    if bundle is not None:
+        return bundle
     command = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
