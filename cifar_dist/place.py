@@ -1,13 +1,15 @@
 """Where the training thread of this process is, for the thread that watches it (training.stall).
 
-Going somewhere is two plain assignments, so a mark costs nothing.
+Going somewhere is two plain assignments, so a mark costs nothing. Until the first step is done the marks are kept,
+which tells where start-up spends its time.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 SLOW_S, VERY_SLOW_S = 540.0, 7200.0
@@ -32,6 +34,8 @@ class Here:
     place: Place
     step: int = 0
     moves: int = 0
+    trail: list[tuple[str, float]] | None = field(default_factory=list)
+    """What was begun when (monotonic clock), until the first step is done."""
 
 
 here = Here(Place("starting"))
@@ -41,6 +45,20 @@ def go(place: Place) -> None:
     """Say that the training thread is now at `place`."""
     here.place = place
     here.moves += 1
+    if here.trail is not None:
+        here.trail.append((place.what, time.monotonic()))
+
+
+def end_trail(age_s: float) -> dict[str, float]:
+    """Seconds at each place so far, in the order of the first visits, by a process that is `age_s` old; once."""
+    trail, here.trail = here.trail, None
+    if not trail:
+        return {}
+    now = time.monotonic()
+    spent = {"python and imports": age_s - (now - trail[0][1])}
+    for (what, began), (_, ended) in zip(trail, [*trail[1:], ("", now)], strict=True):
+        spent[what] = spent.get(what, 0.0) + ended - began
+    return spent
 
 
 @contextmanager

@@ -15,8 +15,8 @@ pytestmark = [pytest.mark.run, pytest.mark.data]
 KEYS = {
     "command", "git_commit", "versions", "device_names", "world_size", "model", "params", "seed", "steps", "epochs",
     "batch_size", "micro_batch_size", "samples_dropped_per_epoch", "train_seconds", "images_per_second",
-    "first_step_seconds", "val_accuracy", "val_n", "test_accuracy", "test_accuracy_tta", "test_n", "data_receipt",
-    "model_sha256",
+    "first_step_seconds", "startup_seconds", "val_accuracy", "val_n", "test_accuracy", "test_accuracy_tta", "test_n",
+    "data_receipt", "model_sha256",
 }  # fmt: skip
 
 
@@ -45,6 +45,10 @@ def test_summary(run_dir: Path) -> None:
     assert 0.05 < figures["test_accuracy_tta"] < 1
     assert figures["images_per_second"] == pytest.approx(12 * 96 / figures["train_seconds"])
     assert len(figures["data_receipt"]) == 2
+    startup = figures["startup_seconds"]
+    assert next(iter(startup)) == "python and imports"
+    assert startup["reading the first data"] > 0 < startup["the update of the weights"]
+    assert sum(startup.values()) == pytest.approx(figures["first_step_seconds"], abs=0.1)
     assert figures["versions"]["ffcv"] == "1.0.2"
     assert "cifar_dist.train" in figures["command"]
     commit = subprocess.run(

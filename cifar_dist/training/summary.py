@@ -99,6 +99,7 @@ def summarize(config: Config, trainer: Trainer, test: Score, devices: list[str])
         "train_seconds": progress.train_seconds,
         "images_per_second": images / progress.train_seconds,
         "first_step_seconds": progress.first_step_seconds,
+        "startup_seconds": progress.startup_seconds,
         "val_accuracy": validation["val/accuracy"] if validation else None,
         "val_n": int(validation["val/n"]) if validation else None,
         "best_val_accuracy": progress.best_accuracy if progress.best_step is not None else None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +20,7 @@ from cifar_dist.data.loader import Batch, BetonLoader
 from cifar_dist.data.order import Indices, Order, Split
 from cifar_dist.distributed import together
 from cifar_dist.errors import CheckpointError, StopError
-from cifar_dist.place import SLOW_S, Place, go, here
+from cifar_dist.place import SLOW_S, Place, end_trail, go, here
 from cifar_dist.processes import age_s
 from cifar_dist.training import checkpoint, drift, evaluation, health, optim
 from cifar_dist.training.metrics import Metrics, Receipt, Window
@@ -27,6 +29,8 @@ from cifar_dist.training.schedule import Step, schedule_of
 from cifar_dist.training.stepper import Stepper
 
 _SAVES = Place("writing the checkpoint", limit_s=SLOW_S)
+STARTUP = "startup_seconds "  # begins the log's line on the first step
+log = logging.getLogger("cifar_dist")
 
 
 @dataclass
@@ -37,6 +41,7 @@ class Progress:
     step: int = 0
     train_seconds: float = 0.0
     first_step_seconds: float | None = None
+    startup_seconds: dict[str, float] = field(default_factory=dict)  # these, by what was done
     since_log: Window = field(default_factory=Window)  # read, but not logged yet
     seconds_since_log: float = 0.0
     last_saved: int | None = None
@@ -105,7 +110,7 @@ class Trainer:
             progress.step += 1
             self.tick(progress.step)
             if progress.first_step_seconds is None:
-                progress.first_step_seconds = self._seconds_since_process_start()
+                self._note_first_step()
             asked = vote.after_step()
             if asked or self.schedule.should_read(progress.step):
                 self._read_metrics(started)
@@ -133,10 +138,12 @@ class Trainer:
                 yield epoch, batch
             step += len(order) // share
 
-    def _seconds_since_process_start(self) -> float:
+    def _note_first_step(self) -> None:
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
-        return age_s()
+        self.progress.first_step_seconds = age_s()
+        self.progress.startup_seconds = end_trail(self.progress.first_step_seconds)
+        log.info("%s%s", STARTUP, json.dumps(self.progress.startup_seconds))
 
     def _read_metrics(self, started: float) -> None:
         progress = self.progress
