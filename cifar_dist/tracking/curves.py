@@ -13,6 +13,7 @@ from cifar_dist.tracking.records import Record, number, read_records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Three hues that stay apart for the colour-blind (Okabe and Ito); each series has its own in every panel.
 TRAIN, VALIDATION, TEST = "#0072B2", "#D55E00", "#009E73"
@@ -35,13 +36,7 @@ def draw_curves(metrics_path: Path, out: Path, title: str) -> None:
         UserError: the metrics cannot be read or the picture not written.
     """
     records = read_records(metrics_path)
-    # The object interface: pyplot would keep global state and choose a window system.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    figure = Figure(figsize=(13, 4.5), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.14), facecolor="white")
-    figure.suptitle(title, fontsize=12, color=INK)
+    figure = new_figure(title, (13, 4.5), pad=0.14)
     loss, accuracy, rate = figure.subplots(1, 3)
     _line(loss, _points(records, "train/loss"), "training", TRAIN)
     _line(loss, _points(records, "val/loss"), "validation", VALIDATION, marked=True)
@@ -53,13 +48,35 @@ def draw_curves(metrics_path: Path, out: Path, title: str) -> None:
     for axes, name in ((loss, "loss (cross-entropy)"), (accuracy, "accuracy (%)"), (rate, "learning rate")):
         _furnish(axes, name, steps_per_epoch)
     rate.set_ylim(bottom=0)
+    write_png(figure, out, "curves")
+
+
+def new_figure(title: str, size: tuple[float, float], pad: float) -> Figure:
+    """An empty white figure of `size` (width, height) in inches of 120 pixels."""
+    # The object interface: pyplot would keep global state and choose a window system.
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    figure = Figure(figsize=size, dpi=120, layout=ConstrainedLayoutEngine(w_pad=pad), facecolor="white")
+    figure.suptitle(title, fontsize=12, color=INK)
+    return figure
+
+
+def write_png(figure: Figure, out: Path, what: str) -> None:
+    """Replace `out` by the picture.
+
+    Raises:
+        UserError: `what` cannot be written there.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)  # binds itself to the figure
     figure.savefig(buffer, format="png")
     try:
         write_bytes_atomic(out, buffer.getvalue())
     except OSError as error:
-        raise UserError(f"cannot write the curves {out}: {error.strerror or error}.") from error
+        raise UserError(f"cannot write the {what} {out}: {error.strerror or error}.") from error
 
 
 def _points(records: list[Record], key: str, scale: float = 1) -> Points:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cifar_dist.errors import UserError
-from cifar_dist.files import write_bytes_atomic
-from cifar_dist.tracking.curves import GRID, INK, TEST, TRAIN, VALIDATION
+from cifar_dist.tracking.curves import GRID, INK, TEST, TRAIN, VALIDATION, new_figure, write_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,13 +55,7 @@ def draw_timeline(timeline: Timeline, out: Path, title: str) -> None:
     Raises:
         UserError: the picture cannot be written.
     """
-    # The object interface: pyplot would keep global state and choose a window system.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    figure = Figure(figsize=(11, 5.5), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.12), facecolor="white")
-    figure.suptitle(title, fontsize=12, color=INK)
+    figure = new_figure(title, (11, 5.5), pad=0.12)
     ratios = (4, 0.35 * max(1, len(timeline.events)))
     rate, events = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": ratios})
     _draw_rate(rate, timeline)
@@ -75,13 +66,7 @@ def draw_timeline(timeline: Timeline, out: Path, title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(GRID)
         axes.tick_params(colors=INK, labelsize=9)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure)  # binds itself to the figure
-    figure.savefig(buffer, format="png")
-    try:
-        write_bytes_atomic(out, buffer.getvalue())
-    except OSError as error:
-        raise UserError(f"cannot write the picture {out}: {error.strerror or error}.") from error
+    write_png(figure, out, "picture")
 
 
 def _draw_rate(axes: Axes, timeline: Timeline) -> None:
