@@ -5,6 +5,8 @@ Tensors and JSON cross the wire, never pickled objects: torch's store and gloo c
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import re
@@ -24,6 +26,7 @@ from cifar_dist.errors import KINDS, PeerError, UserError
 from cifar_dist.place import waiting
 from cifar_dist.roll_call import RollCall
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 TIMEOUT_S = 600  # for a collective; what is named in a report of a standstill (training.stall) comes before
 _SIGNS_OF_A_LOST_PEER = (
     "by peer", "Timed out", "Broken pipe", "Connection refused", "remote process exited", "collective operation timeout"
@@ -75,6 +78,7 @@ def joined(device: str) -> Iterator[World]:
         torch.cuda.set_device(world.device)
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        keep_freed_memory()
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
         device_id = world.device if world.device.type == "cuda" else None
@@ -127,6 +131,18 @@ def _lost_peer(world: World, error: RuntimeError) -> PeerError:
     )
     found.shared = world.roll_call is not None and not world.roll_call.speaks()
     return found
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed, not to give it back to the kernel, which hands out zeroed pages again.
+
+    A training step frees and allocates the same tensors over and over; see docs/performance.md for what it pays. The
+    peak stays what it was.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _device(wanted: str, local_rank: int, local_size: int) -> torch.device:
