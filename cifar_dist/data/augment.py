@@ -100,15 +100,31 @@ def apply(images: Tensor, draws: Draws, cutout: int, dtype: torch.dtype, side: i
     moved = runs.index_select(0, place.view(-1))
     output = _normalize_rows(moved.view(n, height, -1), dtype if side is None else _at_least_float32(dtype))
     if cutout:
-        columns = torch.arange(width, device=images.device)
-        in_rows = (rows >= draws.cut_y[:, None]) & (rows < draws.cut_y[:, None] + cutout)
-        in_columns = (columns >= draws.cut_x[:, None]) & (columns < draws.cut_x[:, None] + cutout)
-        in_columns = in_columns.repeat_interleave(channels, dim=1)
-        output.masked_fill_(in_rows[:, :, None] & in_columns[:, None, :], 0.0)
+        # Compiled, a mask over everything is part of the one kernel; by itself it costs as much as all of the above.
+        cover = _cover_by_mask if torch.compiler.is_compiling() else _cover_by_place
+        cover(output, draws, cutout, channels)
     output = output.view(n, height, width, channels).permute(0, 3, 1, 2)
     if side is None:
         return output
     return F.interpolate(output, (side, side), mode="bilinear", antialias=True).to(dtype)
+
+
+def _cover_by_mask(rows: Tensor, draws: Draws, cutout: int, channels: int) -> None:
+    """Zero the square of each image, in place: (N, H, W * `channels`)."""
+    y = torch.arange(rows.shape[1], device=rows.device)
+    x = torch.arange(rows.shape[2] // channels, device=rows.device)
+    in_rows = (y >= draws.cut_y[:, None]) & (y < draws.cut_y[:, None] + cutout)
+    in_columns = (x >= draws.cut_x[:, None]) & (x < draws.cut_x[:, None] + cutout)
+    rows.masked_fill_(in_rows[:, :, None] & in_columns.repeat_interleave(channels, dim=1)[:, None, :], 0.0)
+
+
+def _cover_by_place(rows: Tensor, draws: Draws, cutout: int, channels: int) -> None:
+    """The same. What sticks out is moved to the border, which is inside the square then, as its centre is a pixel."""
+    n, height, width = len(rows), rows.shape[1], rows.shape[2] // channels
+    side, first = torch.arange(cutout, device=rows.device), torch.arange(n, device=rows.device) * height
+    y = (draws.cut_y[:, None] + side).clamp_(0, height - 1) + first[:, None]
+    x = (draws.cut_x[:, None] + side).clamp_(0, width - 1)
+    rows.view(-1, channels).index_fill_(0, (y[:, :, None] * width + x[:, None, :]).view(-1), 0.0)
 
 
 def normalize(images: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Generator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -162,7 +162,7 @@ class BetonLoader:
         for reading in self._readings:
             reading.stop()
 
-    def __enter__(self) -> BetonLoader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
