@@ -153,9 +153,8 @@ def test_drift_is_looked_for_between_checkpoints(data_dir: Path, tmp_path: Path)
     ],
 )  # fmt: skip
 def test_the_error_of_one_rank_is_that_of_all(
-    fault: str, code: int, parts: tuple[str, ...], data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: str, code: int, parts: tuple[str, ...], data_dir: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # so that what is freed goes back to the system
     options = ("--train.batch_size", "960", "--train.micro_batch_size", "480", "--train.max_steps", "4",
                "--eval.batch_size", "5000", "--data.dir", data_dir, "--train.checkpoint_every_steps", "2")  # fmt: skip
     output = runs.finish(start(fault, 2, tmp_path, *options), expected=code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,16 +15,17 @@ _SIGNS = ("can't allocate memory", "DefaultCPUAllocator", "out of memory", "ALLO
 
 @contextmanager
 def named(config: Config, rank: int, world_size: int) -> Iterator[None]:
-    """Turn what torch, CUDA and numpy raise when there is no memory left into what a user can do about it.
+    """Turn what torch, CUDA, numpy and the system raise when there is no memory left into what a user can do about it.
 
     Raises:
         UserError: it ran out, on this rank alone perhaps.
     """
     try:
         yield
-    except (MemoryError, RuntimeError, DataError) as error:
+    except (MemoryError, RuntimeError, OSError, DataError) as error:
         cause = error.__cause__ if isinstance(error, DataError) else error  # FFCV's thread may be the one without
-        if not isinstance(cause, MemoryError) and not any(sign in str(cause) for sign in _SIGNS):
+        refused = isinstance(cause, OSError) and cause.errno == errno.ENOMEM  # as by a mapping of the dataset
+        if not isinstance(cause, MemoryError) and not refused and not any(sign in str(cause) for sign in _SIGNS):
             raise
         detail = (str(error).splitlines() or [""])[0][:300] or type(error).__name__
         at = f"in step {here.step}" if here.step else "before the first step"
