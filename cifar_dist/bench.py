@@ -1,233 +1,118 @@
-"""Measure, on this machine: `python -m cifar_dist.bench loader`, FFCV's way of a batch against torchvision's."""
+"""Measure, on this machine: `python -m cifar_dist.bench PART`, or hold two reports against each other: `compare`."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shlex
-import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import tyro
+from typing import Any
 
 from cifar_dist import cli, errors, files
+from cifar_dist.benchmarks.settings import PARTS, BenchConfig, CompareConfig, validate
+from cifar_dist.processes import kill_family
 
-if TYPE_CHECKING:
-    from cifar_dist.data.beton import Images, Labels
-    from cifar_dist.data.loader import BetonLoader
-    from cifar_dist.data.order import Indices
-
-Pipeline = Callable[[], int]  # runs once and returns how many images went through
-
-READ, AUGMENTED, TORCHVISION = "beton to uint8", "beton, augmented, float32", "torchvision"
-
-
-@dataclass(frozen=True)
-class DataPlace:
-    dir: Path = Path("data")
-    """Holds the prepared train.beton."""
-
-
-@dataclass(frozen=True)
-class BenchConfig:
-    what: tyro.conf.Positional[Literal["loader"]]
-    """loader: images per second of one core, from the file to the augmented batch."""
-    data: DataPlace = field(default_factory=DataPlace)
-    num_images: int = 300_000
-    """Images per measurement of FFCV's pipelines."""
-    num_torchvision: int = 3_000
-    """Images per measurement of torchvision's pipeline."""
-    batch_size: int = 250
-    """Images per batch, of all pipelines."""
-    repeats: int = 5
-    """Measurements of each pipeline, taken in turn."""
-    json: Path | None = None
-    """Write the figures to this file too."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """One pipeline's measurements; `ratio` is that of the medians to torchvision's. `core_share` is the part of the
-    core's time that this process got: well below 1, other processes were at work and the rates are too low."""
-
-    name: str
-    num_images: int
-    images_per_second: list[float]
-    core_share: list[float]
-    median: float
-    ratio: float
+_ABOUT = "Measure this machine; `compare OLD NEW` holds two files of --json against each other."
 
 
 def main() -> None:
-    """Measure what the command line names and print a table."""
-    config = cli.parse(BenchConfig, sys.argv[1:], "bench", description="Measure throughput on this machine.")
+    """Measure what the command line names, and print tables."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["compare"]:
+        chosen = cli.parse(CompareConfig, arguments[1:], "bench compare", description="What became faster or slower.")
+        with errors.reported():
+            from cifar_dist.benchmarks import report
+
+            print(report.compare(report.read(chosen.old), report.read(chosen.new)))
+        return
+    config = cli.parse(BenchConfig, arguments, "bench", description=_ABOUT)
     with errors.reported():
-        _validate(config)
-        report = {"loader": bench_loader}[config.what](config)
-        print(_table(report))
+        validate(config)
+        _check_data(config)
+        report_of = _all(config, arguments) if config.part == "all" else _one(config, config.part)
+        from cifar_dist.benchmarks import report
+
+        print(report.text(report_of))
         if config.json is not None:
             try:
-                files.write_text_atomic(config.json, json.dumps(report, indent=2) + "\n")
+                files.write_text_atomic(config.json, json.dumps(report_of, indent=1) + "\n")
             except OSError as error:
                 raise errors.UserError(f"json {config.json} cannot be written: {error.strerror}.") from None
+        failed = [part for part, content in report_of["parts"].items() if "failure" in content]
+        if failed:
+            raise errors.UserError(f"{', '.join(failed)} could not be measured; see above.")
 
 
-def _validate(config: BenchConfig) -> None:
-    for name in ("num_images", "num_torchvision", "batch_size", "repeats"):
-        if getattr(config, name) < 1:
-            raise errors.UserError(f"{name} is {getattr(config, name)}; valid: 1 or more.")
-    if config.json is not None and not config.json.parent.is_dir():  # said now, not after minutes of measuring
-        raise errors.UserError(f"json {config.json}: the folder {config.json.parent} does not exist.")
+def _check_data(config: BenchConfig) -> None:
+    """Before anything is measured, and so that no measurement prepares the dataset."""
+    missing = [name for name in ("train.beton", "manifest.json") if not (config.data.dir / name).is_file()]
+    if missing and config.part not in ("augment", "step", "scaling"):
+        advice = f"python -m cifar_dist.prepare --data.dir {shlex.quote(str(config.data.dir))}"
+        raise errors.DataError(f"{config.data.dir / missing[0]} is not there. Prepare the dataset: {advice}")
 
 
-def measure(pipelines: Mapping[str, Pipeline], repeats: int) -> dict[str, list[tuple[float, float]]]:
-    """(images per second, CPU seconds per second) of each pipeline, `repeats` times in turn.
+def _one(config: BenchConfig, part: str) -> dict[str, Any]:
+    if part == "loader":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # FFCV would make streams on a GPU for batches that stay here
+    from cifar_dist.benchmarks import device, report
 
-    In turn, so that a slow spell of the machine meets them all.
-    """
-    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in pipelines}
-    for _ in range(repeats):
-        for name, pipeline in pipelines.items():
-            start, cpu_start = time.perf_counter(), time.process_time()
-            num_images = pipeline()
-            cpu_seconds, seconds = time.process_time() - cpu_start, time.perf_counter() - start
-            measured[name].append((num_images / seconds, cpu_seconds / seconds))
-    return measured
+    if part != "loader":
+        device.on_gpu(config)
+    started = time.perf_counter()
+    tables = importlib.import_module(f"cifar_dist.benchmarks.{part}").measure(config)
+    content = {"seconds": time.perf_counter() - started, "tables": [table.plain() for table in tables]}
+    return {**report.header(), "parts": {part: content}}
 
 
-def bench_loader(config: BenchConfig) -> dict[str, Any]:
-    """Measure reading, reading with augmentation, and torchvision's way, all on one processor of this process.
+def _all(config: BenchConfig, arguments: list[str]) -> dict[str, Any]:
+    """Each part in a process of its own, which leaves neither threads nor bindings to the next; one that fails does
+    not keep the others from being measured."""
+    from cifar_dist.benchmarks import report
 
-    Raises:
-        DataError: there is no sound train.beton in `config.data.dir`.
-    """
-    cpu = max(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cpu})  # before torch and numba count the processors for their thread pools
-    from cifar_dist.data import beton, dataset
-
-    path = config.data.dir / dataset.TRAIN
-    images, labels = beton.read_arrays(path)  # also checks the file, which FFCV would not
-    import torch
-
-    from cifar_dist.data.loader import BetonLoader
-
-    torch.set_num_threads(1)
-    start = time.perf_counter()
-    with BetonLoader(path, torch.device("cpu")) as loader:
-        next(iter(_read(loader, len(labels), config.batch_size, config.batch_size)))
-        first_batch_seconds = time.perf_counter() - start
-        pipelines = {
-            READ: lambda: _read_all(loader, len(labels), config),
-            AUGMENTED: lambda: _augment_all(loader, len(labels), config),
-            TORCHVISION: _torchvision_pipeline(images, labels, config),
-        }
-        numbers = {name: pipeline() for name, pipeline in pipelines.items()}  # a round to warm up
-        measured = measure(pipelines, config.repeats)
-    medians = {name: statistics.median(rate for rate, _ in values) for name, values in measured.items()}
-    results = []
-    for name, values in measured.items():
-        rates, shares = ([value[k] for value in values] for k in range(2))
-        results.append(Result(name, numbers[name], rates, shares, medians[name], medians[name] / medians[TORCHVISION]))
-    settings = {"cpu": cpu, "batch_size": config.batch_size, "repeats": config.repeats}
-    return _header() | settings | {
-        "first_batch_seconds": first_batch_seconds, "results": [asdict(result) for result in results]
-    }  # fmt: skip
+    options, parts = _without_json(arguments), dict[str, Any]()
+    deadline = time.monotonic() + 60 * config.limit_minutes
+    with tempfile.TemporaryDirectory() as folder:
+        for part in PARTS:
+            print(f"bench: {part} ...", file=sys.stderr, flush=True)
+            out, started = Path(folder) / f"{part}.json", time.monotonic()
+            command = [sys.executable, "-m", "cifar_dist.bench", part, *options, "--json", str(out)]
+            failure = _run(command, deadline - started)
+            found = {"tables": [], "failure": failure} if failure else json.loads(out.read_text())["parts"][part]
+            parts[part] = found | {"seconds": time.monotonic() - started}
+    return {**report.header(), "parts": parts}
 
 
-def _read(loader: BetonLoader, num_samples: int, num_images: int, batch_size: int) -> Iterator[tuple[int, Any]]:
-    """(epoch, batch) in the shuffled order of training, over as many epochs as `num_images` take."""
-    import numpy as np
-
-    from cifar_dist.data.order import Order
-
-    samples: Indices = np.arange(num_samples)
-    order = Order(samples, batch_size=1, seed=0)
-    for epoch in range(-(-num_images // num_samples)):
-        for batch in loader.read(order.epoch(epoch)[: num_images - epoch * num_samples], batch_size):
-            yield epoch, batch
-
-
-def _read_all(loader: BetonLoader, num_samples: int, config: BenchConfig) -> int:
-    return sum(len(batch.labels) for _, batch in _read(loader, num_samples, config.num_images, config.batch_size))
-
-
-def _augment_all(loader: BetonLoader, num_samples: int, config: BenchConfig) -> int:
-    import torch
-
-    from cifar_dist.config import AugmentConfig
-    from cifar_dist.data import augment
-
-    settings, done = AugmentConfig(), 0
-    for epoch, batch in _read(loader, num_samples, config.num_images, config.batch_size):
-        draws = augment.draw(batch.indices, seed=0, epoch=epoch, config=settings)
-        done += len(augment.apply(batch.images, draws, settings.cutout, torch.float32))
-    return done
+def _run(command: list[str], limit_s: float) -> str:
+    """Run a part for at most so long; returns what went wrong, or nothing."""
+    if limit_s <= 0:
+        return "not measured: the time was up (--limit_minutes)"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            said = process.communicate(timeout=limit_s)[1]
+        except subprocess.TimeoutExpired:
+            return "not measured: the time was up (--limit_minutes)"
+        finally:
+            if process.poll() is None:
+                kill_family(process.pid)
+    lines = said.strip().splitlines()[-15:] or [f"exit code {process.returncode}"]
+    return "\n".join(lines) if process.returncode else ""
 
 
-def _torchvision_pipeline(images: Images, labels: Labels, config: BenchConfig) -> Pipeline:
-    """What most CIFAR-10 code does: CIFAR10's own __getitem__, transforms per image, torch's DataLoader."""
-    import torch
-    from torchvision import datasets, transforms
-
-    from cifar_dist.data.augment import MEAN, STD
-
-    class InMemory(datasets.CIFAR10):  # type: ignore[misc]
-        """CIFAR10 over arrays that are already here, in place of its own files."""
-
-        def __init__(self) -> None:
-            normalize = transforms.Normalize([value / 255 for value in MEAN], [value / 255 for value in STD])
-            augmentation = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
-            compose = transforms.Compose([*augmentation, transforms.ToTensor(), normalize])
-            datasets.VisionDataset.__init__(self, root="", transform=compose)
-            self.data, self.targets = images, labels.tolist()
-
-    dataset = InMemory()
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
-    sampler = shuffled[: config.num_torchvision]
-    loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
-        dataset, config.batch_size, sampler=sampler, num_workers=0
-    )
-    return lambda: sum(len(batch) for batch, _ in loader)
-
-
-def _header() -> dict[str, Any]:
-    import torch
-
-    from cifar_dist.distributed import World
-    from cifar_dist.training import summary
-
-    return {
-        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "hardware": summary.device_names(World(0, 1, 0, 1, torch.device("cpu")))[0],
-        "versions": summary.versions(),
-    }
-
-
-def _table(report: Mapping[str, Any]) -> str:
-    lines = [
-        report["command"],
-        f"{report['date']}, one core of {report['hardware']}",
-        ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
-        f"batches of {report['batch_size']}, {report['repeats']} measurements of each in turn; "
-        f"first batch after {report['first_batch_seconds']:.1f} s",
-        "",
-        f"{'images/s of one core':<28}{'median':>10}{'min..max':>22}{'x torchvision':>15}{'core share':>12}",
-    ]
-    for result in report["results"]:
-        rates = result["images_per_second"]
-        spread = f"{min(rates):,.0f}..{max(rates):,.0f}"
-        lines.append(
-            f"{result['name']:<28}{result['median']:>10,.0f}{spread:>22}{result['ratio']:>15.1f}"
-            f"{statistics.median(result['core_share']):>12.0%}"
-        )
-    return "\n".join(lines)
+def _without_json(arguments: list[str]) -> list[str]:
+    """The options that the parts are to have as well."""
+    left = list(arguments)
+    left.remove("all")
+    for k, argument in enumerate(left):
+        if argument == "--json":
+            return left[:k] + left[k + 2 :]
+        if argument.startswith("--json="):
+            return left[:k] + left[k + 1 :]
+    return left
 
 
 if __name__ == "__main__":

@@ -5,22 +5,23 @@ Tensors and JSON cross the wire, never pickled objects: torch's store and gloo c
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+import inspect
 import json
 import os
 import re
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
+from torch.nn.parallel import DistributedDataParallel
 
 from cifar_dist.errors import KINDS, PeerError, UserError
 from cifar_dist.place import waiting
@@ -139,7 +140,7 @@ def keep_freed_memory() -> None:
     A training step frees and allocates the same tensors over and over; see docs/performance.md for what it pays. The
     peak stays what it was.
     """
-    with contextlib.suppress(AttributeError, OSError):  # another C library
+    with suppress(AttributeError, OSError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
@@ -159,6 +160,15 @@ def _device(wanted: str, local_rank: int, local_size: int) -> torch.device:
             f"Start at most {found} here (--nproc_per_node {found}), or use --train.device cpu."
         )
     return torch.device("cuda", local_rank)
+
+
+def data_parallel(module: nn.Module, group: Any = None) -> DistributedDataParallel:
+    """`module`, whose gradients are averaged over the ranks of `group` (all) at each backward pass."""
+    # Training does not touch batch-norm buffers, so there is nothing to broadcast at each step. Torch before 2.15 knows
+    # the old name only.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    sync: Any = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    return DistributedDataParallel(module, process_group=group, gradient_as_bucket_view=True, **sync)
 
 
 def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:

@@ -60,6 +60,19 @@ def age_s() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
+def kill_family(pid: int) -> None:
+    """Kill a process and all that descend from it, in whatever session, and wait until they are gone."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        leader = psutil.Process(pid)
+        family = [*leader.children(recursive=True), leader]
+        for one in family:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        psutil.wait_procs(family, timeout=10)
+
+
 def _stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the state on; empty if there are none to be read."""
     try:

@@ -1,74 +1,270 @@
-"""The benchmark itself, with few images: its table, its JSON and its refusals."""
+"""The benchmark itself, with little work: its tables, its JSON, its comparison and its refusals."""
 
 from __future__ import annotations
 
-import json
-import shlex
+import re
 import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from cifar_dist.bench import AUGMENTED, READ, TORCHVISION, measure
+from cifar_dist.benchmarks import baselines, device, networks, report, simulation, step
+from cifar_dist.benchmarks.measure import Row, Table, in_turn
+from cifar_dist.benchmarks.settings import PARTS, BenchConfig
+from cifar_dist.config import ModelConfig
+from cifar_dist.models.layers import num_parameters
+from cifar_dist.training.precision import NumberFormat
+from tests.runs import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[1]
+FP32 = NumberFormat("fp32", "cpu")
 
 
-def bench(*args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "cifar_dist.bench", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, cwd=REPOSITORY)
+def bench(*args: str | Path, timeout_s: float = 250) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cifar_dist.bench", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, cwd=REPOSITORY)
 
 
 def test_measured_in_turn() -> None:
     calls: list[str] = []
 
-    def pipeline(name: str, seconds: float) -> int:
+    def work(name: str, seconds: float) -> float:
         calls.append(name)
         time.sleep(seconds)
-        return 100
+        return 100.0
 
-    rates = measure({"a": lambda: pipeline("a", 0.01), "b": lambda: pipeline("b", 0.05)}, repeats=3)
-    assert calls == ["a", "b"] * 3
-    assert [len(values) for values in rates.values()] == [3, 3]
-    assert all(rate <= 100 / 0.01 for rate, _ in rates["a"])
-    assert all(rate <= 100 / 0.05 for rate, _ in rates["b"])
-    assert all(0 <= share < 0.9 for values in rates.values() for _, share in values)  # asleep most of the time
+    fast, slow = in_turn({"a": lambda: work("a", 0.02), "b": lambda: work("b", 0.05)}, repeats=3, seconds=0.05)
+    # Once to warm up and once to find out how often; then as often as half of its seconds take, by turns.
+    assert calls[:4] == ["a", "a", "b", "b"]
+    num = calls[4:].index("b")
+    assert 2 <= num <= 3
+    assert calls[4:] == [*["a"] * num, "b"] * 3
+    assert len(fast.values) == len(slow.values) == len(fast.busy) == 3
+    assert all(rate <= 100 / 0.02 for rate in fast.values)
+    assert all(rate <= 100 / 0.05 for rate in slow.values)
+    assert all(0 <= share < 0.9 for share in fast.busy)  # asleep most of the time
+
+
+def test_ratios_are_of_medians_and_more_is_better() -> None:
+    rows = [Row("mine", [30.0, 10.0, 20.0]), Row("theirs", [5.0, 4.0, 6.0])]
+    assert [Table("rates", "images/s", rows, "theirs").ratio(row) for row in rows] == [4.0, 1.0]
+    assert Table("times", "s", rows, "theirs", lower_is_better=True).ratio(rows[0]) == 0.25
+    assert Table("alone", "s", rows).ratio(rows[0]) is None
 
 
 @pytest.mark.data
-def test_loader(data_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.run
+@pytest.mark.timeout(420)
+def test_all(data_dir: Path, tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
-    sizes = ["--num_images", "60000", "--num_torchvision", "300", "--batch_size", "100", "--repeats", "3"]
-    result = bench("loader", "--data.dir", str(data_dir), *sizes, "--json", str(file))
-    assert result.returncode == 0, result.stderr
-    report = json.loads(file.read_text(encoding="utf-8"))
-    assert [entry["name"] for entry in report["results"]] == [READ, AUGMENTED, TORCHVISION]
-    assert [entry["num_images"] for entry in report["results"]] == [60_000, 60_000, 300]
-    reference = report["results"][-1]["median"]
-    for entry in report["results"]:
-        rates = entry["images_per_second"]
-        assert len(rates) == 3
-        assert entry["median"] == statistics.median(rates)
-        assert entry["ratio"] == pytest.approx(entry["median"] / reference)
-        line = next(line for line in result.stdout.splitlines() if line.startswith(f"{entry['name']}  "))
-        assert f"{entry['median']:,.0f}" in line
-        assert f"{min(rates):,.0f}..{max(rates):,.0f}" in line
-        assert line.split()[-2:] == [f"{entry['ratio']:.1f}", f"{statistics.median(entry['core_share']):.0%}"]
-        assert all(0 < share <= 1.05 for share in entry["core_share"])
-    # Far below what a quiet machine gives, but far above what a mistake would leave.
-    read, augmented, torchvision = (entry["median"] for entry in report["results"])
-    assert read > 5 * torchvision
-    assert read > augmented > 2 * torchvision
-    assert 0 < report["first_batch_seconds"] < 60
-    header = result.stdout.splitlines()[:4]
-    assert header[0].endswith(
-        f"-m cifar_dist.bench loader {shlex.join(['--data.dir', str(data_dir), *sizes, '--json', str(file)])}"
+    little = [
+        "--seconds",
+        "0.05",
+        "--repeats",
+        "2",
+        "--width",
+        "0.0625",
+        "--micro_batch_size",
+        "16",
+        "--compile",
+        "off",
+    ]
+    result = bench("all", "--data.dir", data_dir, *little, "--json", file, timeout_s=400)
+    assert result.returncode == 0, result.stdout + result.stderr
+    figures = report.read(file)
+    assert list(figures["parts"]) == list(PARTS)
+    for content in figures["parts"].values():
+        assert content["tables"]
+        for table in content["tables"]:
+            for row in table["rows"]:
+                assert row["median"] == statistics.median(row["values"])
+                assert 0 < row["median"] < float("inf")
+    printed = result.stdout
+    assert printed == report.text(figures) + "\n"
+    assert figures["hardware"] in printed
+    assert f"ffcv {figures['versions']['ffcv']}" in printed
+    _check_loader(figures)
+    _check_step(figures)
+    (training,) = figures["parts"]["train"]["tables"]
+    assert [row["name"] for row in training["rows"]] == [
+        "training, end to end",
+        "the same, images from memory",
+        "bare step",
+    ]
+    assert 0 <= training["rows"][0]["% data wait"] < 100
+    scaling = figures["parts"]["scaling"]["tables"]
+    assert scaling[-1]["title"].startswith("simulated")
+    assert scaling[-1]["notes"][0].startswith("SIMULATION")
+    for table in figures["parts"]["startup"]["tables"]:
+        for row in table["rows"]:
+            split = {
+                key: value for key, value in row.items() if key not in ("name", "values", "median", "ratio", "busy")
+            }
+            assert {"torchrun", "python and imports", "reading the first data", "the update of the weights"} <= set(
+                split
+            )
+            assert min(split.values()) >= 0
+            assert any(value == pytest.approx(sum(split.values())) for value in row["values"])
+    compared = bench("compare", file, file)
+    assert compared.returncode == 0
+    assert re.search(r"^0 of \d\d rows changed by more than their spread.$", compared.stdout, flags=re.M)
+
+
+def _check_loader(figures: dict[str, Any]) -> None:
+    """Far below what a quiet machine gives, but far above what a mistake would leave."""
+    one_core = figures["parts"]["loader"]["tables"][0]
+    rates = {row["name"]: row["median"] for row in one_core["rows"]}
+    assert rates["this project, uint8"] > 10 * rates["torchvision v2 + DataLoader"]
+    assert rates["this project, uint8"] > rates["this project, augmented"] > 3 * rates["torchvision v2 + DataLoader"]
+    assert all(0 < busy <= 1.05 for row in one_core["rows"] for busy in row["busy"])
+
+
+def _check_step(figures: dict[str, Any]) -> None:
+    *limits, steps, parts = figures["parts"]["step"]["tables"]
+    assert [table["unit"] for table in limits] == ["TFLOP/s", "GB/s"]
+    assert [row["name"] for row in steps["rows"]] == ["V1, plain", "V1, 1x1 merged", "V2, plain", "V2, 1x1 merged"]
+    plain, merged = (row["operations"] for row in steps["rows"][:2])
+    assert merged < plain
+    assert all(0 < row["% of product"] < 100 for row in steps["rows"])
+    assert [row["name"] for row in parts["rows"]] == ["forward", "backward", "SGD", "Muon and SGD"]
+
+
+@pytest.mark.data
+def test_a_part_that_comes_to_no_end_is_left_out(data_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    result = bench("all", "--data.dir", data_dir, "--limit_minutes", "0.05", "--json", file)
+    assert result.returncode == 2
+    assert "loader, augment, step, train, scaling, startup could not be measured; see above." in result.stderr
+    assert result.stdout.count("FAILED: not measured: the time was up (--limit_minutes)") == len(PARTS)
+    assert list(report.read(file)["parts"]) == list(PARTS)
+
+
+def test_a_case_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there is no memory for it."""
+    plain = networks.ours
+
+    def build(config: ModelConfig, *arguments: Any, **named: Any) -> networks.Subject:
+        if config.name == "inception_v2":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        return plain(config, *arguments, **named)
+
+    monkeypatch.setattr(networks, "ours", build)
+    config = BenchConfig("step", repeats=1, seconds=0.01, width=0.0625, micro_batch_size=(4,), device="cpu")
+    table = step.measure(config)[-2]
+    assert [row.name for row in table.rows] == ["V1, plain", "V1, 1x1 merged"]
+    assert (
+        table.notes[0] == "V2, plain: not measured: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
     )
-    assert report["hardware"] in header[1]
-    assert f"ffcv {report['versions']['ffcv']}" in header[2]
+
+
+@pytest.mark.parametrize("stem", ["cifar", "pooled", "strided"])
+def test_the_other_network_is_alike(stem: str) -> None:
+    """Parameters of torchvision's with our stem: those of V1 with its 3x3 in place of 5x5."""
+    network, mine = baselines.googlenet(stem), networks.ours(ModelConfig(stem=stem, branch5x5="3x3"), 2, FP32).model  # type: ignore[arg-type]
+    assert num_parameters(network) == num_parameters(mine)
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_the_other_networks_grids_are_those_of_ours() -> None:
+    """So that both do the same work: operations of a forward and backward pass agree but for pooling's borders."""
+    costs = [
+        device.cost_of(subject.step).flops
+        for subject in (
+            networks.theirs("strided", 2, FP32, channels_last=True),
+            networks.ours(ModelConfig(stem="strided", branch5x5="3x3", merge_1x1="off"), 2, FP32),
+        )
+    ]
+    assert costs[0] == costs[1] > 0
+
+
+def test_a_subject_trains() -> None:
+    subject = networks.ours(ModelConfig(stem="strided", width=0.125), 16, FP32)
+    for group in subject.optimizer.param_groups:
+        group["lr"] = 0.05
+    first = subject.forward().item()
+    for _ in range(10):
+        assert subject.step() == 16
+    assert subject.forward().item() < 0.7 * first
+    assert min(subject.parts(lambda: None)) > 0
+
+
+def test_traffic_of_a_known_operation() -> None:
+    a, b = torch.ones(64, 32), torch.ones(32, 16)
+    cost = device.cost_of(lambda: (a @ b).view(-1))
+    assert cost == device.Cost(flops=2 * 64 * 32 * 16, bytes=4 * (64 * 32 + 32 * 16 + 64 * 16), num_operations=1)
+
+
+def test_simulated_exchange() -> None:
+    network = simulation.Network(8, inner_bandwidth=100e9, inner_latency=0, outer_bandwidth=10e9, outer_latency=1e-3)
+    assert simulation.exchange_seconds(80e6, 1, network) == 0
+    # 2 x 7/8 of 80 MB at 100 GB/s.
+    assert simulation.exchange_seconds(80e6, 8, network) == pytest.approx(1.4e-3)
+    # And then 2 x 3/4 of an eighth of it at 10 GB/s, and 6 messages.
+    assert simulation.exchange_seconds(80e6, 32, network) == pytest.approx(1.4e-3 + 1.5e-3 + 6e-3)
+    # A backward pass of a second hides all but the last bucket; one of nothing hides nothing.
+    hiding, open_ = (replace(network, backward_share=share, bucket_bytes=10e6) for share in (0.5, 0.0))
+    last = simulation.exchange_seconds(10e6, 8, network)
+    assert simulation.step_seconds(2.0, 80e6, 8, hiding) == pytest.approx(2.0 + last)
+    assert simulation.step_seconds(2.0, 80e6, 8, open_) == pytest.approx(2.0 + 1.4e-3)
+    assert "50%" in hiding.describe()
+
+
+def _report(**rates: list[float]) -> report.Report:
+    table = Table("one core", "images/s", [Row(name, values) for name, values in rates.items()])
+    seconds = Table("start", "s", [Row("warm", [3.0, 3.1])], lower_is_better=True)
+    return {**report.header(), "parts": {"loader": {"seconds": 1.0, "tables": [table.plain(), seconds.plain()]}}}
+
+
+def test_compare_marks_what_is_beyond_the_spread() -> None:
+    old = _report(same=[10.0, 12.0], up=[10.0, 12.0], down=[10.0, 12.0], gone=[1.0])
+    new = _report(same=[11.9, 14.0], up=[12.1, 14.0], down=[9.9, 9.0], come=[1.0])
+    new["parts"]["loader"]["tables"][1]["rows"][0] |= {"values": [3.2, 3.3], "median": 3.25}
+    text = report.compare(old, new)
+    words = [line.split() for line in text.splitlines() if line.startswith("  loader / ")]
+    marks = {line[line.index("/", 3) + 1]: line[-1] for line in words}
+    assert marks["up"] == "faster"
+    assert marks["down"] == marks["warm"] == "slower"
+    assert marks["same"] not in ("slower", "faster")
+    assert "3 of 4 rows changed by more than their spread." in text
+    assert "In one of them only: loader / one core / gone" in text
+    assert "In one of them only: loader / one core / come" in text
+
+
+def test_compare_marks_no_single_value() -> None:
+    assert "0 of 2 rows" in report.compare(_report(a=[1.0]), _report(a=[9.0]))
+
+
+def test_compare_says_that_the_hardware_differs() -> None:
+    old, new = _report(a=[1.0]), _report(a=[1.0])
+    new["hardware"] = "another"
+    assert "The hardware differs" in report.compare(old, new)
+    assert "The hardware differs" not in report.compare(old, old)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "No such file"),
+        ("{", "is not JSON"),
+        ("{}", "is no report of bench"),
+        ('{"format": "cifar_dist bench, format 1"}', "is damaged"),
+        ('{"format": "cifar_dist bench, format 1", "date": "", "hardware": "", "parts": {"a": {"tables": [{"title": "",'
+         ' "lower_is_better": false, "rows": [{"name": "x", "median": "1", "values": []}]}]}}}', "is damaged"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_reports(text: str | None, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    if text is not None:
+        file.write_text(text)
+    result = bench("compare", file, file)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -76,10 +272,17 @@ def test_loader(data_dir: Path, tmp_path: Path) -> None:
     [
         (["loadr"], 2, "loadr"),
         ([], 2, "loader"),
-        (["loader", "--num_image", "5"], 2, "--num_images"),
+        (["loader", "--repeat", "5"], 2, "--repeats"),
         (["loader", "--repeats", "0"], 2, "repeats is 0; valid: 1 or more."),
+        (["step", "--seconds", "-1"], 2, "seconds is -1.0; valid: above 0, at most 600."),
         (["loader", "--json", "/nowhere/a.json"], 2, "the folder /nowhere does not exist"),
         (["loader", "--data.dir", "/nowhere"], 3, "/nowhere/train.beton"),
+        (["train", "--data.dir", "/nowhere"], 3, "/nowhere/train.beton"),
+        (["all", "--data.dir", "/nowhere"], 3, "cifar_dist.prepare --data.dir /nowhere"),
+        (["step", "--device", "cuda"], 2, "torch finds no GPU here"),
+        (["scaling", "--device", "cuda"], 2, "device is cuda, but torch finds no GPU here"),
+        (["scaling", "--limit_minutes", "0"], 2, "limit_minutes is 0.0; valid: above 0."),
+        (["compare", "a.json"], 2, "NEW"),
     ],
 )
 def test_mistakes(args: list[str], code: int, message: str) -> None:
@@ -95,5 +298,5 @@ def test_help_imports_no_torch() -> None:
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=REPOSITORY)
     assert result.returncode == 0
-    assert "--num_images" in result.stdout
+    assert "--micro_batch_size" in result.stdout
     assert result.stderr == "\n"

@@ -45,7 +45,7 @@ class Cost(NamedTuple):
 # prints the table that it has found.
 COUNTED_WITH = "2.15.0"
 COSTS = {
-    "inception_v1 off": Cost(862, 1080, 6),
+    "inception_v1 off": Cost(862, 1082, 6),
     "inception_v1 on": Cost(736, 1082, 6),
     "inception_v2 off": Cost(970, 1068, 6),
     "inception_v2 on": Cost(850, 1068, 6),
@@ -93,6 +93,7 @@ def cost_of(key: str, batches: dict[int, Batch]) -> Cost:
 
 
 def test_operations_per_step(batches: dict[int, Batch]) -> None:
+    cost_of("inception_v1 off", batches)  # the first of a process has been seen to copy two gradients less for Muon
     found = {key: cost_of(key, batches) for key in COSTS}
     table = "COSTS = {\n" + "".join(f'    "{key}": {cost},\n' for key, cost in found.items()) + "}"
     table = table.replace("passes=", "").replace("muon=", "").replace("sgd=", "")

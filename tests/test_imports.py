@@ -1,4 +1,5 @@
-"""The direction of imports: commands -> training -> (data, models, tracking) -> the ground; and small modules."""
+"""The direction of imports: commands -> benchmarks -> training -> (data, models, tracking) -> the ground; and small
+modules."""
 
 from __future__ import annotations
 
@@ -18,7 +19,10 @@ GROUND = {
 }  # fmt: skip
 FOLDERS = {"data", "models", "tracking"}
 # What a module of each layer may import beside its own layer. Commands may import everything, and nobody them.
-BELOW = {"ground": set(), **{name: {"ground"} for name in FOLDERS}, "training": {"ground", *FOLDERS}}
+BELOW = {
+    "ground": set(), **{name: {"ground"} for name in FOLDERS}, "training": {"ground", *FOLDERS},
+    "benchmarks": {"ground", *FOLDERS, "training"},
+}  # fmt: skip
 MAX_LINES = 300
 # What changes or asks the process or the machine, and so has no place in an import.
 UNDOES_FFCV = "torch.set_num_threads"  # which importing ffcv calls with 1
@@ -34,11 +38,11 @@ MODULES = {
 
 
 def layer(module: str) -> str:
-    """ground, data, models, tracking, training or command, of a module like cifar_dist.data.order."""
+    """ground, data, models, tracking, training, benchmarks or command, of a module like cifar_dist.data.order."""
     part = module.split(".")[1]
     if part in GROUND:
         return "ground"
-    return part if part == "training" or part in FOLDERS else "command"
+    return part if part in BELOW else "command"
 
 
 def imported(source: str) -> set[str]:
@@ -89,7 +93,7 @@ def test_module(module: str) -> None:
 
 def test_all_layers_are_there() -> None:
     layers = {layer(module) for module in MODULES if not module.endswith("__init__")}
-    assert layers == {"ground", "data", "models", "tracking", "training", "command"}
+    assert layers == {"ground", "data", "models", "tracking", "training", "benchmarks", "command"}
     assert {f"cifar_dist.{name}" for name in GROUND} <= set(MODULES)
 
 

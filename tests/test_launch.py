@@ -137,7 +137,8 @@ TESTED = {
     "python -m cifar_dist.evaluate --checkpoint runs/mine/checkpoints/step-00002730.pt": "test_world_size.py",
     "./launch/seeds configs/quickstart.yaml 3 --run.name exp": "tests/test_seeds.py: test_stopped_and_gone_on",
     "python -m cifar_dist.seeds runs/exp --json exp.json": "tests/test_seeds.py: test_table_and_json",
-    "python -m cifar_dist.bench loader": "test_bench.py",
+    "python -m cifar_dist.bench all --json bench.json": "tests/test_bench.py: test_all",
+    "python -m cifar_dist.bench compare old.json new.json": "tests/test_bench.py: test_all",
     "./launch/setup": "test_setup_with_nothing_to_do_is_quick",
     "sbatch slurm/train.sh --config configs/googlenet.yaml": "test_slurm.py: test_bounded_requeues",
     "sbatch --nodes=2 --gpus-per-node=4 slurm/train.sh --config configs/googlenet.yaml":

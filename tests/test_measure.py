@@ -62,13 +62,13 @@ def test_stopped_and_gone_on(data_dir: Path, tmp_path: Path, short_run: Path) ->
 
 @pytest.mark.data
 def test_a_stopped_benchmark_leaves_nothing_at_work(data_dir: Path, tmp_path: Path) -> None:
-    command = words(data_dir, "--bench", "loader --num_images 90000000", "--configs", "none")
+    command = words(data_dir, "--bench", "loader --seconds 597.25", "--configs", "none")
     process = runs.start_command(command, tmp_path)
-    runs.wait_until(lambda: runs.children_with("90000000") != [process.pid], process)
+    runs.wait_until(lambda: runs.children_with("597.25") != [process.pid], process)
     runs.wait_until((tmp_path / "results/bench.log").exists, process)
     os.kill(process.pid, signal.SIGTERM)
     runs.finish(process, expected=143)
-    assert runs.children_with("90000000") == []
+    assert runs.children_with("597.25") == []
     assert not (tmp_path / "results/bench.json").exists()
 
 

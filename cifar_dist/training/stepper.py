@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cifar_dist.config import Config
 from cifar_dist.data import augment
 from cifar_dist.data.loader import Batch
-from cifar_dist.distributed import World
+from cifar_dist.distributed import World, data_parallel
 from cifar_dist.errors import CheckpointError, NonFiniteError
 from cifar_dist.hashing import derive
 from cifar_dist.limits import accumulation_steps
@@ -66,11 +65,7 @@ class Stepper:
             # A wrapper of its own: the raw model stays uncompiled for evaluation, and its state-dict keys clean.
             stepped = torch.compile(self.model, dynamic=False)  # type: ignore[assignment]
         if self.world.size > 1:
-            # Training does not touch batch-norm buffers, so there is nothing to broadcast at each step.
-            known = inspect.signature(DistributedDataParallel.__init__).parameters
-            # Torch before 2.15 knows the old name only.
-            sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-            stepped = DistributedDataParallel(stepped, gradient_as_bucket_view=True, **{sync: False})  # type: ignore[arg-type]
+            stepped = data_parallel(stepped)
         elif not self._compiled:
             return stepped
         # One pass of zeros per size compiles before the clock runs. And DDP regroups its buckets after the first
