@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
+
+from cifar_dist.processes import kill_family
 
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -61,9 +62,7 @@ def finish(process: subprocess.Popen[str], expected: int = 0, timeout_s: float =
         output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         # Or it would slow down all that comes after, which then fails, too.
-        for child in psutil.Process(process.pid).children(recursive=True):
-            child.kill()
-        process.kill()
+        kill_family(process.pid)
         raise
     assert process.returncode == expected, output
     return output
