@@ -137,8 +137,7 @@ def _lost_peer(world: World, error: RuntimeError) -> PeerError:
 def keep_freed_memory() -> None:
     """Tell glibc to keep what is freed, not to give it back to the kernel, which hands out zeroed pages again.
 
-    A training step frees and allocates the same tensors over and over; see docs/performance.md for what it pays. The
-    peak stays what it was.
+    A training step frees and allocates the same tensors over and over; see docs/performance.md for what it pays.
     """
     with suppress(AttributeError, OSError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt

@@ -16,6 +16,7 @@ from cifar_dist.config import NUM_CLASSES
 from cifar_dist.data.augment import MEAN, STD
 from cifar_dist.data.beton import Images, Labels
 from cifar_dist.data.ffcv_parts import IntDecoder, Loader, SimpleRGBImageDecoder, ToTensor, ToTorchImage
+from cifar_dist.data.loader import end_reading
 
 
 class InMemoryCifar10(datasets.CIFAR10):  # type: ignore[misc]
@@ -83,11 +84,7 @@ def ffcv_batches(path: Path, batch_size: int) -> Generator[tuple[Tensor, Tensor]
                 torch.set_num_threads(threads)
                 yield images, labels[:, 0]
         finally:  # left early, FFCV's thread would wait for room in its queue for ever
-            epoch.close()
-            while epoch.is_alive():
-                while not epoch.output_queue.empty():
-                    epoch.output_queue.get()
-                epoch.join(timeout=0.02)
+            end_reading(epoch)
 
 
 def googlenet(stem: str) -> nn.Module:

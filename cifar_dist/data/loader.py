@@ -84,17 +84,18 @@ class _Reading(EpochIterator):  # type: ignore[misc]
                 self.current_stream.wait_stream(self.cuda_streams[item[0]])
             return item
 
-    def stop(self) -> None:
-        """End the thread, wherever it is: it may be waiting for room in the queue."""
-        self.terminate_event.set()
-        while self.is_alive():
-            while not self.output_queue.empty():
-                self.output_queue.get()
-            self.join(timeout=0.02)
-        for stream in self.cuda_streams:
-            if stream is not None:
-                stream.synchronize()  # copies into the buffers that are about to go
-        self.close()
+
+def end_reading(reading: EpochIterator) -> None:
+    """End FFCV's thread, wherever it is: it may be waiting for room in the queue."""
+    reading.terminate_event.set()
+    while reading.is_alive():
+        while not reading.output_queue.empty():
+            reading.output_queue.get()
+        reading.join(timeout=0.02)
+    for stream in reading.cuda_streams:
+        if stream is not None:
+            stream.synchronize()  # copies into the buffers that are about to go
+    reading.close()
 
 
 class BetonLoader:
@@ -155,12 +156,12 @@ class BetonLoader:
                 # FFCV writes the next batches into the same few buffers.
                 yield Batch(images.clone(), labels[:, 0].clone(), indices[:, 0].clone())
         finally:
-            reading.stop()
+            end_reading(reading)
             self._readings.remove(reading)
 
     def close(self) -> None:
         for reading in self._readings:
-            reading.stop()
+            end_reading(reading)
 
     def __enter__(self) -> Self:
         return self
