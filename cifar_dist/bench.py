@@ -10,11 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cifar_dist import cli, errors, files
-from cifar_dist.benchmarks.settings import PARTS, BenchConfig, CompareConfig, validate
+from cifar_dist.benchmarks.launching import last_lines
+from cifar_dist.benchmarks.settings import PARTS, BenchConfig, CompareConfig, as_arguments, validate
 from cifar_dist.processes import kill_family
 
 _ABOUT = "Measure this machine; `compare OLD NEW` holds two files of --json against each other."
@@ -34,7 +36,7 @@ def main() -> None:
     with errors.reported():
         validate(config)
         _check_data(config)
-        report_of = _all(config, arguments) if config.part == "all" else _one(config, config.part)
+        report_of = _all(config) if config.part == "all" else _one(config, config.part)
         from cifar_dist.benchmarks import report
 
         print(report.text(report_of))
@@ -50,8 +52,12 @@ def main() -> None:
 
 def _check_data(config: BenchConfig) -> None:
     """Before anything is measured, and so that no measurement prepares the dataset."""
-    missing = [name for name in ("train.beton", "manifest.json") if not (config.data.dir / name).is_file()]
-    if missing and config.part not in ("augment", "step", "scaling"):
+    if config.part in ("augment", "step", "scaling"):
+        return
+    from cifar_dist.data import dataset
+
+    missing = [name for name in (dataset.TRAIN, dataset.MANIFEST) if not (config.data.dir / name).is_file()]
+    if missing:
         advice = f"python -m cifar_dist.prepare --data.dir {shlex.quote(str(config.data.dir))}"
         raise errors.DataError(f"{config.data.dir / missing[0]} is not there. Prepare the dataset: {advice}")
 
@@ -69,18 +75,18 @@ def _one(config: BenchConfig, part: str) -> dict[str, Any]:
     return {**report.header(), "parts": {part: content}}
 
 
-def _all(config: BenchConfig, arguments: list[str]) -> dict[str, Any]:
+def _all(config: BenchConfig) -> dict[str, Any]:
     """Each part in a process of its own, which leaves neither threads nor bindings to the next; one that fails does
     not keep the others from being measured."""
     from cifar_dist.benchmarks import report
 
-    options, parts = _without_json(arguments), dict[str, Any]()
+    parts = dict[str, Any]()
     deadline = time.monotonic() + 60 * config.limit_minutes
     with tempfile.TemporaryDirectory() as folder:
         for part in PARTS:
             print(f"bench: {part} ...", file=sys.stderr, flush=True)
             out, started = Path(folder) / f"{part}.json", time.monotonic()
-            command = [sys.executable, "-m", "cifar_dist.bench", part, *options, "--json", str(out)]
+            command = [sys.executable, "-m", "cifar_dist.bench", *as_arguments(replace(config, part=part, json=out))]
             failure = _run(command, deadline - started)
             found = {"tables": [], "failure": failure} if failure else json.loads(out.read_text())["parts"][part]
             parts[part] = found | {"seconds": time.monotonic() - started}
@@ -99,20 +105,7 @@ def _run(command: list[str], limit_s: float) -> str:
         finally:
             if process.poll() is None:
                 kill_family(process.pid)
-    lines = said.strip().splitlines()[-15:] or [f"exit code {process.returncode}"]
-    return "\n".join(lines) if process.returncode else ""
-
-
-def _without_json(arguments: list[str]) -> list[str]:
-    """The options that the parts are to have as well."""
-    left = list(arguments)
-    left.remove("all")
-    for k, argument in enumerate(left):
-        if argument == "--json":
-            return left[:k] + left[k + 2 :]
-        if argument.startswith("--json="):
-            return left[:k] + left[k + 1 :]
-    return left
+    return (last_lines(said) or f"exit code {process.returncode}") if process.returncode else ""
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from cifar_dist import cli
 from cifar_dist.benchmarks import baselines, device, networks, report, simulation, step
 from cifar_dist.benchmarks.measure import Row, Table, in_turn
-from cifar_dist.benchmarks.settings import PARTS, BenchConfig
+from cifar_dist.benchmarks.settings import PARTS, BenchConfig, as_arguments
 from cifar_dist.config import ModelConfig
 from cifar_dist.models.layers import num_parameters
 from cifar_dist.training.precision import NumberFormat
@@ -132,6 +133,31 @@ def _check_step(figures: dict[str, Any]) -> None:
     assert merged < plain
     assert all(0 < row["% of product"] < 100 for row in steps["rows"])
     assert [row["name"] for row in parts["rows"]] == ["forward", "backward", "SGD", "Muon and SGD"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["loader"],
+        [
+            "all",
+            "--data.dir",
+            "a folder",
+            "--micro_batch_size",
+            "16",
+            "32",
+            "--stem",
+            "pooled",
+            "cifar",
+            "--json",
+            "all",
+        ],
+        ["step", "--data.dir", "all", "--json=x", "--precision", "bf16", "--seconds", "0.25", "--limit_minutes", "3"],
+    ],
+)
+def test_the_parts_of_all_are_told_the_same(words: list[str]) -> None:
+    config = cli.parse(BenchConfig, words, "bench")
+    assert cli.parse(BenchConfig, as_arguments(config), "bench") == config
 
 
 @pytest.mark.data

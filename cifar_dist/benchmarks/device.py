@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from cifar_dist.benchmarks.measure import Row, Table, in_turn
-from cifar_dist.benchmarks.settings import BenchConfig
+from cifar_dist.benchmarks.settings import BenchConfig, Stem
 from cifar_dist.distributed import World
 from cifar_dist.errors import UserError
 from cifar_dist.training.precision import NumberFormat
@@ -31,6 +31,26 @@ def on_gpu(config: BenchConfig) -> bool:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but torch finds no GPU here. Check nvidia-smi, or use --device cpu.")
     return config.device != "cpu" and torch.cuda.is_available()
+
+
+def num_local(gpu: bool) -> int:
+    """How many processes this machine has devices for: GPUs, or processors, of which eight are enough."""
+    return torch.cuda.device_count() if gpu else min(len(os.sched_getaffinity(0)), 8)
+
+
+def stems(config: BenchConfig, gpu: bool) -> tuple[Stem, ...]:
+    """The first layers to measure with, the most important first."""
+    return config.stem or (("pooled", "cifar") if gpu else ("strided",))
+
+
+def micro_batches(config: BenchConfig, gpu: bool) -> tuple[int, ...]:
+    """The numbers of images in a forward pass to measure with."""
+    return config.micro_batch_size or ((512,) if gpu else (128,))
+
+
+def compiles(config: BenchConfig, gpu: bool) -> bool:
+    """Whether compiled networks are measured."""
+    return config.compile == "on" or (config.compile == "auto" and gpu)
 
 
 def failure(error: Exception) -> str:
@@ -124,6 +144,6 @@ def shares(row: Row, work_per_unit: Cost, units: int, ceilings: Ceilings, eager:
     """
     flops = row.median * work_per_unit.flops / units
     columns = {"TFLOP/s": flops / 1e12, "% of product": 100 * flops / ceilings.flops}
-    if eager and math.isfinite(ceilings.bytes):
+    if eager:
         columns["% of copy"] = 100 * row.median * work_per_unit.bytes / units / ceilings.bytes
     return columns

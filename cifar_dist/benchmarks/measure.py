@@ -80,7 +80,7 @@ def in_turn(
         for _ in range(warm_up):
             work()
         wait()
-        counts[name] = _calls_in(seconds, work, wait)
+        counts[name] = calls_in(seconds, work, wait)
     rows = {name: Row(name, []) for name in cases}
     for _ in range(repeats):
         for name, work in cases.items():
@@ -94,7 +94,7 @@ def in_turn(
     return list(rows.values())
 
 
-def _calls_in(seconds: float, work: Work, wait: Callable[[], None]) -> int:
+def calls_in(seconds: float, work: Work, wait: Callable[[], None]) -> int:
     """How many calls take `seconds` at least, from as many as take a fifth of that: a first one may find work done."""
     num = 1
     while True:
@@ -106,3 +106,8 @@ def _calls_in(seconds: float, work: Work, wait: Callable[[], None]) -> int:
         if elapsed >= seconds / 5:
             return max(1, math.ceil(seconds * num / elapsed))
         num *= 2
+
+
+def processes(num: int) -> str:
+    """For names of rows and tables."""
+    return f"{num} process{'es' if num > 1 else ''}"

@@ -6,17 +6,14 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from cifar_dist.benchmarks import simulation
-from cifar_dist.benchmarks.device import on_gpu
-from cifar_dist.benchmarks.measure import Row, Table
+from cifar_dist.benchmarks import launching, simulation
+from cifar_dist.benchmarks.device import compiles, micro_batches, num_local, on_gpu, stems
+from cifar_dist.benchmarks.measure import Row, Table, processes
 from cifar_dist.benchmarks.networks import THEIRS
 from cifar_dist.benchmarks.ranks import Job
 from cifar_dist.benchmarks.settings import BenchConfig
@@ -28,16 +25,14 @@ NUM_SIMULATED = (1, 8, 64, 512)
 def measure(config: BenchConfig) -> list[Table]:
     """Strong and weak scaling, the share of the exchange, and the simulation that follows from it."""
     gpu = on_gpu(config)
-    available = torch.cuda.device_count() if gpu else min(len(os.sched_getaffinity(0)), 8)
+    available = num_local(gpu)
     sizes = [n for n in range(1, available + 1) if available % n == 0]  # as they share out the global batch
-    stem = config.stem[0] if config.stem else ("pooled" if gpu else "strided")
-    num = config.micro_batch_size[0] if config.micro_batch_size else 512 if gpu else 128
-    compiled = config.compile == "on" or (config.compile == "auto" and gpu)
+    stem, num = stems(config, gpu)[0], micro_batches(config, gpu)[0]
     with tempfile.TemporaryDirectory() as folder:
         job = Job(
             device="cuda" if gpu else "cpu", precision=config.precision, stem=stem, width=config.width,
-            micro_batch_size=num, sizes=sizes, repeats=config.repeats, seconds=config.seconds, compiled=compiled,
-            out=f"{folder}/figures.json",
+            micro_batch_size=num, sizes=sizes, repeats=config.repeats, seconds=config.seconds,
+            compiled=compiles(config, gpu),            out=f"{folder}/figures.json",
         )  # fmt: skip
         _start(job)
         figures = json.loads(Path(job.out).read_text(encoding="utf-8"))
@@ -51,22 +46,21 @@ def measure(config: BenchConfig) -> list[Table]:
 
 
 def _start(job: Job) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.sizes[-1]}"]
-    command = [*torchrun, "-m", "cifar_dist.benchmarks.ranks", json.dumps(asdict(job))]
-    # Each rank sets its own number of threads; without this torchrun would set it to 1 and say so.
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    command = [*launching.torchrun(job.sizes[-1], "cifar_dist.benchmarks.ranks"), json.dumps(asdict(job))]
+    result = subprocess.run(
+        command, env=launching.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    )
     if result.returncode:
-        tail = "\n".join(result.stdout.decode(errors="replace").strip().splitlines()[-15:])
-        raise UserError(f"the processes that were to be measured ended with {result.returncode}:\n{tail}")
+        said = launching.last_lines(result.stdout.decode(errors="replace"))
+        raise UserError(f"the processes that were to be measured ended with {result.returncode}:\n{said}")
 
 
-def _strong(title: str, seconds: dict[str, list[float]], sizes: list[int], num: int, on_gpu: bool) -> Table:
+def _strong(title: str, seconds: dict[str, list[float]], sizes: list[int], num: int, gpu: bool) -> Table:
     images = num * sizes[-1]
     rows = []
     for size in sizes:
-        threads = "" if on_gpu else f" of {len(os.sched_getaffinity(0)) // size} threads"
-        rows.append(Row(_processes(size) + threads, [images / s for s in seconds[f"strong {size}"]]))
+        threads = "" if gpu else f" of {len(os.sched_getaffinity(0)) // size} threads"
+        rows.append(Row(processes(size) + threads, [images / s for s in seconds[f"strong {size}"]]))
     return Table(f"strong: {title}, global batch {images} by accumulation", "images/s", rows, rows[0].name)
 
 
@@ -74,10 +68,10 @@ def _weak(title: str, seconds: dict[str, list[float]], sizes: list[int], num: in
     rows = []
     for size in sizes:
         times = seconds.get(f"weak {size}") or seconds[f"strong {size}"]
-        rows.append(Row(_processes(size), [num * size / s for s in times]))
+        rows.append(Row(processes(size), [num * size / s for s in times]))
     notes = ["on CPUs a single process has all processors, so that more processes share what it had"]
     if theirs := seconds.get(f"theirs {sizes[-1]}"):
-        rows.append(Row(f"{_processes(sizes[-1])}, {THEIRS}", [num * sizes[-1] / s for s in theirs]))
+        rows.append(Row(f"{processes(sizes[-1])}, {THEIRS}", [num * sizes[-1] / s for s in theirs]))
     return Table(f"weak: {title} per process", "images/s", rows, rows[0].name, notes=notes)
 
 
@@ -88,24 +82,20 @@ def _exchange(title: str, seconds: dict[str, list[float]], sizes: list[int], gra
         silent, alone = seconds[f"silent {size}"], seconds[f"exchange {size}"]
         shown = 100 * (1 - statistics.median(silent) / statistics.median(loud))
         more: dict[str, Any] = {"% of step, not hidden": shown, "GB/s": gradient_bytes / statistics.median(alone) / 1e9}
-        rows.append(Row(f"{_processes(size)}, {gradient_bytes / 1e6:.1f} MB", [1e3 * s for s in alone], more=more))
+        rows.append(Row(f"{processes(size)}, {gradient_bytes / 1e6:.1f} MB", [1e3 * s for s in alone], more=more))
     return Table(f"exchange of gradients: {title}", "ms", rows, lower_is_better=True)
 
 
-def _simulated(title: str, seconds: list[float], num: int, gradient_bytes: int, on_gpu: bool) -> Table:
+def _simulated(title: str, seconds: list[float], num: int, gradient_bytes: int, gpu: bool) -> Table:
     network, compute = simulation.Network(), statistics.median(seconds)
     rows = []
     for n in NUM_SIMULATED:
         step = simulation.step_seconds(compute, gradient_bytes, n, network)
         more = {"% efficiency": 100 * compute / step, "ms/step": 1e3 * step}
-        rows.append(Row(_processes(n), [num * n / step], more=more))
-    measured = "" if on_gpu else ", measured on a CPU, on which the efficiency of GPUs cannot be read off"
+        rows.append(Row(processes(n), [num * n / step], more=more))
+    measured = "" if gpu else ", measured on a CPU, on which the efficiency of GPUs cannot be read off"
     notes = [
         f"SIMULATION, nothing but the step of one device ({1e3 * compute:.1f} ms{measured}) was measured",
         network.describe(),
     ]
     return Table(f"simulated, weak: {title}", "images/s", rows, rows[0].name, notes=notes)
-
-
-def _processes(num: int) -> str:
-    return f"{num} process{'es' if num > 1 else ''}"

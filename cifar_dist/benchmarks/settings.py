@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -61,6 +61,17 @@ class CompareConfig:
     """File that --json wrote."""
     new: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="NEW")]]
     """A later one."""
+
+
+def as_arguments(config: BenchConfig) -> list[str]:
+    """The command line that gives `config`."""
+    words = [config.part, "--data.dir", str(config.data.dir)]
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if item.name in ("part", "data") or value in (None, ()):
+            continue
+        words += [f"--{item.name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
 
 
 def validate(config: BenchConfig) -> None:

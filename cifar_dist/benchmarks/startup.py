@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-import torch
-
-from cifar_dist.benchmarks.device import on_gpu
-from cifar_dist.benchmarks.measure import Row, Table
+from cifar_dist.benchmarks import launching
+from cifar_dist.benchmarks.device import micro_batches, num_local, on_gpu, stems
+from cifar_dist.benchmarks.measure import Row, Table, processes
 from cifar_dist.benchmarks.settings import BenchConfig
 from cifar_dist.errors import UserError
 from cifar_dist.processes import kill_family
@@ -26,9 +23,8 @@ _COMPILERS = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "NUMBA_CACHE_DIR")
 def measure(config: BenchConfig) -> list[Table]:
     """One process and as many as there are devices (processors, up to 8); first with cold caches, then warm."""
     gpu = on_gpu(config)
-    available = torch.cuda.device_count() if gpu else min(len(os.sched_getaffinity(0)), 8)
     tables = []
-    for size in dict.fromkeys((1, available)):
+    for size in dict.fromkeys((1, num_local(gpu))):
         with tempfile.TemporaryDirectory() as folder:
             runs = Path(folder)
             caches = {name: str(runs / name) for name in _COMPILERS}
@@ -39,7 +35,7 @@ def measure(config: BenchConfig) -> list[Table]:
             Row("cold: no bytecode, empty caches of compilers", [cold], more=split),
             Row("warm", [total for total, _ in warm], more=min(warm, key=lambda start: start[0])[1]),
         ]
-        title = f"from torchrun to the first step, {size} process{'es' if size > 1 else ''}"
+        title = f"from torchrun to the first step, {processes(size)}"
         tables.append(Table(title, "s", rows, lower_is_better=True, notes=["columns: seconds of the first rank"]))
     return tables
 
@@ -52,8 +48,7 @@ def _start(
     Args:
         environment: where caches are, beside what this process has.
     """
-    threads = os.environ.get("OMP_NUM_THREADS", "1")
-    everything = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": threads} | environment
+    everything = launching.environment() | {"WANDB_MODE": "offline"} | environment
     log, said = directory / "logs" / "rank-0.log", directory.with_name(f"{directory.name}.out")
     started = time.perf_counter()
     with (
@@ -65,8 +60,8 @@ def _start(
         try:
             while (split := _split(log)) is None:
                 if process.poll() is not None or time.perf_counter() - started > _LIMIT_S:
-                    tail = "\n".join(said.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-15:])
-                    raise UserError(f"the run that was to be measured came to no first step:\n{tail}")
+                    told = launching.last_lines(said.read_text(encoding="utf-8", errors="replace"))
+                    raise UserError(f"the run that was to be measured came to no first step:\n{told}")
                 time.sleep(0.02)
             total = time.perf_counter() - started
         finally:
@@ -77,11 +72,10 @@ def _start(
 
 
 def _command(config: BenchConfig, size: int, gpu: bool, directory: Path) -> list[str]:
-    num = config.micro_batch_size[0] if config.micro_batch_size else 512 if gpu else 128
+    num = micro_batches(config, gpu)[0]
     return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", "-m",
-        "cifar_dist.train", "--run.dir", str(directory), "--data.dir", str(config.data.dir.resolve()),
-        "--model.stem", config.stem[0] if config.stem else ("pooled" if gpu else "strided"),
+        *launching.torchrun(size, "cifar_dist.train"), "--run.dir", str(directory),
+        "--data.dir", str(config.data.dir.resolve()), "--model.stem", stems(config, gpu)[0],
         "--model.width", str(config.width), "--train.device", config.device, "--train.max_steps", "1",
         "--train.micro_batch_size", str(num), "--train.batch_size", str(num * size), "--train.log_every_steps", "1",
         "--train.checkpoint_every_steps", "0", "--train.precision", config.precision,

@@ -6,15 +6,27 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 
 from cifar_dist.benchmarks import networks
-from cifar_dist.benchmarks.device import Ceilings, Cost, cost_of, failure, measure_ceilings, shares, wait_for
+from cifar_dist.benchmarks.device import (
+    Ceilings,
+    Cost,
+    compiles,
+    cost_of,
+    failure,
+    measure_ceilings,
+    micro_batches,
+    shares,
+    stems,
+    wait_for,
+)
 from cifar_dist.benchmarks.measure import Row, Table, in_turn
 from cifar_dist.benchmarks.networks import THEIRS, THEIRS_LAST, Subject
-from cifar_dist.benchmarks.settings import BenchConfig
+from cifar_dist.benchmarks.settings import BenchConfig, Stem
 from cifar_dist.config import ModelConfig, TrainConfig
 from cifar_dist.distributed import World, joined
 from cifar_dist.training.precision import NumberFormat, number_format, set_backends
@@ -26,7 +38,7 @@ _SMALL = 128  # images in a micro-batch
 
 @dataclass(frozen=True)
 class Setting:
-    stem: str
+    stem: Stem
     num_images: int
     width: float
     compiled: bool
@@ -37,17 +49,15 @@ def measure(config: BenchConfig) -> list[Table]:
     with joined(config.device) as world:
         formats = number_format(config.precision, world.device)
         set_backends(TrainConfig(), deterministic=False)
-        on_gpu = world.device.type == "cuda"
+        gpu = world.device.type == "cuda"
         _compile_without_limit()
         ceilings, tables = measure_ceilings(config, world, formats)
-        compiled = config.compile == "on" or (config.compile == "auto" and on_gpu)
-        stems, sizes = config.stem or (("pooled", "cifar") if on_gpu else ("strided",)), config.micro_batch_size
-        for stem in stems:
-            for num in sizes or ((512,) if on_gpu else (128,)):
-                setting = Setting(stem, num, config.width, compiled)
-                tables.append(_table(config, setting, world, formats, ceilings))
-        if on_gpu and not sizes:  # small micro-batches, which CUDA graphs are for
-            small = Setting(stems[0], _SMALL, config.width, compiled)
+        compiled, chosen = compiles(config, gpu), stems(config, gpu)
+        for stem, num in product(chosen, micro_batches(config, gpu)):
+            setting = Setting(stem, num, config.width, compiled)
+            tables.append(_table(config, setting, world, formats, ceilings))
+        if gpu and not config.micro_batch_size:  # small ones too, which CUDA graphs are for
+            small = Setting(chosen[0], _SMALL, config.width, compiled)
             tables.append(_table(config, small, world, formats, ceilings, versions=(V1,)))
         tables.append(_parts(config, setting, world, formats))
         return tables
@@ -123,7 +133,7 @@ def _subjects(
         for merged in ("off", "on"):
             kind = f"{version}, 1x1 merged" if merged == "on" else f"{version}, plain"
             name: Any = _NAMES[version]
-            config = ModelConfig(name=name, stem=setting.stem, width=setting.width, merge_1x1=merged)  # type: ignore[arg-type]
+            config = ModelConfig(name=name, stem=setting.stem, width=setting.width, merge_1x1=merged)
             yield kind, partial(networks.ours, config, num, formats)
             if setting.compiled and (version == V1 or merged == "off"):
                 yield f"{kind}, compiled", partial(networks.ours, config, num, formats, "default")
@@ -139,7 +149,7 @@ def _parts(config: BenchConfig, setting: Setting, world: World, formats: NumberF
     rows = []
     wait = wait_for(world.device)
     for muon in (False, True):
-        model = ModelConfig(stem=setting.stem, width=setting.width)  # type: ignore[arg-type]
+        model = ModelConfig(stem=setting.stem, width=setting.width)
         mode = "default" if setting.compiled else None
         subject = networks.ours(model, setting.num_images, formats, mode, muon)
         for _ in range(3):

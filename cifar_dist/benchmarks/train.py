@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 import time
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 
 import numpy.typing as npt
 import torch
 
 from cifar_dist.benchmarks import baselines, networks
-from cifar_dist.benchmarks.device import wait_for
-from cifar_dist.benchmarks.measure import Row, Table
-from cifar_dist.benchmarks.networks import Subject
-from cifar_dist.benchmarks.settings import BenchConfig
+from cifar_dist.benchmarks.device import compiles, micro_batches, stems, wait_for
+from cifar_dist.benchmarks.measure import Row, Table, calls_in
+from cifar_dist.benchmarks.settings import BenchConfig, Stem
 from cifar_dist.config import Config, DataConfig, EvalConfig, ModelConfig, TrackConfig, TrainConfig
 from cifar_dist.data import beton, dataset
+from cifar_dist.data.beton import Images, Labels
 from cifar_dist.data.loader import Batch, BetonLoader
 from cifar_dist.distributed import World, joined
 from cifar_dist.tracking.tracker import Tracker
@@ -102,19 +102,22 @@ def measure(config: BenchConfig) -> list[Table]:
     with joined(config.device) as world:
         formats = number_format(config.precision, world.device)
         set_backends(TrainConfig(), deterministic=False)
-        on_gpu = world.device.type == "cuda"
-        beton.read_arrays(config.data.dir / dataset.TRAIN)
-        for stem in config.stem or (("pooled",) if on_gpu else ("strided",)):
-            for num in config.micro_batch_size or ((512,) if on_gpu else (128,)):
-                tables.append(_measure(config, stem, num, world, formats))
+        gpu = world.device.type == "cuda"
+        arrays = beton.read_arrays(config.data.dir / dataset.TRAIN)  # also checks the file, which FFCV would not
+        for stem, num in product(config.stem or stems(config, gpu)[:1], micro_batches(config, gpu)):
+            tables.append(_measure(config, stem, num, arrays, world, formats))
     return tables
 
 
-def _measure(config: BenchConfig, stem: str, num: int, world: World, formats: NumberFormat) -> Table:
-    compiled = config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda")
-    model = ModelConfig(stem=stem, width=config.width)  # type: ignore[arg-type]
+def _measure(
+    config: BenchConfig, stem: Stem, num: int, arrays: tuple[Images, Labels], world: World, formats: NumberFormat
+) -> Table:
+    compiled = compiles(config, world.device.type == "cuda")
+    model = ModelConfig(stem=stem, width=config.width)
     bare = networks.ours(model, num, formats, "default" if compiled else None, muon=True)
-    steps = max(1, math.ceil(config.seconds / _seconds_of(bare, wait_for(world.device))))
+    for _ in range(2):  # compiles, and fills caches
+        bare.step()
+    steps = calls_in(config.seconds, bare.step, wait_for(world.device))
     settings = Config(
         data=DataConfig(dir=config.data.dir, train_on="all"),  # no validation
         model=model,
@@ -132,7 +135,7 @@ def _measure(config: BenchConfig, stem: str, num: int, world: World, formats: Nu
         tracker = stack.enter_context(Tracker(folder, settings.track, {}, total, 0, "bench"))
         alternation = Alternation(loader, tracker, world.device, steps, num)
         if config.width == 1 and stem != "whiten":
-            alternation.others[THEIRS] = Torchvision(config, stem, num, formats)
+            alternation.others[THEIRS] = Torchvision(arrays, stem, num, formats)
         alternation.others |= {MEMORY: _from_memory(settings, world, formats), BARE: bare.step}
         stepper = Stepper(settings, world, formats)
         split = split_of(settings.data, config.data.dir)
@@ -141,16 +144,6 @@ def _measure(config: BenchConfig, stem: str, num: int, world: World, formats: Nu
     rows[0].more["% data wait"] = 100 * sum(alternation.waits) / len(alternation.waits)
     notes = [f"{steps} steps a measurement, Muon, a log line after each; {BARE}: forward, backward, optimizer"]
     return Table(f"V1, {stem} stem, micro-batch {num}, {formats.name}", "images/s", rows, BARE, notes=notes)
-
-
-def _seconds_of(subject: Subject, wait: object) -> float:
-    for _ in range(2):
-        subject.step()
-    wait()  # type: ignore[operator]
-    start = time.perf_counter()
-    subject.step()
-    wait()  # type: ignore[operator]
-    return time.perf_counter() - start
 
 
 def _from_memory(settings: Config, world: World, formats: NumberFormat) -> Callable[[], object]:
@@ -163,12 +156,10 @@ def _from_memory(settings: Config, world: World, formats: NumberFormat) -> Calla
 class Torchvision:
     """What people would use instead, as a whole: its network in its memory order, its loader, SGD; a call is a step."""
 
-    def __init__(self, config: BenchConfig, stem: str, num: int, formats: NumberFormat) -> None:
+    def __init__(self, arrays: tuple[Images, Labels], stem: str, num: int, formats: NumberFormat) -> None:
         self.subject, self.formats = networks.theirs(stem, num, formats, channels_last=False), formats
         self.num_workers = min(len(os.sched_getaffinity(0)), 16)
-        arrays = beton.read_arrays(config.data.dir / dataset.TRAIN)
-        on_gpu = formats.device_type == "cuda"
-        self.batches = baselines.torchvision_batches(*arrays, num, self.num_workers, on_gpu)
+        self.batches = baselines.torchvision_batches(*arrays, num, self.num_workers, formats.device_type == "cuda")
 
     def drain(self) -> None:
         """Take what the workers have done while others were measured."""
