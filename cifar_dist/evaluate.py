@@ -11,6 +11,7 @@ from typing import Literal
 from cifar_dist.cli import parse
 from cifar_dist.config import Device
 from cifar_dist.errors import reported
+from cifar_dist.processes import quick_imports, run_and_exit
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,9 @@ def main() -> None:
         arguments = parse(EvaluateArguments, sys.argv[1:], "evaluate", description="Score a checkpoint.")
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or FFCV would open one of the GPUs
-    from cifar_dist.distributed import joined
-    from cifar_dist.training.scoring import score_checkpoint
+    with quick_imports():
+        from cifar_dist.distributed import joined
+        from cifar_dist.training.scoring import score_checkpoint
 
     with reported(), joined(arguments.device) as world:
         score_checkpoint(
@@ -42,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main)

@@ -24,6 +24,7 @@ import psutil
 
 from cifar_dist import meeting, stopping
 from cifar_dist.errors import EXIT_CODES, PeerError, StopError, reported
+from cifar_dist.processes import quick_imports, run_and_exit
 
 # Torchrun kills what has not ended after so long; a checkpoint of these networks takes a second, W&B's end up to 30.
 SHUTDOWN_TIMEOUT_S = 60
@@ -82,7 +83,8 @@ class _Stop:
 
 
 def _parsed(arguments: list[str]) -> Namespace:
-    from torch.distributed import run
+    with quick_imports():
+        from torch.distributed import run
 
     options: Namespace = run.parse_args(arguments)  # type: ignore[no-untyped-call]
     return options
@@ -162,4 +164,4 @@ def kill_children() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main)

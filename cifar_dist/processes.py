@@ -1,12 +1,68 @@
-"""Which process this is and whether another one still lives; neither clocks nor process ids alone tell."""
+"""Which process this is, whether another one still lives (neither clocks nor process ids alone tell), and a quick start
+and end of this one."""
 
 from __future__ import annotations
 
+import atexit
+import ctypes
+import gc
 import os
 import socket
+import sys
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
+
+
+@contextmanager
+def quick_imports() -> Iterator[None]:
+    """Import inside without garbage collection: modules stay, and searching them for garbage takes 0.6 s."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # C++ extensions count what is left at the end, and report it as a leak
+        gc.enable()
+
+
+def run_and_exit(main: Callable[[], None]) -> NoReturn:
+    """Run `main` as the program of this process and exit with its code, without dismantling the interpreter.
+
+    With torch, numba and FFCV loaded, dismantling takes a second. What matters outside of this process is done as
+    Python does it, in the same order: threads are waited for, exit functions run, output is flushed.
+    """
+    code: object = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:  # noqa: BLE001 - Python's own report of it, then its exit code
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    if code is not None and not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    os._exit(_flush() or int(code or 0) & 0xFF)
+
+
+def _flush() -> int:
+    """Flush what Python and C have printed; 0, or Python's own exit code where that fails."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).fflush(None)
+    failed = 0
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except (OSError, ValueError):
+            failed = 120
+    return failed
 
 
 def place() -> tuple[str, str, str]:

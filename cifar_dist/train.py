@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from cifar_dist import stopping
 from cifar_dist.config import Config
 from cifar_dist.errors import end, leave_code, reported
+from cifar_dist.processes import quick_imports, run_and_exit
 
 
 def main() -> None:
@@ -28,12 +29,13 @@ def _train(config: Config) -> None:
     if config.train.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or FFCV would open one of the GPUs
     # torch is imported only now, so that --help and mistakes are answered at once.
-    from cifar_dist.distributed import joined
-    from cifar_dist.training.run import run
+    with quick_imports():
+        from cifar_dist.distributed import joined
+        from cifar_dist.training.run import run
 
     with joined(config.train.device) as world, ExitStack() as stack:
         run(config, world, stack)
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main)
