@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from ffcv.loader.epoch_iterator import EpochIterator
 from cifar_dist.data.cifar10 import Cifar10
 from cifar_dist.data.loader import Batch, BetonLoader, num_reading_threads
 from cifar_dist.errors import DataError, UserError
+from tests import runs
 
 CPU = torch.device("cpu")
 NUM = 10_000
@@ -72,6 +75,51 @@ def test_small_batches(loader: BetonLoader, cifar: Cifar10) -> None:
     assert [len(batch.labels) for batch in larger] == [5]
     check(larger, cifar, order)
     assert list(loader.read(order[:0], 64)) == []
+
+
+def test_another_file_by_the_same_code(loader: BetonLoader, data_dir: Path, cifar: Cifar10) -> None:
+    """And both at once."""
+    samples = np.array([9_999, 0, 5, 4_321])
+    with loader.of(data_dir / "train.beton") as other:
+        for mine, others in zip(loader.read(samples, 2), other.read(samples + 40_000, 2), strict=True):
+            check([mine], cifar, mine.indices.numpy())
+            indices = others.indices.numpy()
+            assert np.array_equal(indices, mine.indices.numpy() + 40_000)
+            assert np.array_equal(others.labels.numpy(), cifar.train_labels[indices])
+            assert np.array_equal(others.images.permute(0, 2, 3, 1).numpy(), cifar.train_images[indices])
+        with pytest.raises(ValueError, match="in a file of 50000 samples"):
+            next(other.read(np.array([50_000]), 1))
+
+
+@pytest.mark.parametrize("cache", ["read-only", "full", "damaged"])
+def test_without_a_cache_of_compiled_code(cache: str, data_dir: Path, tmp_path: Path) -> None:
+    """Numba keeps FFCV's function that finds a sample's bytes; where it cannot, the function is compiled anew."""
+    program = (
+        "import numpy as np, sys, torch\nfrom pathlib import Path\nfrom cifar_dist.data.loader import BetonLoader\n"
+        "loader = BetonLoader(Path(sys.argv[1]), torch.device('cpu'))\n"
+        "print([batch.labels.tolist() for batch in loader.read(np.arange(4), 4)])\nloader.close()"
+    )
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    words = [sys.executable, "-c", program, str(data_dir / "test.beton")]
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(folder)}
+    if cache == "damaged":
+        subprocess.run(words, env=environment, check=True, cwd=runs.REPOSITORY)
+        files = [path for path in folder.rglob("*.nb?") if path.is_file()]
+        assert len(files) == 2  # so it is used
+        for path in files:
+            path.write_bytes(path.read_bytes()[:-40])
+    else:
+        mount = {
+            "read-only": 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0"',
+            "full": 'mount -t tmpfs -o size=8k tmpfs "$0"',
+        }[cache]
+        enter = ["unshare", "--mount", "sh", "-c", f'{mount} || exit 99; exec "$@"', str(folder)]
+        if subprocess.run([*enter, "true"], capture_output=True, check=False).returncode:
+            pytest.skip("NOT TESTED: a cache that cannot be written, as this user may not mount one")
+        words = [*enter, *words]
+    output = subprocess.check_output(words, env=environment, text=True, cwd=runs.REPOSITORY)
+    assert output == "[[3, 8, 8, 0]]\n"  # the test set's first images: cat, ship, ship, airplane
 
 
 @pytest.mark.parametrize("index", [-1, NUM, 10**9])

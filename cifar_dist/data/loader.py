@@ -7,6 +7,7 @@ that torch keeps its thread count.
 
 from __future__ import annotations
 
+import copy
 import os
 import queue
 import threading
@@ -24,6 +25,8 @@ from cifar_dist.data.ffcv_parts import (
     EpochIterator,
     IntDecoder,
     Loader,
+    OSCacheManager,
+    Reader,
     SimpleRGBImageDecoder,
     ToDevice,
     ToTensor,
@@ -128,6 +131,14 @@ class BetonLoader:
         )
         torch.set_num_threads(threads)
         self._readings: list[_Reading] = []
+
+    def of(self, path: Path) -> BetonLoader:
+        """A loader of another verified file, which shares this one's compiled code."""
+        other = copy.copy(self)
+        other._loader, other._readings = copy.copy(self._loader), []
+        other._loader.fname, other._loader.reader = str(path), Reader(str(path))
+        other._loader.memory_manager = OSCacheManager(other._loader.reader)
+        return other
 
     def read(self, order: npt.NDArray[np.int64], batch_size: int) -> Generator[Batch]:
         """Yield the samples of `order`, in order, in batches that stay valid for ever; the last may be smaller.
