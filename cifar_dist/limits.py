@@ -48,6 +48,8 @@ def validate(config: Config) -> None:
         ("eval.bn_samples", c.eval.bn_samples, 2 <= c.eval.bn_samples <= NUM_TRAIN, f"2 to {NUM_TRAIN}"),
         ("debug.overfit_steps", c.debug.overfit_steps, c.debug.overfit_steps >= 0, "0 or more"),
     ]  # fmt: skip
+    if c.eval.test_subset is not None:
+        rules.append(("eval.test_subset", c.eval.test_subset, 1 <= c.eval.test_subset <= NUM_TEST, f"1 to {NUM_TEST}"))
     if c.train.max_steps is not None:
         rules.append(("train.max_steps", c.train.max_steps, c.train.max_steps >= 1, "1 or more"))
     if c.optim.grad_clip is not None:

@@ -224,6 +224,18 @@ def test_flipped_pixel_and_no_file(written: Path, tmp_path: Path) -> None:
             beton.verify_beton(wrong, N)
 
 
+def test_labels_are_read_without_the_images(written: Path, arrays: Arrays, tmp_path: Path) -> None:
+    content = bytearray(written.read_bytes())
+    content[PAGE_BYTES : LAYOUT.table] = os.urandom(LAYOUT.table - PAGE_BYTES)
+    path = tmp_path / "other-images.beton"
+    path.write_bytes(content)
+    np.testing.assert_array_equal(beton.read_labels(path), arrays[1])
+    metadata(9, "label", value=10)(content)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="first 9, have a label outside 0 to 9"):
+        beton.read_labels(path)
+
+
 def test_arguments_are_checked(written: Path, arrays: Arrays, tmp_path: Path) -> None:
     images, labels = arrays
     path, before = tmp_path / "x.beton", written.read_bytes()

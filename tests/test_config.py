@@ -44,7 +44,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "ema_decay": None,
     },
     "augment": {"flip": "alternating", "translate": 4, "cutout": 8, "low_resolution_share": 0.0},
-    "eval": {"every_epochs": 5, "batch_size": 500, "bn_samples": 5_000, "tta": "six"},
+    "eval": {"every_epochs": 5, "batch_size": 500, "bn_samples": 5_000, "test_subset": None, "tta": "six"},
     "track": {"wandb": "auto", "project": "cifar_dist"},
     "debug": {"inspect": False, "anomaly": False, "overfit_steps": 0},
 }  # fmt: skip
@@ -75,7 +75,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "ema_decay": 0.999,
     },
     "augment": {"flip": "none", "translate": 0, "cutout": 5, "low_resolution_share": 0.0},
-    "eval": {"every_epochs": 0, "batch_size": 1, "bn_samples": 2, "tta": "none"},
+    "eval": {"every_epochs": 0, "batch_size": 1, "bn_samples": 2, "test_subset": 500, "tta": "none"},
     "track": {"wandb": "offline", "project": "größer"},
     "debug": {"inspect": True, "anomaly": True, "overfit_steps": 5},
 }  # fmt: skip
@@ -284,6 +284,7 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "eval.every_epochs": ([0], [-1]),
     "eval.batch_size": ([1, 10_000], [0, 10_001]),
     "eval.bn_samples": ([2, 50_000], [1, 50_001]),
+    "eval.test_subset": ([1, 10_000, None], [0, 10_001]),
     "debug.overfit_steps": ([0], [-1]),
 }
 

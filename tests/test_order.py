@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cifar_dist.data.cifar10 import Cifar10
-from cifar_dist.data.order import Indices, Order, Split, chunks_of_rank, split
+from cifar_dist.data.order import Indices, Order, Split, chunks_of_rank, split, stratified
 from cifar_dist.errors import UserError
 
 
@@ -109,6 +109,18 @@ def test_subset_is_stratified(parts: Split, labels: Indices, subset: int) -> Non
     assert len(train) == subset == len(np.unique(train))
     assert counts.max() - counts.min() <= 1
     assert np.isin(train, parts.train).all()
+
+
+@pytest.mark.parametrize("subset", [1, 25, 500, 10_000])
+def test_part_of_the_test_set_is_stratified_and_fixed(subset: int) -> None:
+    labels = np.arange(10_000) * 7 % 10
+    part = stratified(labels, subset)
+    assert np.array_equal(part, np.unique(part))
+    assert len(part) == subset
+    counts = np.bincount(labels[part], minlength=10)
+    assert counts.max() - counts.min() <= 1
+    assert set(part) <= set(stratified(labels, min(2 * subset, 10_000)))
+    assert np.array_equal(part, stratified(labels, subset))
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 5, 7])

@@ -227,7 +227,11 @@ def test_runs_that_differ_in_more_than_the_seed(
 @pytest.mark.parametrize(
     ("figures", "part"),
     [
-        ({"test_n": 9_000}, "test_n is 10000 and 9000"),
+        ({"val_n": 4_000}, "val_n is 5000 and 4000"),
+        (
+            {"test_n": 500},
+            "has the score of 500 of the 10,000 test images (eval.test_subset), which stands in no table",
+        ),
         ({"precision": "fp32"}, "precision is bf16 and fp32"),
         ({"model_sha256": "model 0"}, "copy"),
     ],
@@ -262,6 +266,8 @@ def test_check_of_what_is_asked(
     directories = (finished, begun, tmp_path / "seed-2")
     call(monkeypatch, *directories, "--check", asked)
     assert capsys.readouterr().out == ""
+    asked.write_text(to_yaml(replace(CONFIG, eval=replace(CONFIG.eval, test_subset=500))))
+    assert "eval.test_subset is for trials" in refusal(monkeypatch, capsys, tmp_path / "seed-2", "--check", asked)
     asked.write_text(to_yaml(replace(CONFIG, eval=replace(CONFIG.eval, tta="none"))))
     for directory in (finished, begun):
         assert "eval.tta was flip, is now none" in refusal(monkeypatch, capsys, directory, "--check", asked)

@@ -138,7 +138,7 @@ def _measure(
             alternation.others[THEIRS] = Torchvision(arrays, stem, num, formats)
         alternation.others |= {MEMORY: _from_memory(settings, world, formats), BARE: bare.step}
         stepper = Stepper(settings, world, formats)
-        split = split_of(settings.data, config.data.dir)
+        split = split_of(settings.data, config.data.dir, world)
         Trainer(settings, stepper, split, loader, alternation.report, tracker.progress, folder / "checkpoints").train()
     rows = [Row(name, values) for name, values in alternation.rates.items() if values]
     rows[0].more["% data wait"] = 100 * sum(alternation.waits) / len(alternation.waits)

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,6 +42,7 @@ from cifar_dist.errors import DataError
 Say = Callable[[str], None]
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
+_PADDING = "the padding between its parts is not empty"
 
 
 @dataclass(frozen=True)
@@ -65,18 +68,34 @@ def verify_beton(path: Path, num_samples: int, sha256: str | None = None) -> Bet
     Raises:
         DataError: names the file, what is wrong with it and what to do.
     """
-    raw, images, labels = _parse(path, num_samples)
-    found = hashlib.sha256(raw.data).hexdigest()
+    with _opened(path) as file:
+        head, table, labels = _read_ends(path, file, num_samples)
+        whole, of_images = hashlib.sha256(head.data), hashlib.sha256()
+        for page, used in _pages(path, file, len(labels)):
+            whole.update(page.data)
+            of_images.update(page[:used].data)
+        whole.update(table.data)
+    found = whole.hexdigest()
     if sha256 is not None and found != sha256:
         _refuse(path, f"its SHA-256 is {found}, but its manifest says {sha256}")
     return BetonFacts(
         num_samples=num_samples,
-        size_bytes=len(raw),
+        size_bytes=Layout(num_samples).size_bytes,
         sha256=found,
-        images_sha256=hashlib.sha256(images.data).hexdigest(),
+        images_sha256=of_images.hexdigest(),
         labels_sha256=hashlib.sha256(labels.astype(np.uint8).data).hexdigest(),
         class_counts=tuple(np.bincount(labels, minlength=NUM_CLASSES).tolist()),
     )
+
+
+def read_labels(path: Path) -> Labels:
+    """Labels int64 (N,) of a .beton, in order of their index, without FFCV and without reading the images.
+
+    Raises:
+        DataError: the file is damaged, outside its images, or not of the kind that `write_beton` writes.
+    """
+    with _opened(path) as file:
+        return _read_ends(path, file, None)[2]
 
 
 def read_arrays(path: Path) -> tuple[Images, Labels]:
@@ -85,32 +104,64 @@ def read_arrays(path: Path) -> tuple[Images, Labels]:
     Raises:
         DataError: the file is damaged or not of the kind that `write_beton` writes.
     """
-    _, images, labels = _parse(path, None)
+    with _opened(path) as file:
+        labels = _read_ends(path, file, None)[2]
+        images = np.empty((len(labels) * SAMPLE_BYTES,), np.uint8)
+        filled = 0
+        for page, used in _pages(path, file, len(labels)):
+            images[filled : filled + used] = page[:used]
+            filled += used
     return images.reshape(-1, 32, 32, 3), labels
 
 
-def _parse(path: Path, num_samples: int | None) -> tuple[Images, Images, Labels]:
-    """The whole file, its pixels (N, 3072) and labels (N,). Read, as a mapping dies of a truncation."""
+@contextmanager
+def _opened(path: Path) -> Iterator[FileIO]:
     try:
         if not path.is_file():
             _refuse(path, "it is no regular file" if path.exists() else "it is missing")
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            n = _check_header(path, file.read(METADATA_START), size, num_samples)
-            file.seek(0)
-            raw = np.fromfile(file, np.uint8, size)
+        with path.open("rb", buffering=0) as file:
+            yield file
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
-    if len(raw) != size:
-        _refuse(path, "it changed while it was being read")
-    labels = _check_metadata(path, raw, n)
+
+
+def _read_ends(path: Path, file: FileIO, num_samples: int | None) -> tuple[Images, Images, Labels]:
+    """All before the first page, the allocation table after the last one, and the labels; checked."""
+    size = os.fstat(file.fileno()).st_size
+    n = _check_header(path, file.read(METADATA_START), size, num_samples)
     layout = Layout(n)
-    pages = raw[layout.pages_start : layout.table].reshape(-1, PAGE_BYTES)
-    slots = pages[:, : PER_PAGE * SAMPLE_BYTES].reshape(-1, SAMPLE_BYTES)
-    gaps = (raw[layout.metadata_end : layout.pages_start], pages[:, PER_PAGE * SAMPLE_BYTES :], slots[n:])
-    if any(gap.any() for gap in gaps):
-        _refuse(path, "the padding between its parts is not empty")
-    return raw, slots[:n], labels
+    head, table = np.empty(layout.pages_start, np.uint8), np.empty(size - layout.table, np.uint8)
+    for start, part in ((0, head), (layout.table, table)):
+        file.seek(start)
+        _fill(path, file, part)
+    labels = _check_metadata(path, head[METADATA_START : layout.metadata_end], table, n)
+    if head[layout.metadata_end :].any():
+        _refuse(path, _PADDING)
+    return head, table, labels
+
+
+def _pages(path: Path, file: FileIO, n: int) -> Iterator[tuple[Images, int]]:
+    """Each page, in a buffer that the next one overwrites, and how many of its bytes are images.
+
+    Read, as a mapping dies of a truncation; one by one, as new memory for all costs more time than hashing it.
+    """
+    page = np.empty(PAGE_BYTES, np.uint8)
+    file.seek(Layout(n).pages_start)
+    for first in range(0, n, PER_PAGE):
+        _fill(path, file, page)
+        used = min(PER_PAGE, n - first) * SAMPLE_BYTES
+        if page[used:].any():
+            _refuse(path, _PADDING)
+        yield page, used
+
+
+def _fill(path: Path, file: FileIO, part: Images) -> None:
+    view = part.data
+    while view:
+        count = file.readinto(view)
+        if not count:
+            _refuse(path, "it changed while it was being read")
+        view = view[count:]
 
 
 def _check_header(path: Path, head: bytes, size: int, num_samples: int | None) -> int:
@@ -136,11 +187,10 @@ def _check_header(path: Path, head: bytes, size: int, num_samples: int | None) -
     return found
 
 
-def _check_metadata(path: Path, raw: Images, n: int) -> Labels:
+def _check_metadata(path: Path, rows: Images, allocations: Images, n: int) -> Labels:
     """Compare metadata and allocation table with the only layout there is; the labels int64 (N,)."""
     layout = Layout(n)
-    rows = raw[METADATA_START : layout.metadata_end]
-    metadata, table = rows.view(METADATA), raw[layout.table :].view(ALLOCATION)
+    metadata, table = rows.view(METADATA), allocations.view(ALLOCATION)
     index = np.arange(n)
     pointers = layout.pages_start + index // PER_PAGE * PAGE_BYTES + index % PER_PAGE * SAMPLE_BYTES
     image, unused = metadata["image"], rows.reshape(n, -1)[:, IMAGE.itemsize : 16]

@@ -29,16 +29,30 @@ def split(labels: Indices, train_on: str, subset: int | None) -> Split:
 
     `subset` keeps that many training samples, the same share of each class to within one sample.
     """
-    key = hash_indices(np.arange(len(labels)), _SPLIT_KEY)
-    of_class = [np.flatnonzero(labels == c) for c in range(NUM_CLASSES)]
-    of_class = [indices[np.argsort(key[indices], kind="stable")] for indices in of_class]
+    of_class = _shuffled_classes(labels)
     held_out = NUM_VALIDATION // NUM_CLASSES if train_on == "train" else 0
     validation = np.concatenate([indices[:held_out] for indices in of_class])
     train = [indices[held_out:] for indices in of_class]
+    return Split(_first_of_each(train, subset), np.sort(validation))
+
+
+def stratified(labels: Indices, subset: int) -> Indices:
+    """The same `subset` of the samples with these labels each time, ascending; equally many of each class, to one."""
+    return _first_of_each(_shuffled_classes(labels), subset)
+
+
+def _shuffled_classes(labels: Indices) -> list[Indices]:
+    """The sample indices of each class, in an order that is always the same."""
+    key = hash_indices(np.arange(len(labels)), _SPLIT_KEY)
+    of_class = [np.flatnonzero(labels == c) for c in range(NUM_CLASSES)]
+    return [indices[np.argsort(key[indices], kind="stable")] for indices in of_class]
+
+
+def _first_of_each(of_class: list[Indices], subset: int | None) -> Indices:
     if subset is not None:
         shares = [subset // NUM_CLASSES + (c < subset % NUM_CLASSES) for c in range(NUM_CLASSES)]
-        train = [indices[:share] for indices, share in zip(train, shares, strict=True)]
-    return Split(np.sort(np.concatenate(train)), np.sort(validation))
+        of_class = [indices[:share] for indices, share in zip(of_class, shares, strict=True)]
+    return np.sort(np.concatenate(of_class))
 
 
 @dataclass(frozen=True)

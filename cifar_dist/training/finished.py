@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from cifar_dist.cli import from_tree
-from cifar_dist.config import Config
+from cifar_dist.config import NUM_TEST, Config
 from cifar_dist.errors import UserError
 
 # What runs of one table may differ in: which of them they are, where files lie, and who is told.
@@ -106,6 +106,11 @@ def _read_run(directory: Path) -> FinishedRun:
     contradictions = _contradictions(values, config)
     if contradictions:
         raise UserError(f"{path} is not of the settings in the config.yaml beside it: {'; '.join(contradictions)}.")
+    if values["test_n"] != NUM_TEST:
+        raise UserError(
+            f"{path} has the score of {values['test_n']:,} of the {NUM_TEST:,} test images (eval.test_subset), which "
+            f"stands in no table of results. {_AGAIN[:-1]} without eval.test_subset."
+        )
     return FinishedRun(directory, config, {name: values[name] for name in FIGURES})
 
 
@@ -189,8 +194,11 @@ def refuse_others(directories: Sequence[Path], asked: Config) -> None:
     Training itself lets a run go on with another logging, scoring or precision of GPU products; a table does not.
 
     Raises:
-        UserError: names the directory and the settings; or a finished run in one of them cannot be used.
+        UserError: names the directory and the settings; a finished run in one of them cannot be used; or `asked` is
+            not going to score the whole test set.
     """
+    if asked.eval.test_subset is not None:
+        raise UserError("eval.test_subset is for trials; a table of results takes scores of the whole test set only.")
     begun = [directory for directory in directories if _holds_run(directory)]
     for directory in begun:
         changed = _differences(_read_config(directory), asked, "{key} was {old}, is now {new}")

@@ -113,7 +113,8 @@ def _checkpoints(plan: Forecast) -> str:
 
 def _scores(plan: Forecast) -> str:
     settings, num = plan.config.eval, len(plan.validations)
-    test = f"the test of {NUM_TEST:,} images ({settings.tta} views)" if settings.tta != "none" else "the test"
+    test = f"the test of {settings.test_subset or NUM_TEST:,} images"
+    test += f" ({settings.tta} views)" if settings.tta != "none" else ""
     if not num:
         return f"no validation (data.train_on {plan.config.data.train_on}); {test} at the end"
     period = "epoch" if settings.every_epochs == 1 else f"{settings.every_epochs} epochs"

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import yaml
 
 from cifar_dist import stopping
@@ -27,7 +26,7 @@ from cifar_dist.tracking.tracker import Tracker
 from cifar_dist.training import checkpoint, debug, evaluation, out_of_memory, run_directory, stall, status
 from cifar_dist.training.claim import Claim
 from cifar_dist.training.precision import number_format, set_backends
-from cifar_dist.training.samples import folder_of, split_of
+from cifar_dist.training.samples import folder_of, scored_samples, split_of
 from cifar_dist.training.stepper import Stepper
 from cifar_dist.training.summary import device_names, summarize, to_json
 from cifar_dist.training.trainer import Trainer
@@ -95,7 +94,7 @@ def _run(config: Config, world: World, stack: ExitStack, watch: stall.Watch) -> 
     set_backends(config.train, config.run.deterministic)
     data = config.data
     data_dir = folder_of(data.dir, data.stage_dir, data.source, world, reporter.say)
-    parts = split_of(data, data_dir)
+    parts = split_of(data, data_dir, world)
     go(Place("opening the run directory", limit_s=SLOW_S))
     directory, origin, start = _claim(config, world, stack, reporter)
     watch.directory = directory
@@ -210,8 +209,9 @@ def _finish(
 ) -> None:
     """Read the test set, once, and write what the run leaves."""
     go(Place("the final test", limit_s=SLOW_S))
-    with BetonLoader(data_dir / "test.beton", trainer.world.device, config.data.num_workers) as loader:
-        test = trainer.score(loader, np.arange(NUM_TEST), config.eval.tta)
+    samples = scored_samples(config.eval, data_dir, trainer.world)
+    with trainer.loader.of(data_dir / "test.beton") as loader:
+        test = trainer.score(loader, samples, config.eval.tta)
     go(Place("writing the results", limit_s=SLOW_S))
     figures = {"test/accuracy": test.accuracy, "test/accuracy_tta": test.accuracy_tta, "test/n": test.n}
     reporter.report(trainer.progress.step, figures)
@@ -220,8 +220,9 @@ def _finish(
     together(trainer.world, lambda: _leave(directory, name, summary, reporter), at_work=reporter.tracker is not None)
     views = {"flip": "flip", "six": "six views"}.get(config.eval.tta)
     tta = "" if test.accuracy_tta is None else f", {test.accuracy_tta:.2%} with {views}"
+    part = "" if test.n == NUM_TEST else f" of {NUM_TEST} (eval.test_subset)"
     reporter.say(
-        f"test accuracy {test.accuracy:.2%}{tta} on {test.n} images; "
+        f"test accuracy {test.accuracy:.2%}{tta} on {test.n}{part} images; "
         f"{trainer.progress.train_seconds:.0f} s of training; see {directory}/summary.json and curves.png"
     )
 

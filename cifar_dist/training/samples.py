@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from cifar_dist.config import DataConfig
+from cifar_dist.config import NUM_TEST, DataConfig, EvalConfig
 from cifar_dist.data import beton, dataset, staging
-from cifar_dist.data.order import Split, split
-from cifar_dist.distributed import World, all_reduce_sum, together
+from cifar_dist.data.order import Indices, Split, split, stratified
+from cifar_dist.distributed import World, all_reduce_sum, broadcast_bytes, together
 from cifar_dist.errors import DataError
 
 _PREPARE_TIMEOUT_S = 7200  # for one process to download and write the dataset while the others wait
@@ -45,7 +46,19 @@ def folder_of(data_dir: Path, stage_dir: Path | None, source: str, world: World,
     return stage_dir if stage_dir is not None and bool(found) else data_dir
 
 
-def split_of(config: DataConfig, folder: Path) -> Split:
+def split_of(config: DataConfig, folder: Path, world: World) -> Split:
     """Cut the training set in `folder` as `config` says."""
-    _, labels = beton.read_arrays(folder / dataset.TRAIN)
-    return split(labels, config.train_on, config.subset)
+    return split(_labels(folder / dataset.TRAIN, world), config.train_on, config.subset)
+
+
+def scored_samples(config: EvalConfig, folder: Path, world: World) -> Indices:
+    """What is scored of the test set in `folder`: all of it, or the part that `config` asks for."""
+    if config.test_subset is None:
+        return np.arange(NUM_TEST)
+    return stratified(_labels(folder / dataset.TEST, world), config.test_subset)
+
+
+def _labels(path: Path, world: World) -> Indices:
+    """Read on rank 0, for all ranks."""
+    labels = together(world, lambda: beton.read_labels(path).tobytes(), at_work=world.rank == 0)
+    return np.frombuffer(broadcast_bytes(labels or b"", world), np.int64)

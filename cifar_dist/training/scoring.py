@@ -52,7 +52,7 @@ def score_checkpoint(
         raise shared(UserError(f"{path} was trained on all 50,000 images (data.train_on all): no validation split."))
     folder = data_dir or config.data.dir
     folder_of(folder, None, config.data.source, world, say)
-    parts = split_of(config.data, folder)
+    parts = split_of(config.data, folder, world)
     formats = together(world, lambda: number_format(config.train.precision, world.device))
     set_backends(config.train, config.run.deterministic)
     # The auxiliary heads have served their purpose in training.
@@ -69,9 +69,10 @@ def score_checkpoint(
         evaluation.recalibrate(scored, loader, samples, chunk, formats, world)
         if validation:
             result = evaluation.score(scored, loader, parts.validation, chunk, formats, world, config.eval.tta)
-    if not validation:
-        with BetonLoader(folder / "test.beton", world.device) as loader:
-            result = evaluation.score(scored, loader, np.arange(NUM_TEST), chunk, formats, world, config.eval.tta)
+        else:
+            with loader.of(folder / "test.beton") as test_loader:
+                samples = np.arange(NUM_TEST)
+                result = evaluation.score(scored, test_loader, samples, chunk, formats, world, config.eval.tta)
     if world.speaks:
         which = "validation" if validation else "test"
         figures = {"checkpoint": str(path), "step": state["step"], "split": which, **_figures(result)}
