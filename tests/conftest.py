@@ -1,11 +1,16 @@
-"""Shared fixtures: the real CIFAR-10, prepared once and then only read."""
+"""Shared fixtures: the real CIFAR-10, prepared once and then only read. And how tests are dealt out to two workers."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import filelock
+import psutil
 import pytest
 
 from cifar_dist.data import beton, cifar10, dataset
@@ -16,6 +21,78 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # A shell starts what it puts in the background with Ctrl-C ignored, and child processes inherit that too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 REPOSITORY = Path(__file__).parents[1]
+# All that the tests start inherits it, so that what is left at the end is found.
+SESSION = "CIFAR_DIST_TEST_SESSION"
+os.environ.setdefault(SESSION, secrets.token_hex(8))
+# Files that take longest, which are begun first: else one worker ends long before the other. All others follow.
+FIRST = ("test_slurm", "clock", "test_stopping", "test_elastic", "test_wheel", "test_bundle", "test_world_size")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs a GPU where there is none; deal out whole files, which share fixtures, the longest first.
+
+    Tests that measure seconds are one group, "clock": they never run beside one another.
+    """
+    if not list(Path("/dev").glob("nvidia[0-9]*")):
+        without = [item for item in items if item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if item not in without]
+        config.hook.pytest_deselected(items=without)
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+    def rank(item: pytest.Item) -> int:
+        marker = item.get_closest_marker("xdist_group")
+        assert marker is not None
+        if marker.args[0] in FIRST:
+            return FIRST.index(marker.args[0])
+        return len(FIRST) + (item.get_closest_marker("run") is None)
+
+    items.sort(key=rank)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail where a process that the tests started still lives."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    deadline = time.monotonic() + 10
+    while (left := _left_behind()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for process in left:
+        print(f"\nERROR: left behind by the tests: process {process.pid}: {' '.join(process.cmdline())[:300]}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _left_behind() -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            ours = process.pid != os.getpid() and process.environ().get(SESSION) == os.environ[SESSION]
+            if ours and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Call with a name and a function: it fills the folder of that name, once for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, done = shared / name, shared / f"{name}.done"
+        with filelock.FileLock(shared / f"{name}.lock"):
+            if not done.exists():
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -50,11 +127,13 @@ def binary_dir(cifar: cifar10.Cifar10, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
-def short_run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def short_run(data_dir: Path, made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """The directory of a whole run with runs.SHORT that nothing disturbed; read it, do not change it."""
-    folder = tmp_path_factory.mktemp("short") / "run"
-    runs.run(1, *runs.SHORT, "--data.dir", data_dir, "--run.dir", folder)
-    return folder
+
+    def fill(folder: Path) -> None:
+        runs.run(1, *runs.SHORT, "--data.dir", data_dir, "--run.dir", folder / "run")
+
+    return made_once("short", fill) / "run"
 
 
 def cifar10_records(images: cifar10.Bytes, labels: cifar10.Bytes) -> bytes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -17,11 +19,12 @@ from cifar_dist.processes import kill_family
 
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-# The quickstart network at a quarter of its width, and as little scoring as a run allows.
+# The quickstart network at a quarter of its width, and little to score: most tests are not about the score.
 SMALL = (
     "--config", str(REPOSITORY / "configs/quickstart.yaml"), "--model.width", "0.0625", "--data.subset", "1920",
     "--train.batch_size", "96", "--train.micro_batch_size", "16", "--train.max_steps", "20", "--eval.tta", "none",
-    "--eval.bn_samples", "500", "--augment.low_resolution_share", "0", "--track.wandb", "disabled",
+    "--eval.bn_samples", "500", "--eval.test_subset", "500", "--augment.low_resolution_share", "0",
+    "--track.wandb", "disabled",
 )  # fmt: skip
 
 # A run of seconds with three checkpoints, which the fixture `short_run` makes with one process.
@@ -125,4 +128,18 @@ def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str], lim
     while not condition():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
-        time.sleep(0.01)
+        time.sleep(0.03)
+
+
+# Each worker of pytest-xdist has its own ports, below those that the kernel hands out by itself.
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_ports = itertools.cycle(range(10_000 + 1_000 * _WORKER, 11_000 + 1_000 * _WORKER))
+
+
+def free_port() -> str:
+    """A port of this machine that nobody listens at, another one each time."""
+    for port in _ports:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return str(port)
+    raise AssertionError

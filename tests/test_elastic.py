@@ -13,7 +13,8 @@ import pytest
 from cifar_dist.training.checkpoint import all_steps
 from tests import runs
 from tests.machines import CPUS, listens, lose, machine, trainers
-from tests.test_launch import free_port, start
+from tests.runs import free_port
+from tests.test_launch import start
 
 pytestmark = [pytest.mark.run, pytest.mark.data]
 OPTIONS = (*runs.SMALL, "--train.precision", "fp32", "--train.max_steps", "36", "--train.checkpoint_every_steps", "4",

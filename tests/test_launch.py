@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 
 from cifar_dist.cli import load_config
 from tests import runs
+from tests.runs import free_port
 
 pytestmark = pytest.mark.run
 LAUNCH = runs.REPOSITORY / "launch"
@@ -35,12 +35,6 @@ def start(script: str, *arguments: str | Path, cpu: str = "", **environment: str
         text=True,
         start_new_session=True,
     )
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def test_setup_with_nothing_to_do_is_quick() -> None:

@@ -17,7 +17,8 @@ import pytest
 from cifar_dist.training.checkpoint import all_steps
 from tests import runs
 from tests.machines import listens, lose, machine
-from tests.test_launch import LAUNCH, free_port, start
+from tests.runs import free_port
+from tests.test_launch import LAUNCH, start
 
 pytestmark = pytest.mark.run
 HOST = socket.gethostname()

@@ -26,7 +26,7 @@ def run_dir(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "my run"
     options = (*runs.SMALL, "--data.train_on", "train", "--data.subset", "1000", "--train.max_steps", "12",
                "--train.precision", "fp32", "--train.log_every_steps", "5", "--eval.every_epochs", "1",
-               "--eval.tta", "flip", "--track.wandb", "auto", "--run.seed", "3")  # fmt: skip
+               "--eval.tta", "flip", "--track.wandb", "auto", "--run.seed", "3", "--eval.test_subset", "None")  # fmt: skip
     output = runs.run(2, *options, "--data.dir", data_dir, "--run.dir", folder)
     assert "40 samples dropped per epoch" in output
     return folder
@@ -55,6 +55,13 @@ def test_summary(run_dir: Path) -> None:
         ["git", "rev-parse", "HEAD"], cwd=runs.REPOSITORY, capture_output=True, text=True, check=False
     )
     assert (figures["git_commit"] or "").startswith(commit.stdout.strip())
+
+
+def test_summary_of_a_part_of_the_test_set(short_run: Path) -> None:
+    figures = runs.summary(short_run)
+    assert figures["test_n"] == 500
+    assert [sum(row) for row in figures["test_confusion"]] == [50] * 10
+    assert "% on 500 of 10000 (eval.test_subset) images; " in (short_run / "logs/rank-0.log").read_text()
 
 
 def test_config_is_complete_and_reads_back(run_dir: Path) -> None:

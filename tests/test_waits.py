@@ -114,7 +114,7 @@ def test_a_wait_in_a_step_is_seen(read: str, loader: BetonLoader, tmp_path: Path
     assert Counter(wait.place for wait in waits_of(trainer))["a forward or backward pass"] >= 2
 
 
-@pytest.mark.skipif(not list(Path("/dev").glob("nvidia[0-9]*")), reason="NOT TESTED: waits for a real GPU, without one")
+@pytest.mark.gpu
 def test_a_real_gpu_is_waited_for_at_log_steps_only(data_dir: Path) -> None:
     """Elsewhere CUDA itself raises an error."""
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
