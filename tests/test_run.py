@@ -26,7 +26,8 @@ def run_dir(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "my run"
     options = (*runs.SMALL, "--data.train_on", "train", "--data.subset", "1000", "--train.max_steps", "12",
                "--train.precision", "fp32", "--train.log_every_steps", "5", "--eval.every_epochs", "1",
-               "--eval.tta", "flip", "--track.wandb", "auto", "--run.seed", "3", "--eval.test_subset", "None")  # fmt: skip
+               "--eval.tta", "flip", "--track.wandb", "auto", "--run.seed", "3",
+               "--eval.test_subset", "None")  # fmt: skip
     output = runs.run(2, *options, "--data.dir", data_dir, "--run.dir", folder)
     assert "40 samples dropped per epoch" in output
     return folder
