@@ -40,7 +40,7 @@ def run_and_exit(main: Callable[[], None]) -> NoReturn:
         main()
     except SystemExit as end:
         code = end.code
-    except BaseException:  # noqa: BLE001 - Python's own report of it, then its exit code
+    except Exception:  # noqa: BLE001 - Python's own report of it, and its exit code
         sys.excepthook(*sys.exc_info())
         code = 1
     if code is not None and not isinstance(code, int):

@@ -136,6 +136,16 @@ def short_run(data_dir: Path, made_once: Callable[[str, Callable[[Path], object]
     return made_once("short", fill) / "run"
 
 
+@pytest.fixture(scope="session")
+def two_ranks(data_dir: Path, made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """The directory of a whole run of two processes with runs.TWO_RANKS that nothing disturbed; only to be read."""
+
+    def fill(folder: Path) -> None:
+        runs.run(2, *runs.TWO_RANKS, "--data.dir", data_dir, "--run.dir", folder / "run")
+
+    return made_once("two-ranks", fill) / "run"
+
+
 def cifar10_records(images: cifar10.Bytes, labels: cifar10.Bytes) -> bytes:
     """The binary version written the slow, obvious way, independent of the code under test."""
     planes = [images[:, :, :, channel].reshape(len(images), 1024) for channel in range(3)]

@@ -33,6 +33,12 @@ SHORT = (
     "--train.log_every_steps", "4", "--train.checkpoint_every_steps", "20", "--train.keep_checkpoints", "3",
 )  # fmt: skip
 
+# What two processes do in the fixture `two_ranks`, long enough to be stopped several times.
+TWO_RANKS = (
+    *SMALL, "--train.precision", "fp32", "--train.batch_size", "32", "--train.log_every_steps", "4",
+    "--train.max_steps", "100", "--train.checkpoint_every_steps", "10", "--run.resume", "auto",
+)  # fmt: skip
+
 
 def command(world_size: int, module: str = "train") -> list[str]:
     """Plain python for one process, torchrun on this machine for more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -17,16 +18,7 @@ from tests.runs import free_port
 from tests.test_launch import start
 
 pytestmark = [pytest.mark.run, pytest.mark.data]
-OPTIONS = (*runs.SMALL, "--train.precision", "fp32", "--train.max_steps", "36", "--train.checkpoint_every_steps", "4",
-           "--train.log_every_steps", "2", "--run.resume", "auto")  # fmt: skip
-KEYS = ("model_sha256", "data_receipt", "test_confusion", "steps")
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
-    runs.finish(start("node", *OPTIONS, "--data.dir", data_dir, "--run.dir", run_dir, NPROC_PER_NODE="2"))
-    return run_dir
+OPTIONS = runs.TWO_RANKS
 
 
 def wait_for_checkpoint(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -48,12 +40,12 @@ def same_but_for_time(run_dir: Path, other: Path) -> bool:
     return figures(run_dir) == figures(other)
 
 
-def test_killed_rank_is_started_again(uninterrupted: Path, data_dir: Path, tmp_path: Path) -> None:
+def test_killed_rank_is_started_again(two_ranks: Path, data_dir: Path, tmp_path: Path) -> None:
     """Twice, as the second restart meets what the first one left."""
     run_dir = tmp_path / "run"
     arguments = (*OPTIONS, "--data.dir", data_dir, "--run.dir", run_dir)
     process = start("node", *arguments, NPROC_PER_NODE="2", MAX_RESTARTS="2")
-    for step, rank in ((8, 1), (20, 0)):
+    for step, rank in ((10, 1), (40, 0)):
         wait_for_checkpoint(run_dir, step, process)
         os.kill(trainers(run_dir)[rank], signal.SIGKILL)
     output = runs.finish(process)
@@ -62,35 +54,41 @@ def test_killed_rank_is_started_again(uninterrupted: Path, data_dir: Path, tmp_p
     assert "starting again from the last checkpoint, restart 2 of 2" in output
     assert output.count("going on from") == 2
     assert "Traceback" not in output
-    figures, expected = runs.summary(run_dir), runs.summary(uninterrupted)
-    assert {key: figures[key] for key in KEYS} == {key: expected[key] for key in KEYS}
-    assert figures.keys() == expected.keys()
-    assert same_but_for_time(run_dir, uninterrupted)
+    runs.assert_same(run_dir, two_ranks)
+    assert runs.summary(run_dir).keys() == runs.summary(two_ranks).keys()
+    assert same_but_for_time(run_dir, two_ranks)
     assert runs.children_with(str(run_dir)) == []
 
 
-def test_killed_rank_of_two_machines(uninterrupted: Path, data_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_killed_rank_of_two_machines(two_ranks: Path, data_dir: Path, tmp_path: Path) -> None:
     run_dir, port = tmp_path / "run", free_port()
     arguments = (*OPTIONS, "--data.dir", data_dir, "--run.dir", run_dir)
     machines = [machine(k, port, *arguments, NNODES="2", MAX_RESTARTS="1") for k in range(2)]
-    wait_for_checkpoint(run_dir, 8, machines[0])
+    wait_for_checkpoint(run_dir, 10, machines[0])
     os.kill(trainers(run_dir)[1], signal.SIGKILL)
     outputs = [runs.finish(process) for process in machines]
     assert "restart 1 of 1" in "".join(outputs)  # the other one may join before it sees its own process fail
     assert "".join(outputs).count("going on from") == 1
     assert "Traceback" not in "".join(outputs)
-    figures, expected = runs.summary(run_dir), runs.summary(uninterrupted)
-    assert {key: figures[key] for key in KEYS} == {key: expected[key] for key in KEYS}
-    assert same_but_for_time(run_dir, uninterrupted)
+    runs.assert_same(run_dir, two_ranks)
+    assert same_but_for_time(run_dir, two_ranks)
     assert runs.children_with(str(run_dir)) == []
 
 
 def test_what_would_fail_again_is_not_started_again(data_dir: Path, tmp_path: Path) -> None:
-    explodes = ("--optim.name", "sgd", "--optim.lr", "1e5", "--optim.warmup_min_steps", "0")
+    """A loss that explodes stops every rank, with one message and nothing saved."""
+    explodes = ("--optim.name", "sgd", "--optim.lr", "1e5", "--optim.warmup_min_steps", "0",
+                "--train.checkpoint_every_steps", "0")  # fmt: skip
     arguments = (*OPTIONS, *explodes, "--data.dir", data_dir, "--run.dir", tmp_path / "run")
     output = runs.finish(start("node", *arguments, NPROC_PER_NODE="2", MAX_RESTARTS="3"), expected=5)
     assert output.count("the loss became infinite or NaN") == 1
+    assert output.count("error: ") == 1
     assert "starting again" not in output
+    assert "Traceback" not in output
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["exit_code"] == 5
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.pt"))
+    assert runs.children_with(str(tmp_path)) == []
 
 
 def test_restarts_need_a_run_to_go_on_with(tmp_path: Path) -> None:
@@ -114,17 +112,17 @@ def test_numbered_machines_are_not_started_again(changing: dict[str, str]) -> No
     assert "Leave NODE_RANK out" in output
 
 
-def test_machine_is_lost_and_another_joins(uninterrupted: Path, data_dir: Path, tmp_path: Path) -> None:
+def test_machine_is_lost_and_another_joins(two_ranks: Path, data_dir: Path, tmp_path: Path) -> None:
     """Two machines, then one, then two again; the one left is suspended meanwhile, lest it be done too soon."""
     run_dir, port = tmp_path / "run", free_port()
     arguments = (*OPTIONS, "--data.dir", data_dir, "--run.dir", run_dir)
     first = machine(0, port, *arguments, NNODES="1:2")
     runs.wait_until(lambda: listens(port), first)
     second = machine(1, port, *arguments, NNODES="1:2")
-    wait_for_checkpoint(run_dir, 8, first)
+    wait_for_checkpoint(run_dir, 10, first)
     lose(second)
     at = max(all_steps(run_dir / "checkpoints"))
-    wait_for_checkpoint(run_dir, at + 4, first)
+    wait_for_checkpoint(run_dir, at + 10, first)
     (alone,) = trainers(run_dir)
     os.kill(alone, signal.SIGSTOP)
     third = machine(1, port, *arguments, NNODES="1:2")
@@ -138,13 +136,14 @@ def test_machine_is_lost_and_another_joins(uninterrupted: Path, data_dir: Path, 
     assert "restart 2 of 3" not in output
     assert [int(n) for n in re.findall(r"\(16 x (\d) x \d accumulated\)", output)] == [2, 1, 2]
     assert "Traceback" not in output
-    figures, expected = runs.summary(run_dir), runs.summary(uninterrupted)
+    figures, expected = runs.summary(run_dir), runs.summary(two_ranks)
     assert figures["data_receipt"] == expected["data_receipt"]
     assert figures["world_size"] == 2
-    assert runs.logged_steps(run_dir) == runs.logged_steps(uninterrupted)
+    assert runs.logged_steps(run_dir) == runs.logged_steps(two_ranks)
     assert runs.children_with(str(run_dir)) == []
 
 
+@pytest.mark.slow
 def test_machine_too_many_waits_and_leaves(data_dir: Path, tmp_path: Path) -> None:
     """It hears of the end of the run, or finds the other machine gone."""
     run_dir, port = tmp_path / "run", free_port()
@@ -160,10 +159,21 @@ def test_machine_too_many_waits_and_leaves(data_dir: Path, tmp_path: Path) -> No
     assert runs.summary(run_dir)["world_size"] == 1
 
 
+@pytest.mark.slow
 def test_number_of_machines_that_does_not_divide(data_dir: Path, tmp_path: Path) -> None:
     """One or three would do, but two come."""
     port = free_port()
-    arguments = (*OPTIONS, "--train.micro_batch_size", "32", "--data.dir", data_dir, "--run.dir", tmp_path / "run")
+    arguments = (
+        *OPTIONS,
+        "--train.batch_size",
+        "96",
+        "--train.micro_batch_size",
+        "32",
+        "--data.dir",
+        data_dir,
+        "--run.dir",
+        tmp_path / "run",
+    )
     machines = [machine(k, port, *arguments, NNODES="1:3") for k in range(2)]
     outputs = [runs.finish(process, expected=2) for process in machines]
     text = "error: train.batch_size 96 is no multiple of train.micro_batch_size 32 x 2 processes = 64."

@@ -73,6 +73,7 @@ def test_resume_on_another_world_size_feeds_the_same_samples(
     assert got["model_sha256"] != ""
 
 
+@pytest.mark.slow
 def test_damaged_newest_checkpoint_is_passed_over(uninterrupted: Path, data_dir: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     (run_dir / "checkpoints").mkdir(parents=True)
@@ -102,15 +103,3 @@ def test_other_settings_cannot_go_on(uninterrupted: Path, data_dir: Path) -> Non
     after = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.is_file()}
     changed = {path.name for path in before if before[path] != after.get(path)}
     assert changed <= {".lock"}
-
-
-def test_two_jobs_in_one_directory(data_dir: Path, tmp_path: Path) -> None:
-    options = (*OPTIONS, "--data.dir", data_dir, "--run.dir", tmp_path / "run", "--run.resume", "auto")
-    first = runs.start(1, *options)
-    wait_for_step(tmp_path / "run", 4, first)
-    output = runs.run(1, *options, expected=7)
-    assert f"in use by process {first.pid}" in output
-    assert "Traceback" not in output
-    first.kill()
-    first.communicate()
-    assert all_steps(tmp_path / "run" / "checkpoints")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -86,8 +87,14 @@ def test_metrics(run_dir: Path) -> None:
 def test_files(run_dir: Path) -> None:
     assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     for rank in (0, 1):
-        assert "step 12" in (run_dir / "logs" / f"rank-{rank}.log").read_text()
-    assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
+        lines = (run_dir / "logs" / f"rank-{rank}.log").read_text().splitlines()
+        assert any("step 12" in line for line in lines)
+        assert "test accuracy" in lines[-1]  # the last thing that a run does
+    (tracked,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    written = tracked.read_bytes()
+    assert b"test/accuracy" in written
+    assert runs.summary(run_dir)["model_sha256"].encode() in written  # the summary comes when W&B is closed
+    assert json.loads((run_dir / "status.json").read_text())["status"] == "done"
     assert (run_dir / "wandb_id.txt").read_text().strip()
     assert not (run_dir / ".owner").exists()
 

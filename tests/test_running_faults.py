@@ -17,7 +17,7 @@ import pytest
 from cifar_dist.training.checkpoint import all_steps
 from tests import runs
 
-pytestmark = [pytest.mark.run, pytest.mark.data]
+pytestmark = [pytest.mark.run, pytest.mark.data, pytest.mark.xdist_group("clock")]
 FAULTY = str(runs.REPOSITORY / "tests/faulty.py")
 OPTIONS = (*runs.SMALL, "--train.precision", "fp32", "--train.checkpoint_every_steps", "4", "--train.batch_size", "48",
            "--train.micro_batch_size", "8", "--train.log_every_steps", "2", "--train.max_steps", "24",
@@ -52,7 +52,7 @@ def check_end(run_dir: Path, code: int, message: str, last_step: int | None) -> 
     assert not list(run_dir.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_stopped_rank(rank: int, data_dir: Path, tmp_path: Path) -> None:
     """Rank 0 holds the store, by which the others hear of each other."""
     process = start(f"stop:{rank}:10", 2, tmp_path, "--data.dir", data_dir)
@@ -79,6 +79,7 @@ def test_rank_that_hangs_in_reading(data_dir: Path, tmp_path: Path) -> None:
     check_end(tmp_path, 6, message, 8)
 
 
+@pytest.mark.slow
 def test_one_process_that_hangs(data_dir: Path, tmp_path: Path) -> None:
     message = said(runs.finish(start("hang_reading:0:10", 1, tmp_path, "--data.dir", data_dir), expected=6))
     assert re.search(r"rank 0 .*: step 10, reading data", message)
@@ -99,6 +100,7 @@ def test_what_is_no_stall(data_dir: Path, tmp_path: Path) -> None:
     assert status(tmp_path)["status"] == "done"
 
 
+@pytest.mark.slow
 def test_a_person_in_the_debugger_is_not_interrupted(data_dir: Path, tmp_path: Path) -> None:
     command = [sys.executable, FAULTY, "debugger:0:10", *OPTIONS, "--run.dir", str(tmp_path)]
     process = subprocess.Popen(
@@ -134,6 +136,7 @@ def test_drifted_rank(data_dir: Path, tmp_path: Path) -> None:
     assert all_steps(tmp_path / "checkpoints") == [4, 8]
 
 
+@pytest.mark.slow
 def test_drift_is_looked_for_between_checkpoints(data_dir: Path, tmp_path: Path) -> None:
     options = ("--train.checkpoint_every_steps", "0", "--train.check_ranks_every_steps", "7", "--data.dir", data_dir)
     message = said(runs.finish(start("flip_bit:0:3", 2, tmp_path, *options), expected=8))
@@ -147,9 +150,11 @@ def test_drift_is_looked_for_between_checkpoints(data_dir: Path, tmp_path: Path)
     [
         ("no_memory:1:3", 2, ("rank 1 ran out of memory in step 3", "train.micro_batch_size is 480",
                               "--train.micro_batch_size 240")),
-        ("no_memory_to_score:1:3", 2, ("rank 1 ran out of memory in step 4", "(evaluation, batch 1 of ",
-                                       "--eval.batch_size 2500")),
-        ("fail:1:3", 1, ("rank 1 failed: RuntimeError: a mistake in the program", "logs/")),
+        pytest.param("no_memory_to_score:1:3", 2,
+                     ("rank 1 ran out of memory in step 4", "(evaluation, batch 1 of ", "--eval.batch_size 2500"),
+                     marks=pytest.mark.slow),
+        pytest.param("fail:1:3", 1, ("rank 1 failed: RuntimeError: a mistake in the program", "logs/"),
+                     marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_the_error_of_one_rank_is_that_of_all(
