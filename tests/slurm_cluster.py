@@ -1,7 +1,8 @@
-"""A private Slurm of two nodes on this machine: Debian's slurmctld, slurmd and munged, in a folder of its own."""
+"""A private Slurm of two nodes on this machine: Debian's slurmctld, slurmd and munged, in its own folder."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -10,17 +11,19 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-REPOSITORY = Path(__file__).parents[1]
+from tests import runs
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 NODES = ("n1", "n2")
-# What Slurm waits for is shortened; the default of cred_expire lets a requeued job wait for two minutes.
+# What Slurm waits for is shortened: a requeued job waits for cred_expire (two minutes unless set, 5 s at least), and a
+# job that is submitted beside others for sched_interval.
 _CONFIG = """\
 ClusterName=cifar_dist
 SlurmctldHost={host}(127.0.0.1)
@@ -28,7 +31,7 @@ SlurmctldPort={controller_port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket,cred_expire=10
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -41,7 +44,7 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
-SchedulerParameters=sched_interval=2,bf_interval=2,requeue_delay=1
+SchedulerParameters=sched_interval=1,bf_interval=1,requeue_delay=1
 MpiDefault=none
 ReturnToService=2
 SlurmdTimeout=10
@@ -60,17 +63,6 @@ def missing_programs() -> list[str]:
 
 def _path() -> str:
     return os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-
-
-def _free_ports(number: int) -> list[int]:
-    probes = [socket.socket() for _ in range(number)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
 
 
 class SlurmCluster:
@@ -92,7 +84,7 @@ class SlurmCluster:
         key = self.folder / "munge/key"
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(128))
-        controller_port, *node_ports = _free_ports(1 + len(NODES))
+        controller_port, *node_ports = (runs.free_port() for _ in range(1 + len(NODES)))
         host = socket.gethostname().split(".")[0]
         nodes = "\n".join(
             f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 Gres=gpu:2 State=UNKNOWN"
@@ -147,6 +139,10 @@ class SlurmCluster:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
+    def report_lost(self, name: str) -> None:
+        """Tell Slurm that a node is down, as an administrator does; by itself Slurm notices in half a minute."""
+        self.command("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=lost")
+
     def restore(self) -> None:
         """Cancel all jobs and bring all nodes back."""
         self.cancel_all()
@@ -159,12 +155,12 @@ class SlurmCluster:
         self.command("scancel", "--me", check=False)
         deadline = time.monotonic() + 40
         while self.command("squeue", "--noheader", check=False).strip() and time.monotonic() < deadline:
-            time.sleep(0.5)
+            time.sleep(0.1)
 
     def submit(self, *words: str | Path, **environment: str) -> str:
         """The number of the job that sbatch makes of the words, from within the repository."""
         command = ["sbatch", "--parsable", *map(str, words)]
-        return self.command(*command, cwd=REPOSITORY, env=environment).strip()
+        return self.command(*command, cwd=runs.REPOSITORY, env=environment).strip()
 
     def state(self, job: str) -> str:
         """PENDING, RUNNING, COMPLETED, CANCELLED and so on; the number of an array stands for all of its jobs."""
@@ -223,3 +219,68 @@ class SlurmCluster:
     def _logs(self) -> str:
         files = sorted(self.folder.glob("*.log"))
         return "\n".join(f"== {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in files)
+
+
+class Submission:
+    """A job of slurm/`script`.sh with its output and its run directory, whose path has a space."""
+
+    def __init__(
+        self, cluster: SlurmCluster, data_dir: Path, folder: Path, sbatch: tuple[str, ...], settings: tuple[str, ...],
+        script: str = "train", **environment: str,
+    ) -> None:  # fmt: skip
+        self.cluster, self.directory, self.log = cluster, folder / "a run", folder / "%x-%A_%a.out"
+        places = ("--data.dir", str(data_dir), "--data.stage_dir", str(folder / "stage"), "--run.dir", self.directory)
+        self.folder = folder
+        self.job = cluster.submit(
+            *sbatch, f"--output={folder}/%j.out", f"slurm/{script}.sh", *settings, *places, **environment
+        )
+
+    @property
+    def output(self) -> str:
+        return "".join(path.read_text() for path in sorted(self.folder.glob("*.out")))
+
+    def wait(self, *states: str) -> str:
+        try:
+            self.cluster.wait(self.job, states or ("COMPLETED",))
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.output}") from None
+        return self.output
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait_until(lambda: any(done >= step for done in runs.logged_steps(self.directory)))
+
+    def wait_for_restart(self) -> None:
+        self.wait_until(lambda: "Restarts=0" not in self.cluster.command("scontrol", "show", "job", self.job))
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert self.cluster.state(self.job) not in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), self.output
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.1)
+
+    @contextmanager
+    def paused(self) -> Iterator[list[int]]:
+        """Hold all ranks, so that what Slurm takes its time for comes in the middle of a run of seconds."""
+        ranks = [
+            pid for pid in runs.children_with(str(self.directory)) if "LOCAL_RANK" in psutil.Process(pid).environ()
+        ]
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield ranks
+        finally:
+            for pid in ranks:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+    @property
+    def status(self) -> dict[str, Any]:
+        values: dict[str, Any] = json.loads((self.directory / "status.json").read_text())
+        return values
+
+
+def pending(pid: int) -> set[signal.Signals]:
+    """The signals that a stopped process will get."""
+    masks = re.findall(r"(?:SigPnd|ShdPnd):\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return {number for number in signal.Signals for mask in masks if int(mask, 16) >> (number - 1) & 1}

@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,15 +22,21 @@ from cifar_dist import slurm
 from cifar_dist.errors import UserError
 from cifar_dist.training import checkpoint
 from tests import runs, slurm_cluster
-from tests.slurm_cluster import SlurmCluster
+from tests.slurm_cluster import SlurmCluster, Submission
 
 pytestmark = [pytest.mark.run, pytest.mark.data, pytest.mark.timeout(600)]
 # Divides for 1, 2 and 4 ranks; takes long enough to be stopped in the middle.
 OPTIONS = (*runs.SMALL, "--train.micro_batch_size", "8", "--train.precision", "fp32", "--train.log_every_steps", "5",
-           "--train.checkpoint_every_steps", "0")  # fmt: skip
-LONG = (*OPTIONS, "--train.max_steps", "300")
-# In sweeps by two processes of one thread each: two threads of one wait very long for each other beside another job.
-SHORT = (*OPTIONS, "--train.max_steps", "4")
+           "--train.checkpoint_every_steps", "0", "--eval.test_subset", "None")  # fmt: skip
+STEPS = 40
+WHOLE = (*OPTIONS, "--train.max_steps", str(STEPS))
+# In fewer passes, for 1 and 2 ranks.
+ENDLESS = (*OPTIONS, "--train.max_steps", "5000", "--train.micro_batch_size", "48")
+SHORT = (*OPTIONS, "--train.max_steps", "4", "--train.micro_batch_size", "48")
+# A job with one processor of each of its nodes, so that others run beside it.
+PART = ("--oversubscribe", "--cpus-per-task=1", "--mem=0")
+# It has two threads all the same, which wait very long for each other beside another job, unless they do so asleep.
+ONE_PROCESS = {"NPROC_PER_NODE": "1", "OMP_WAIT_POLICY": "passive"}
 
 
 @pytest.fixture(scope="module")
@@ -51,103 +56,84 @@ def running_cluster() -> Iterator[SlurmCluster]:
 
 @pytest.fixture
 def cluster(running_cluster: SlurmCluster) -> Iterator[SlurmCluster]:
+    """For a test alone: no jobs of others, and all nodes there before and after it."""
+    running_cluster.restore()
     yield running_cluster
     running_cluster.restore()
-
-
-class Submission:
-    """A job of slurm/`script`.sh with its output and its run directory, whose path has a space."""
-
-    def __init__(
-        self, cluster: SlurmCluster, data_dir: Path, folder: Path, sbatch: tuple[str, ...], settings: tuple[str, ...],
-        script: str = "train", **environment: str,
-    ) -> None:  # fmt: skip
-        self.cluster, self.directory, self.log = cluster, folder / "a run", folder / "%x-%A_%a.out"
-        places = ("--data.dir", str(data_dir), "--data.stage_dir", str(folder / "stage"), "--run.dir", self.directory)
-        self.folder = folder
-        self.job = cluster.submit(
-            *sbatch, f"--output={folder}/%j.out", f"slurm/{script}.sh", *settings, *places, **environment
-        )
-
-    @property
-    def output(self) -> str:
-        return "".join(path.read_text() for path in sorted(self.folder.glob("*.out")))
-
-    def wait(self, *states: str) -> str:
-        try:
-            self.cluster.wait(self.job, states or ("COMPLETED",))
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.output}") from None
-        return self.output
-
-    def wait_for_step(self, step: int) -> None:
-        deadline = time.monotonic() + 120
-        while not any(done >= step for done in runs.logged_steps(self.directory)):
-            assert time.monotonic() < deadline, self.output
-            time.sleep(0.1)
-
-    def wait_for_restart(self) -> None:
-        deadline = time.monotonic() + 120
-        while "Restarts=0" in self.cluster.command("scontrol", "show", "job", self.job):
-            assert time.monotonic() < deadline, self.output
-            time.sleep(0.2)
-
-    @property
-    def status(self) -> dict[str, Any]:
-        values: dict[str, Any] = json.loads((self.directory / "status.json").read_text())
-        return values
 
 
 @pytest.fixture(scope="module")
 def whole(running_cluster: SlurmCluster, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Submission:
     """A run over two nodes with two ranks on each, one per GPU of the job, that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole")
-    submission = Submission(running_cluster, data_dir, folder, ("--nodes=2", "--gpus-per-node=2"), LONG)
+    submission = Submission(running_cluster, data_dir, folder, ("--nodes=2", "--gpus-per-node=2"), WHOLE)
     submission.wait()
     return submission
 
 
 def test_two_nodes_feed_what_one_process_feeds(whole: Submission, data_dir: Path, tmp_path: Path) -> None:
     figures = runs.summary(whole.directory)
-    assert (figures["world_size"], figures["num_nodes"], figures["steps"]) == (4, 2, 300)
+    assert (figures["world_size"], figures["num_nodes"], figures["steps"]) == (4, 2, STEPS)
     assert f"dataset {whole.folder}/stage: verified 192 MB" in whole.output
-    # In fewer, larger forward passes, which is quicker and feeds the same.
-    runs.run(1, *LONG, "--train.micro_batch_size", "96", "--data.dir", data_dir, "--run.dir", tmp_path / "one")
+    # In fewer, larger forward passes, which is quicker and feeds the same; the score is not looked at.
+    quick = ("--train.micro_batch_size", "96", "--eval.test_subset", "500")
+    runs.run(1, *WHOLE, *quick, "--data.dir", data_dir, "--run.dir", tmp_path / "one")
     one = runs.summary(tmp_path / "one")
     assert (one["world_size"], one["num_nodes"]) == (1, 1)
     assert figures["data_receipt"] == one["data_receipt"]
-    assert len(one["data_receipt"]) == 15
+    assert len(one["data_receipt"]) == 2  # epochs
 
 
+def test_evaluate(running_cluster: SlurmCluster, whole: Submission, data_dir: Path, tmp_path: Path) -> None:
+    path = checkpoint.path_of(whole.directory / "checkpoints", STEPS)
+    words = ("--checkpoint", path, "--data_dir", data_dir, "--json", tmp_path / "score.json")
+    job = running_cluster.submit(f"--output={tmp_path}/out", "slurm/evaluate.sh", *words)
+    running_cluster.wait(job)
+    score = json.loads((tmp_path / "score.json").read_text())
+    assert score["confusion"] == runs.summary(whole.directory)["test_confusion"]
+
+
+@pytest.mark.slow
 def test_time_limit_saves_requeues_and_goes_on(
     cluster: SlurmCluster, whole: Submission, data_dir: Path, tmp_path: Path
 ) -> None:
-    """Slurm counts limits in minutes and signals up to one early, so the limit is set when training has begun."""
+    """Slurm counts limits in minutes, looks at them each half minute, and signals up to one before."""
     started = time.monotonic()
-    submission = Submission(cluster, data_dir, tmp_path, ("--nodes=2", "--time=20", "--signal=B:USR1@20"), LONG)
+    submission = Submission(cluster, data_dir, tmp_path, ("--nodes=2", "--time=20", "--signal=B:USR1@20"), WHOLE)
     submission.wait_for_step(5)
-    minutes = math.ceil((time.monotonic() - started + 25) / 60)
-    cluster.command("scontrol", "update", f"JobId={submission.job}", f"TimeLimit={minutes}")
+    with submission.paused() as ranks:
+        minutes = math.ceil((time.monotonic() - started + 35) / 60)
+        cluster.command("scontrol", "update", f"JobId={submission.job}", f"TimeLimit={minutes}")
+        submission.wait_until(lambda: signal.SIGUSR1 in slurm_cluster.pending(ranks[0]))
     submission.wait_for_restart()
     cluster.command("scontrol", "update", f"JobId={submission.job}", "TimeLimit=20")
     output = submission.wait()
     (step,) = (int(number) for number in re.findall(r"stopped by SIGUSR1 after step (\d+), which is saved", output))
-    assert 0 < step < 300
+    assert 0 < step < STEPS
     assert "asks Slurm to requeue it (requeued 0 times so far)" in output
     assert f"step-{step:08d}.pt" in output.split("asks Slurm")[1]
-    expected, found = runs.summary(whole.directory), runs.summary(submission.directory)
-    for key in ("model_sha256", "data_receipt", "test_confusion", "steps", "num_nodes"):
-        assert found[key] == expected[key], key
-    assert runs.logged_steps(submission.directory) == runs.logged_steps(whole.directory)
+    runs.assert_same(submission.directory, whole.directory)
+    assert runs.summary(submission.directory)["num_nodes"] == 2
     assert submission.status["restarts"] == 1
 
 
-def test_cancelled_leaves_a_checkpoint_and_says_how_to_go_on(
-    cluster: SlurmCluster, data_dir: Path, tmp_path: Path
-) -> None:
-    submission = Submission(cluster, data_dir, tmp_path, ("--nodes=2",), LONG)
+@pytest.fixture(scope="module")
+def endless(
+    running_cluster: SlurmCluster, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Submission]:
+    """Two jobs side by side, each of which one test stops: one of two nodes, and one that may not be requeued."""
+    both = {}
+    for name, nodes, environment in (("cancelled", 2, {}), ("bounded", 1, {"MAX_REQUEUES": "0"})):
+        sbatch = (*PART, f"--nodes={nodes}")
+        folder = tmp_path_factory.mktemp(name)
+        both[name] = Submission(running_cluster, data_dir, folder, sbatch, ENDLESS, **ONE_PROCESS, **environment)
+    return both
+
+
+def test_cancelled_leaves_a_checkpoint_and_says_how_to_go_on(endless: dict[str, Submission]) -> None:
+    submission = endless["cancelled"]
     submission.wait_for_step(5)
-    cluster.command("scancel", submission.job)
+    submission.cluster.command("scancel", submission.job)
     output = submission.wait("CANCELLED")
     (step,) = checkpoint.all_steps(submission.directory / "checkpoints")
     path = checkpoint.path_of(submission.directory / "checkpoints", step)
@@ -159,9 +145,22 @@ def test_cancelled_leaves_a_checkpoint_and_says_how_to_go_on(
     assert runs.children_with(str(submission.directory)) == []
 
 
+def test_bounded_requeues(endless: dict[str, Submission]) -> None:
+    submission = endless["bounded"]
+    submission.wait_for_step(5)
+    submission.cluster.command("scancel", "--signal=USR1", "--batch", submission.job)
+    output = submission.wait("FAILED")
+    assert "which is saved" in output
+    assert "not requeued: it was requeued 0 times, and MAX_REQUEUES is 0" in output
+    assert "  sbatch slurm/train.sh --config" in output
+    assert "ExitCode=75:0" in submission.cluster.command("scontrol", "show", "job", submission.job)
+
+
+@pytest.mark.slow
 def test_lost_node_is_replaced(cluster: SlurmCluster, data_dir: Path, tmp_path: Path) -> None:
-    """The second of two nodes is lost; the job may run on one, too."""
-    submission = Submission(cluster, data_dir, tmp_path, ("--nodes=1-2",), LONG)
+    """The second of two nodes is lost, which Slurm itself notices; the job may run on one, too."""
+    settings = (*WHOLE, "--eval.test_subset", "500")
+    submission = Submission(cluster, data_dir, tmp_path, ("--nodes=1-2",), settings)
     submission.wait_for_step(5)
     cluster.crash("n2")
     submission.wait_for_restart()
@@ -169,22 +168,28 @@ def test_lost_node_is_replaced(cluster: SlurmCluster, data_dir: Path, tmp_path: 
     assert "2 x 2 processes" in output
     assert "1 x 2 processes" in output
     figures = runs.summary(submission.directory)
-    assert (figures["num_nodes"], figures["steps"]) == (1, 300)
+    assert (figures["num_nodes"], figures["steps"]) == (1, STEPS)
 
 
-@pytest.mark.parametrize("jobs_live_on", [False, True])
+@pytest.mark.parametrize("jobs_live_on", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_lost_first_node_is_replaced(
     jobs_live_on: bool, cluster: SlurmCluster, whole: Submission, data_dir: Path, tmp_path: Path
 ) -> None:
     """Where only Slurm's daemon is lost, the processes of the job train on, and have to go before another begins."""
-    settings = (*LONG, "--train.checkpoint_every_steps", "10")
+    # Steps of many passes, of which most are left when the processes that live on are held no longer.
+    slow = ("--train.micro_batch_size", "2") if jobs_live_on else ()
+    settings = (*WHOLE, *slow, "--train.checkpoint_every_steps", "5", "--eval.test_subset", "500")
     submission = Submission(cluster, data_dir, tmp_path, ("--nodes=1",), settings)
-    submission.wait_for_step(15)
+    submission.wait_for_step(10)
     assert "BatchHost=n1" in cluster.command("scontrol", "show", "job", submission.job)
     if jobs_live_on:
-        cluster.stop("n1", signal.SIGKILL)
+        with submission.paused():
+            cluster.stop("n1", signal.SIGKILL)
+            cluster.report_lost("n1")
+            submission.wait_until(lambda: "an earlier start of this job and is asked to" in submission.output)
     else:
         cluster.crash("n1")
+        cluster.report_lost("n1")
     submission.wait_for_restart()
     output = submission.wait()
     assert "going on from" in output
@@ -193,8 +198,9 @@ def test_lost_first_node_is_replaced(
     assert runs.logged_steps(submission.directory) == runs.logged_steps(whole.directory)
 
 
-def test_array_of_seeds_ends_with_one_table(cluster: SlurmCluster, data_dir: Path, tmp_path: Path) -> None:
-    submission = Submission(cluster, data_dir, tmp_path, ("--array=0-2",), SHORT, script="sweep", NPROC_PER_NODE="2")
+def test_array_of_seeds_ends_with_one_table(running_cluster: SlurmCluster, data_dir: Path, tmp_path: Path) -> None:
+    sbatch = ("--array=0-2", *PART)
+    submission = Submission(running_cluster, data_dir, tmp_path, sbatch, SHORT, "sweep", **ONE_PROCESS)
     output = submission.wait()
     assert output.count("95% interval of the mean") == 1
     assert re.findall(r"^seed (\d)", output, flags=re.M) == ["0", "1", "2"]
@@ -204,11 +210,12 @@ def test_array_of_seeds_ends_with_one_table(cluster: SlurmCluster, data_dir: Pat
     assert figures["test_accuracy"]["mean"] == pytest.approx(sum(accuracies) / 3)
 
 
+@pytest.mark.slow
 def test_array_over_a_grid(cluster: SlurmCluster, data_dir: Path, tmp_path: Path) -> None:
     grid = tmp_path / "my grid.txt"
     grid.write_text("# rates\n--optim.lr 0.1\n\n--optim.lr 0.2 --optim.momentum 0.8\n")
     settings = ("--grid", str(grid), *SHORT)
-    submission = Submission(cluster, data_dir, tmp_path, ("--array=0-3",), settings, "sweep", NPROC_PER_NODE="2")
+    submission = Submission(cluster, data_dir, tmp_path, ("--array=0-3", *PART), settings, "sweep", **ONE_PROCESS)
     output = submission.wait()
     assert len(re.findall(r"^--optim.lr 0.\d.* 2 .* \+- ", output, flags=re.M)) == 2
     figures = json.loads((submission.directory / "seeds.json").read_text())
@@ -216,61 +223,71 @@ def test_array_over_a_grid(cluster: SlurmCluster, data_dir: Path, tmp_path: Path
     assert {run["seed"] for run in figures["settings"]["--optim.lr 0.2 --optim.momentum 0.8"]["runs"]} == {0, 1}
 
 
-def test_evaluate(cluster: SlurmCluster, whole: Submission, data_dir: Path, tmp_path: Path) -> None:
-    path = checkpoint.path_of(whole.directory / "checkpoints", 300)
-    words = ("--checkpoint", path, "--data_dir", data_dir, "--json", tmp_path / "score.json")
-    job = cluster.submit(f"--output={tmp_path}/out", "slurm/evaluate.sh", *words)
-    cluster.wait(job)
-    score = json.loads((tmp_path / "score.json").read_text())
-    assert score["confusion"] == runs.summary(whole.directory)["test_confusion"]
+MISTAKES = {
+    "unknown key": ("train", ("--train.epoch", "3"), "epochs"),
+    "batch size": ("train", ("--train.batch_size", "50"), "Nearest valid choices"),
+    "no array": ("sweep", (), "--array"),
+}
+GPUS = {2: (), 1: ("--gpus-per-node=1",)}
 
 
-@pytest.mark.parametrize(
-    ("script", "options", "message"),
-    [
-        ("train", ("--train.epoch", "3"), "epochs"),
-        ("train", ("--train.batch_size", "50"), "Nearest valid choices"),
-        ("sweep", (), "--array"),
-    ],
-)
-def test_mistakes(script: str, options: tuple[str, ...], message: str, cluster: SlurmCluster, tmp_path: Path) -> None:
-    job = cluster.submit(f"--output={tmp_path}/out", f"slurm/{script}.sh", *options)
-    cluster.wait(job, ["FAILED"])
-    output = (tmp_path / "out").read_text()
-    assert "ExitCode=2:0" in cluster.command("scontrol", "show", "job", job)
-    assert message in output
+class QuickJobs:
+    """Jobs of a second, all submitted at once, since Slurm takes longer for one than it takes itself."""
+
+    def __init__(self, cluster: SlurmCluster, folder: Path) -> None:
+        self.cluster, self.folder = cluster, folder
+        self.numbers = {
+            name: cluster.submit(f"--output={folder}/{name}", f"slurm/{script}.sh", *options)
+            for name, (script, options, _) in MISTAKES.items()
+        }
+        for name, home in (("elsewhere", {}), ("from home", {"CIFAR_DIST_HOME": str(runs.REPOSITORY)})):
+            words = ("sbatch", "--parsable", f"--output={folder}/{name}", str(runs.REPOSITORY / "slurm/train.sh"))
+            self.numbers[name] = cluster.command(*words, "--print-config", cwd=folder, env=home).strip()
+        code = "import os; from cifar_dist import slurm; slurm.Steps().run(slurm.Job.current(), ['env'], os.environ)"
+        command = f'cd {shlex.quote(str(runs.REPOSITORY))} && {shlex.quote(sys.executable)} -c "{code}"'
+        for number, options in GPUS.items():
+            output = f"--output={folder}/{number}"
+            self.numbers[str(number)] = cluster.submit("--exclusive", *options, output, "--wrap", command)
+
+    def output_of(self, name: str, state: str) -> str:
+        """What a job said, once it has ended in `state`."""
+        self.cluster.wait(self.numbers[name], [state])
+        return (self.folder / name).read_text()
+
+
+@pytest.fixture(scope="module")
+def quick_jobs(running_cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> QuickJobs:
+    return QuickJobs(running_cluster, tmp_path_factory.mktemp("quick"))
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes(name: str, quick_jobs: QuickJobs) -> None:
+    output = quick_jobs.output_of(name, "FAILED")
+    assert "ExitCode=2:0" in quick_jobs.cluster.command("scontrol", "show", "job", quick_jobs.numbers[name])
+    assert MISTAKES[name][2] in output
     assert "Traceback" not in output
     assert len(output.splitlines()) < 20
 
 
-def test_submitted_from_elsewhere(cluster: SlurmCluster, tmp_path: Path) -> None:
-    words = ["sbatch", "--parsable", f"--output={tmp_path}/out", str(runs.REPOSITORY / "slurm/train.sh")]
-    job = cluster.command(*words, "--print-config", cwd=tmp_path).strip()
-    cluster.wait(job, ["FAILED"])
-    assert "CIFAR_DIST_HOME" in (tmp_path / "out").read_text()
-    home = {"CIFAR_DIST_HOME": str(runs.REPOSITORY)}
-    cluster.wait(cluster.command(*words, "--print-config", cwd=tmp_path, env=home).strip())
-    assert "micro_batch_size: 128" in (tmp_path / "out").read_text()
+def test_submitted_from_elsewhere(quick_jobs: QuickJobs) -> None:
+    assert "CIFAR_DIST_HOME" in quick_jobs.output_of("elsewhere", "FAILED")
+    assert "micro_batch_size: 128" in quick_jobs.output_of("from home", "COMPLETED")
 
 
-def test_bounded_requeues(cluster: SlurmCluster, data_dir: Path, tmp_path: Path) -> None:
-    submission = Submission(cluster, data_dir, tmp_path, (), LONG, MAX_REQUEUES="0")
-    submission.wait_for_step(5)
-    cluster.command("scancel", "--signal=USR1", "--batch", submission.job)
-    output = submission.wait("FAILED")
-    assert "which is saved" in output
-    assert "not requeued: it was requeued 0 times, and MAX_REQUEUES is 0" in output
-    assert "  sbatch slurm/train.sh --config" in output
-    assert "ExitCode=75:0" in cluster.command("scontrol", "show", "job", submission.job)
+@pytest.mark.parametrize("gpus", GPUS)
+def test_steps_get_the_gpus(gpus: int, quick_jobs: QuickJobs) -> None:
+    """A job that is alone on its node is given all GPUs, but its steps are not by themselves."""
+    assert f"SLURM_GPUS_ON_NODE={gpus}" in quick_jobs.output_of(str(gpus), "COMPLETED").splitlines()
 
 
+@pytest.mark.slow
 def test_two_jobs_share_the_nodes(cluster: SlurmCluster, data_dir: Path, tmp_path: Path) -> None:
     """Each with a processor of both nodes: their ports, locks and copies of the data do not meet."""
-    part = ("--oversubscribe", "--nodes=2", "--cpus-per-task=1", "--mem=0")
+    part, settings = (*PART, "--nodes=2"), (*SHORT, "--eval.test_subset", "500")
     folders = [tmp_path / name for name in ("one", "two")]
     for folder in folders:
         folder.mkdir()
-    both = [Submission(cluster, data_dir, folder, part, SHORT, NPROC_PER_NODE="1") for folder in folders]
+    both = [Submission(cluster, data_dir, folder, part, settings, **ONE_PROCESS) for folder in folders]
     for submission in both:
         submission.wait()
     receipts = [runs.summary(submission.directory)["data_receipt"] for submission in both]
@@ -291,16 +308,6 @@ def test_processes_per_node() -> None:
     assert slurm.processes_per_node({"CUDA_VISIBLE_DEVICES": "0,3"}) == 2
     with pytest.raises(UserError, match="NPROC_PER_NODE is two"):
         slurm.processes_per_node({"NPROC_PER_NODE": "two"})
-
-
-@pytest.mark.parametrize(("options", "gpus"), [((), 2), (("--gpus-per-node=1",), 1)])
-def test_steps_get_the_gpus(options: tuple[str, ...], gpus: int, cluster: SlurmCluster, tmp_path: Path) -> None:
-    """A job that is alone on its node is given all GPUs, but its steps are not by themselves."""
-    code = "import os; from cifar_dist import slurm; slurm.Steps().run(slurm.Job.current(), ['env'], os.environ)"
-    command = f'cd {shlex.quote(str(runs.REPOSITORY))} && {shlex.quote(sys.executable)} -c "{code}"'
-    job = cluster.submit("--exclusive", *options, f"--output={tmp_path}/out", "--wrap", command)
-    cluster.wait(job)
-    assert f"SLURM_GPUS_ON_NODE={gpus}" in (tmp_path / "out").read_text().splitlines()
 
 
 def test_sittings_that_come_no_further_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
