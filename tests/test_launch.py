@@ -37,6 +37,7 @@ def start(script: str, *arguments: str | Path, cpu: str = "", **environment: str
     )
 
 
+@pytest.mark.xdist_group("clock")
 def test_setup_with_nothing_to_do_is_quick() -> None:
     runs.finish(start("setup"))
     started = time.monotonic()
@@ -61,6 +62,16 @@ def test_setup_names_what_is_missing(tmp_path: Path) -> None:
     for part in ("C++ compiler", "OpenCV 4", "TurboJPEG", "apt-get install", "conda install", "--ffcv-wheel"):
         assert part in result.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+def test_test_explains_its_arguments() -> None:
+    """Before it installs or runs anything."""
+    help_text = runs.finish(start("test", "--help"))
+    for line in ("launch/test ", "launch/test --all ", "launch/test [--all] -- ARGS "):
+        assert f"\n  {line}" in help_text
+    mistaken = runs.finish(start("test", "--everything", "tests/test_order.py"), expected=2)
+    assert mistaken == "error: launch/test knows no argument --everything; valid: --all, -- ARGS OF PYTEST, --help.\n"
+    assert "knows no argument tests/test_order.py" in runs.finish(start("test", "--all", "tests/test_order.py"), 2)
 
 
 @pytest.mark.data
@@ -88,7 +99,7 @@ def test_two_machines_meet(rendezvous: str) -> None:
 @pytest.mark.data
 def test_two_machines_train(data_dir: Path, tmp_path: Path) -> None:
     common = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "NPROC_PER_NODE": "1"}
-    arguments = (*TINY, "--data.dir", data_dir, "--run.dir", tmp_path / "run")
+    arguments = (*TINY, "--eval.test_subset", "500", "--data.dir", data_dir, "--run.dir", tmp_path / "run")
     cpus = [str(cpu) for cpu in sorted(os.sched_getaffinity(0))]
     nodes = [
         start("multinode", *arguments, cpu=cpus[rank % len(cpus)], **common, NODE_RANK=str(rank)) for rank in (0, 1)

@@ -25,6 +25,7 @@ def test_one_part_fails_and_the_others_go_on(data_dir: Path, tmp_path: Path) -> 
     broken = tmp_path / "broken.yaml"
     broken.write_text("train: {epochs: -1}\n")
     command = words(data_dir, "--bench", "loader --repeats 0", "--configs", str(broken), CONFIG)
+    command += ["--train.max_steps", "4"]
     output = runs.finish(runs.start_command(command, tmp_path), expected=2)
     rows = output[output.rindex("\nwhat  ") :].splitlines()
     assert rows[2].startswith("bench loader --repeats 0     FAILED with exit code 2, see results/bench.log")

@@ -14,7 +14,7 @@ CONFIG = str(runs.REPOSITORY / "configs/quickstart.yaml")
 SETTINGS = (
     "--model.width", "0.0625", "--data.subset", "1000", "--train.batch_size", "128", "--train.micro_batch_size", "16",
     "--train.precision", "fp64", "--eval.tta", "none", "--eval.bn_samples", "500",
-    "--augment.low_resolution_share", "0.25",
+    "--eval.test_subset", "500", "--augment.low_resolution_share", "0.25",
 )  # fmt: skip
 
 
