@@ -37,8 +37,8 @@ CONFIG = str(runs.REPOSITORY / "configs/quickstart.yaml")
 SETTINGS = (
     "--model.width", "0.0625", "--train.device", "cpu", "--data.train_on", "train", "--data.subset", "1000",
     "--train.batch_size", "96", "--train.micro_batch_size", "16", "--train.max_steps", "24", "--eval.tta", "none",
-    "--eval.every_epochs", "1", "--eval.bn_samples", "500", "--eval.test_subset", "500",
-    "--train.checkpoint_every_steps", "7", "--train.log_every_steps", "1", "--optim.ema_decay", "0.9",
+    "--eval.every_epochs", "1", "--eval.bn_samples", "500", "--train.checkpoint_every_steps", "7",
+    "--train.log_every_steps", "1", "--optim.ema_decay", "0.9",
 )  # fmt: skip
 
 
