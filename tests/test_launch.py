@@ -125,7 +125,7 @@ def readme_commands() -> list[str]:
     return [
         line.split("#")[0].strip()
         for line in lines
-        if re.match(r"\./|python |torchrun |sbatch |[A-Z_]+=|git |source ", line)
+        if re.match(r"\./|\.venv/|python |torchrun |sbatch |[A-Z_]+=|git |source ", line)
     ]
 
 
@@ -146,7 +146,7 @@ TESTED = {
     "./launch/seeds configs/quickstart.yaml 3 --run.name exp": "tests/test_seeds.py: test_stopped_and_gone_on",
     "python -m cifar_dist.seeds runs/exp --json exp.json": "tests/test_seeds.py: test_table_and_json",
     "python -m cifar_dist.bench all --json bench.json": "tests/test_bench.py: test_all",
-    "python -m cifar_dist.bench compare old.json new.json": "tests/test_bench.py: test_all",
+    "python -m cifar_dist.bench compare old.json new.json": "tests/test_bench.py: test_step",
     "./launch/setup": "test_setup_with_nothing_to_do_is_quick",
     "sbatch slurm/train.sh --config configs/googlenet.yaml": "test_slurm.py: test_bounded_requeues",
     "sbatch --nodes=2 --gpus-per-node=4 slurm/train.sh --config configs/googlenet.yaml":
