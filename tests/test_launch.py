@@ -22,12 +22,15 @@ TINY = ("--config", str(runs.REPOSITORY / "configs/quickstart.yaml"), "--model.w
         "--train.max_steps", "2", "--eval.tta", "none", "--eval.bn_samples", "250",
         "--track.wandb", "disabled")  # fmt: skip
 
+# launch/test sets the variable for pytest itself, and nproc would see one processor by it.
+AS_A_PERSON = ("env", "-u", "OMP_NUM_THREADS")
+
 
 def start(script: str, *arguments: str | Path, cpu: str = "", **environment: str) -> subprocess.Popen[str]:
     """Start a script; `cpu` keeps it to one processor, as machines of their own do not share any."""
     pinned = ["taskset", "-c", cpu] if cpu else []
     return subprocess.Popen(
-        [*pinned, str(LAUNCH / script), *map(str, arguments)],
+        [*AS_A_PERSON, *pinned, str(LAUNCH / script), *map(str, arguments)],
         cwd=runs.REPOSITORY,
         env=os.environ | environment,
         stdout=subprocess.PIPE,
@@ -37,6 +40,7 @@ def start(script: str, *arguments: str | Path, cpu: str = "", **environment: str
     )
 
 
+@pytest.mark.xdist_group("clock")
 def test_setup_with_nothing_to_do_is_quick() -> None:
     runs.finish(start("setup"))
     started = time.monotonic()
@@ -61,6 +65,16 @@ def test_setup_names_what_is_missing(tmp_path: Path) -> None:
     for part in ("C++ compiler", "OpenCV 4", "TurboJPEG", "apt-get install", "conda install", "--ffcv-wheel"):
         assert part in result.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+def test_test_explains_its_arguments() -> None:
+    """Before it installs or runs anything."""
+    help_text = runs.finish(start("test", "--help"))
+    for line in ("launch/test ", "launch/test --all ", "launch/test [--all] -- ARGS "):
+        assert f"\n  {line}" in help_text
+    mistaken = runs.finish(start("test", "--everything", "tests/test_order.py"), expected=2)
+    assert mistaken == "error: launch/test knows no argument --everything; valid: --all, -- ARGS OF PYTEST, --help.\n"
+    assert "knows no argument tests/test_order.py" in runs.finish(start("test", "--all", "tests/test_order.py"), 2)
 
 
 @pytest.mark.data
@@ -88,7 +102,7 @@ def test_two_machines_meet(rendezvous: str) -> None:
 @pytest.mark.data
 def test_two_machines_train(data_dir: Path, tmp_path: Path) -> None:
     common = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "NPROC_PER_NODE": "1"}
-    arguments = (*TINY, "--data.dir", data_dir, "--run.dir", tmp_path / "run")
+    arguments = (*TINY, "--eval.test_subset", "500", "--data.dir", data_dir, "--run.dir", tmp_path / "run")
     cpus = [str(cpu) for cpu in sorted(os.sched_getaffinity(0))]
     nodes = [
         start("multinode", *arguments, cpu=cpus[rank % len(cpus)], **common, NODE_RANK=str(rank)) for rank in (0, 1)
@@ -111,7 +125,7 @@ def readme_commands() -> list[str]:
     return [
         line.split("#")[0].strip()
         for line in lines
-        if re.match(r"\./|python |torchrun |sbatch |[A-Z_]+=|git |source ", line)
+        if re.match(r"\./|\.venv/|python |torchrun |sbatch |[A-Z_]+=|git |source ", line)
     ]
 
 
@@ -132,7 +146,7 @@ TESTED = {
     "./launch/seeds configs/quickstart.yaml 3 --run.name exp": "tests/test_seeds.py: test_stopped_and_gone_on",
     "python -m cifar_dist.seeds runs/exp --json exp.json": "tests/test_seeds.py: test_table_and_json",
     "python -m cifar_dist.bench all --json bench.json": "tests/test_bench.py: test_all",
-    "python -m cifar_dist.bench compare old.json new.json": "tests/test_bench.py: test_all",
+    "python -m cifar_dist.bench compare old.json new.json": "tests/test_bench.py: test_step",
     "./launch/setup": "test_setup_with_nothing_to_do_is_quick",
     "sbatch slurm/train.sh --config configs/googlenet.yaml": "test_slurm.py: test_bounded_requeues",
     "sbatch --nodes=2 --gpus-per-node=4 slurm/train.sh --config configs/googlenet.yaml":

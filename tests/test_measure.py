@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import runs
+from tests.test_launch import AS_A_PERSON
 
 pytestmark = pytest.mark.run
 MEASURE = str(runs.REPOSITORY / "launch/measure")
@@ -17,29 +18,15 @@ CONFIG = str(runs.REPOSITORY / "configs/quickstart.yaml")
 
 
 def words(data_dir: Path, *arguments: str) -> list[str]:
-    return [MEASURE, *arguments, *runs.SHORT[2:], "--data.dir", str(data_dir)]
+    return [*AS_A_PERSON, MEASURE, *arguments, *runs.SHORT[2:], "--data.dir", str(data_dir)]
 
 
 @pytest.mark.data
-def test_one_part_fails_and_the_others_go_on(data_dir: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken.yaml"
-    broken.write_text("train: {epochs: -1}\n")
-    command = words(data_dir, "--bench", "loader --repeats 0", "--configs", str(broken), CONFIG)
-    output = runs.finish(runs.start_command(command, tmp_path), expected=2)
-    rows = output[output.rindex("\nwhat  ") :].splitlines()
-    assert rows[2].startswith("bench loader --repeats 0     FAILED with exit code 2, see results/bench.log")
-    assert rows[3].startswith("broken                       FAILED with exit code 2, see results/broken/output.log")
-    assert rows[4].startswith("quickstart                   test ")
-    assert "repeats is 0" in (tmp_path / "results/bench.log").read_text()
-    assert "train.epochs" in (tmp_path / "results/broken/output.log").read_text()
-    assert runs.summary(tmp_path / "results/quickstart") == runs.summary(tmp_path / "runs/results-quickstart")
-    assert "torch" in (tmp_path / "results/machine.txt").read_text()
-
-
-@pytest.mark.data
-def test_stopped_and_gone_on(data_dir: Path, tmp_path: Path, short_run: Path) -> None:
+def test_one_part_is_stopped_and_gone_on_and_the_others_fail(data_dir: Path, tmp_path: Path, short_run: Path) -> None:
     """Ctrl-C is for the script alone; nothing is left at work, and the same command ends as if nothing had been."""
-    command = words(data_dir, "--bench", "none", "--configs", CONFIG, "--out", str(tmp_path / "my results"))
+    broken, results = tmp_path / "broken.yaml", tmp_path / "my results"
+    broken.write_text("train: {epochs: -1}\n")
+    command = words(data_dir, "--bench", "loader --repeats 0", "--configs", str(broken), CONFIG, "--out", str(results))
     command = ["env", "NPROC_PER_NODE=1", *command]
     process = runs.start_command(command, tmp_path)
     run = tmp_path / "runs/my results-quickstart"
@@ -48,18 +35,26 @@ def test_stopped_and_gone_on(data_dir: Path, tmp_path: Path, short_run: Path) ->
     output = runs.finish(process, expected=130)
     assert output.splitlines()[-1] == "measure: stopped; the same command goes on from here"
     assert runs.children_with(str(tmp_path)) == []
-    assert not (tmp_path / "my results/table.txt").exists()
+    assert not (results / "table.txt").exists()
 
-    output = runs.finish(runs.start_command(command, tmp_path))
+    output = runs.finish(runs.start_command(command, tmp_path), expected=2)
     runs.assert_same(run, short_run)
-    assert "\nquickstart                   test " in output
-    assert sorted(path.name for path in (tmp_path / "my results").iterdir()) == [
-        "machine.txt", "quickstart", "table.txt"
+    assert runs.summary(results / "quickstart") == runs.summary(run)
+    rows = output[output.rindex("\nwhat  ") :].splitlines()
+    assert rows[2].startswith(f"bench loader --repeats 0     FAILED with exit code 2, see {results}/bench.log")
+    assert rows[3].startswith(f"broken                       FAILED with exit code 2, see {results}/broken/output.log")
+    assert rows[4].startswith("quickstart                   test ")
+    assert "repeats is 0" in (results / "bench.log").read_text()
+    assert "train.epochs" in (results / "broken/output.log").read_text()
+    assert "torch" in (results / "machine.txt").read_text()
+    assert sorted(path.name for path in results.iterdir()) == [
+        "bench.log", "broken", "machine.txt", "quickstart", "table.txt"
     ]  # fmt: skip
-    again = runs.finish(runs.start_command(command, tmp_path))
+    again = runs.finish(runs.start_command(command, tmp_path), expected=2)
     assert re.search(r"^quickstart +test .* s of training +before$", again, flags=re.M)
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_a_stopped_benchmark_leaves_nothing_at_work(data_dir: Path, tmp_path: Path) -> None:
     command = words(data_dir, "--bench", "loader --seconds 597.25", "--configs", "none")
@@ -72,6 +67,7 @@ def test_a_stopped_benchmark_leaves_nothing_at_work(data_dir: Path, tmp_path: Pa
     assert not (tmp_path / "results/bench.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_the_speed_presets_need_a_gpu(data_dir: Path, tmp_path: Path) -> None:
     command = [MEASURE, "--bench", "none", "--data.dir", str(data_dir)]

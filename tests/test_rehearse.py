@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import runs
+from tests.test_launch import AS_A_PERSON
 
 REHEARSE = str(runs.REPOSITORY / "launch/rehearse")
 CONFIG = str(runs.REPOSITORY / "configs/quickstart.yaml")
@@ -14,7 +15,7 @@ CONFIG = str(runs.REPOSITORY / "configs/quickstart.yaml")
 SETTINGS = (
     "--model.width", "0.0625", "--data.subset", "1000", "--train.batch_size", "128", "--train.micro_batch_size", "16",
     "--train.precision", "fp64", "--eval.tta", "none", "--eval.bn_samples", "500",
-    "--augment.low_resolution_share", "0.25",
+    "--eval.test_subset", "500", "--augment.low_resolution_share", "0.25",
 )  # fmt: skip
 
 
@@ -23,7 +24,7 @@ SETTINGS = (
 def test_rehearsal_equals_the_run(data_dir: Path, tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     common = (*SETTINGS, "--data.dir", str(data_dir))
-    words = [REHEARSE, "--world-size", "4", CONFIG, "--steps", "12", *common, f"--run.dir={here}"]
+    words = [*AS_A_PERSON, REHEARSE, "--world-size", "4", CONFIG, "--steps", "12", *common, f"--run.dir={here}"]
     output = runs.finish(runs.start_command(words))
     runs.run(4, "--config", CONFIG, *common, "--train.max_steps", "12", "--track.wandb", "disabled", "--run.dir", there)
     rehearsed, real = runs.summary(here), runs.summary(there)

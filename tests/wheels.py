@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import filelock
 import pytest
 
 from tests import runs
@@ -19,20 +22,35 @@ SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def made_wheel(config: pytest.Config) -> Path:
-    """The wheel of launch/build-ffcv-wheel, kept below .pytest_cache until the script or uv.lock changes."""
+    """The wheel of launch/build-ffcv-wheel, kept below .pytest_cache until the script or uv.lock changes.
+
+    Two workers that ask at once build it once.
+    """
     inputs = [LAUNCH / "build-ffcv-wheel", LAUNCH / "installing.sh", runs.REPOSITORY / "uv.lock"]
     key = hashlib.sha256(b"".join(path.read_bytes() for path in inputs)).hexdigest()[:16]
     assert config.cache is not None
     folder = config.cache.mkdir("ffcv-wheel") / key
-    made = list(folder.glob("*.whl"))
-    if not made:
-        if os.geteuid() != 0 and subprocess.run(["pkg-config", "--exists", "opencv4"], check=False).returncode != 0:
-            pytest.skip("NOT TESTED: FFCV's wheel (this machine lacks the headers to compile it, and you are not root)")
-        output = build("--out", folder)
+    with filelock.FileLock(f"{folder}.lock"):
         made = list(folder.glob("*.whl"))
-        assert [str(path) for path in made] == output.splitlines()[-1:]
+        if not made:
+            if os.geteuid() != 0 and subprocess.run(["pkg-config", "--exists", "opencv4"], check=False).returncode != 0:
+                pytest.skip("NOT TESTED: FFCV's wheel (no headers to compile it on this machine, and you are not root)")
+            output = build("--out", folder)
+            made = list(folder.glob("*.whl"))
+            assert [str(path) for path in made] == output.splitlines()[-1:]
     assert re.fullmatch(r"ffcv-[\d.]+-cp311-abi3-manylinux_2_\d+_\w+\.whl", made[0].name)
     return made[0]
+
+
+def stand_in(folder: Path) -> Path:
+    """A file that passes for FFCV's wheel until something is installed from it: for what is refused before that."""
+    lock = (runs.REPOSITORY / "uv.lock").read_text(encoding="utf-8")
+    version = re.findall(r'^name = "ffcv"\nversion = "([\d.]+)"$', lock, flags=re.M)[0]
+    path = folder / f"ffcv-{version}-cp311-abi3-manylinux_2_28_{platform.machine()}.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("ffcv/_libffcv.abi3.so", bytes(100_000))
+        archive.writestr(f"ffcv-{version}.dist-info/METADATA", f"Name: ffcv\nVersion: {version}\n")
+    return path
 
 
 def environment() -> dict[str, str]:
