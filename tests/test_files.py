@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cifar_dist.files import write_bytes_atomic, write_text_atomic
+from cifar_dist.training import checkpoint
 
 # A limit on the size of files makes the kernel refuse a write half-way, as a full disk does.
 FULL_DISK = """
@@ -64,3 +66,59 @@ def test_failed_rename_leaves_nothing(tmp_path: Path) -> None:
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_text_atomic(tmp_path / "missing" / "a.txt", "text")
+
+
+# Something that is done to a file: what, its name without the random part of a temporary one, its size, the new name.
+Done = tuple[str, str, int, str]
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[Done]:
+    """All syncs and renames from now on, in their order."""
+    seen: list[Done] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def plain(path: Path) -> str:
+        parts = path.name.split(".")
+        return ".".join([*parts[:-2], "*", "tmp"]) if parts[-1] == "tmp" else path.name
+
+    def recording_fsync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        seen.append(("fsync", plain(path), 0 if path.is_dir() else path.stat().st_size, ""))
+        fsync(descriptor)
+
+    def recording_replace(path: Path, target: Path) -> Path:
+        seen.append(("rename", plain(path), path.stat().st_size, target.name))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(Path, "replace", recording_replace)
+    return seen
+
+
+def written_safely(name: str, size: int, folder: Path) -> list[Done]:
+    """The order in which a power failure at any moment leaves the old file or the whole new one."""
+    temporary = f".{name}.*.tmp"
+    return [("fsync", temporary, size, ""), ("rename", temporary, size, name), ("fsync", folder.name, 0, "")]
+
+
+def test_all_bytes_are_on_the_disk_before_the_rename_and_the_rename_at_the_end(
+    tmp_path: Path, done: list[Done]
+) -> None:
+    write_bytes_atomic(tmp_path / "a.bin", b"x" * 1000)
+    assert done == written_safely("a.bin", 1000, tmp_path)
+    done.clear()
+    write_text_atomic(tmp_path / "a.bin", "new")
+    assert done == written_safely("a.bin", 3, tmp_path)
+
+
+def test_a_checkpoint_has_its_digest_first(tmp_path: Path, done: list[Done]) -> None:
+    """A checkpoint without a digest would be passed over; a digest without a checkpoint is nothing."""
+    folder = tmp_path / "checkpoints"
+    checkpoint.write(folder, 20, b"x" * 1000)
+    digest = (folder / "step-00000020.pt.sha256").read_bytes()
+    assert digest.split() == [hashlib.sha256(b"x" * 1000).hexdigest().encode(), b"step-00000020.pt"]
+    assert done == [
+        *written_safely("step-00000020.pt.sha256", len(digest), folder),
+        *written_safely("step-00000020.pt", 1000, folder),
+    ]

@@ -15,6 +15,7 @@ from cifar_dist.config import AugmentConfig, Config, ModelConfig, OptimConfig, P
 from cifar_dist.data.loader import Batch, BetonLoader
 from cifar_dist.distributed import World
 from cifar_dist.errors import CheckpointError
+from cifar_dist.training import checkpoint
 from cifar_dist.training.metrics import Metrics, Window
 from cifar_dist.training.precision import number_format
 from cifar_dist.training.schedule import Step
@@ -72,7 +73,7 @@ def test_every_number_format_trains(config: Config, precision: Precision, batche
     assert all(p.isfinite().all() for p in stepper.model.parameters())
 
 
-@pytest.mark.parametrize("config", [TINY, MUON, SMALL_FIRST], ids=["sgd", "muon and auxiliary heads", "two sizes"])
+@pytest.mark.parametrize("config", [MUON, SMALL_FIRST], ids=["muon and auxiliary heads", "sgd and two sizes"])
 def test_tracing_for_compilation_changes_nothing(
     config: Config, batches: list[tuple[int, Batch]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +98,58 @@ def test_gradient_is_clipped(batches: list[tuple[int, Batch]]) -> None:
     moved = torch.cat([(a - b).flatten() for a, b in zip(parameters(stepper), before, strict=True)])
     # Nesterov's first step is rate x (1 + momentum) x gradient; the peak rate is for batches of 128.
     assert moved.norm().item() == pytest.approx(0.5 * 0.05 * 32 / 128 * 1.9 * clip, rel=1e-2)
+
+
+@pytest.mark.parametrize("size", [16, 8])
+def test_small_micro_batches_step_like_one_large(size: int, batches: list[tuple[int, Batch]]) -> None:
+    """Their losses count by their share. Without batch norm, whose statistics are those of a micro-batch."""
+    fp64 = replace(TINY.train, precision="fp64")
+    config = replace(TINY, model=replace(TINY.model, norm="none", dropout=0.0))
+    images, labels, indices = (torch.cat(parts) for parts in zip(*(batch for _, batch in batches[:2]), strict=True))
+    moved = []
+    for micro_batch_size in (32, size):
+        stepper = stepper_of(replace(config, train=replace(fp64, micro_batch_size=micro_batch_size)))
+        before = torch.cat([p.flatten() for p in parameters(stepper)])
+        parts = zip(*(torch.split(x, micro_batch_size) for x in (images, labels, indices)), strict=True)
+        stepper.step(Step(0, 1.0), iter([(0, Batch(*part)) for part in parts]), Metrics(ALONE))
+        moved.append(torch.cat([p.flatten() for p in parameters(stepper)]) - before)
+    assert moved[0].norm() > 1e-3
+    assert (moved[1] - moved[0]).norm() < 1e-12 * moved[0].norm()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_label_smoothing_by_hand(smoothing: float, batches: list[tuple[int, Batch]]) -> None:
+    """Of each target, `smoothing` is spread evenly over the ten classes."""
+    config = replace(
+        TINY,
+        model=replace(TINY.model, dropout=0.0),
+        train=replace(TINY.train, precision="fp64"),
+        optim=replace(TINY.optim, label_smoothing=smoothing),
+    )
+    stepper, seen = stepper_of(config), []
+    stepper.model.classifier.register_forward_hook(lambda *arguments: seen.append(arguments[2].detach()))
+    metrics = Metrics(ALONE)
+    stepper.step(Step(0, 0.0), iter(batches), metrics)
+    log_shares = torch.cat(seen).log_softmax(dim=1)
+    labels = torch.cat([batch.labels for _, batch in batches[:2]])
+    targets = torch.full_like(log_shares, smoothing / 10)
+    targets[torch.arange(32), labels] += 1 - smoothing
+    assert metrics.window().loss == pytest.approx(-(targets * log_shares).sum(dim=1).mean().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("config", [TINY, MUON], ids=["sgd", "muon and auxiliary heads"])
+def test_a_restored_step_goes_on_with_the_momentum(config: Config, batches: list[tuple[int, Batch]]) -> None:
+    """Bit by bit, from the bytes of a checkpoint."""
+    config = replace(config, optim=replace(config.optim, ema_decay=0.5))
+    whole, restored = stepper_of(config), stepper_of(config)
+    whole.step(Step(0, 1.0), iter(batches[:2]), Metrics(ALONE))
+    data = checkpoint.encode(1, whole.state() | {"config": ""})
+    restored.restore(checkpoint.decode(data, "it"), "it")
+    for stepper in (whole, restored):
+        stepper.step(Step(1, 1.0), iter(batches[2:]), Metrics(ALONE))
+    assert all(torch.equal(a, b) for a, b in zip(parameters(whole), parameters(restored), strict=True))
+    averages = (stepper.scored_model.parameters() for stepper in (whole, restored))
+    assert all(torch.equal(a, b) for a, b in zip(*averages, strict=True))
 
 
 def test_moving_average_is_scored(batches: list[tuple[int, Batch]]) -> None:

@@ -188,13 +188,18 @@ def test_recalibrated_statistics_are_those_of_the_samples(data_dir: Path) -> Non
 
 
 def test_score_counts_each_sample_once(data_dir: Path) -> None:
+    seen: list[torch.Tensor] = []
+
     class FirstPixel(nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(images)
             return nn.functional.one_hot((images[:, 0, 0, 0] > 0).long(), 10).double()
 
     with BetonLoader(data_dir / "test.beton", ALONE.device) as loader:
         result = evaluation.score(FirstPixel(), loader, np.arange(1003), 100, FP32, ALONE, "flip")
         batch = next(iter(loader.read(np.arange(1003), 1003)))
+    assert torch.equal(torch.cat(seen[::2]), normalize(batch.images, torch.float32))
+    assert torch.equal(torch.cat(seen[1::2]), normalize(batch.images, torch.float32).flip(3))
     bright = (batch.images[:, 0, 0, 0].double() > 125.307).long()
     confusion = torch.zeros(10, 10, dtype=torch.int64)
     confusion.index_put_((batch.labels, bright), torch.ones(1003, dtype=torch.int64), accumulate=True)
@@ -203,6 +208,31 @@ def test_score_counts_each_sample_once(data_dir: Path) -> None:
     assert result.confusion_tta is not None
     assert sum(map(sum, result.confusion_tta)) == 1003
     assert result.accuracy == (bright == batch.labels).sum().item() / 1003
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["in training", "in evaluation"])
+def test_scoring_is_in_evaluation_mode(training: bool, data_dir: Path) -> None:
+    """With the running statistics and without dropout, whatever mode the model is in, which it keeps."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(3)
+    model = nn.Sequential(norm, nn.Flatten(), nn.Dropout(0.5), nn.Linear(3072, 10)).double().train(training)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.running_mean.copy_(torch.tensor([0.5, -1.0, 2.0]))
+    norm.running_var.copy_(torch.tensor([4.0, 0.25, 9.0]))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with BetonLoader(data_dir / "test.beton", ALONE.device) as loader:
+        result = evaluation.score(model, loader, np.arange(300), 100, NumberFormat("fp64", "cpu"), ALONE)
+        batch = next(iter(loader.read(np.arange(300), 300)))
+    assert {module.training for module in model.modules()} == {training}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    mean, variance = (x.view(3, 1, 1) for x in (before["0.running_mean"], before["0.running_var"]))
+    images = (normalize(batch.images, torch.float64) - mean) / (variance + norm.eps).sqrt()
+    logits = images.flatten(1) @ before["3.weight"].T + before["3.bias"]
+    confusion = torch.zeros(10, 10, dtype=torch.int64)
+    confusion.index_put_((batch.labels, logits.argmax(dim=1)), torch.ones(300, dtype=torch.int64), accumulate=True)
+    assert result.confusion == confusion.tolist()
+    assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, batch.labels).item(), rel=1e-12)
 
 
 def test_six_views_are_flips_and_shifts_by_a_pixel(data_dir: Path) -> None:
