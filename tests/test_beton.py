@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ def test_ffcv_writes_and_reads_the_same(written: Path, arrays: Arrays, tmp_path:
               "index": ffcv.fields.IntField()}  # fmt: skip
     samples = [(image, int(label), index) for index, (image, label) in enumerate(zip(*arrays, strict=True))]
     ffcv.writer.DatasetWriter(str(own), fields, page_size=PAGE_BYTES, num_workers=1).from_indexed_dataset(samples)
+    resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined] # FFCV's worker started it
     assert own.read_bytes() == written.read_bytes()
 
     reader = ffcv.reader.Reader(str(written))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import signal
@@ -174,18 +173,12 @@ def test_another_dataset_is_refused(copy: Path) -> None:
 
 
 MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "format": (
-        lambda tree: tree.update(format="2"),
-        r"format is '2', expected 'cifar_dist CIFAR-10, format 1'",
-    ),
+    "format": (lambda tree: tree.update(format="2"), r"format is '2', expected 'cifar_dist CIFAR-10, format 1'"),
     "missing key": (lambda tree: tree.pop("std"), "it must hold the keys format, files, arrays_sha256"),
     "more keys": (lambda tree: tree.update(x=1), "it must hold the keys"),
     "mean": (lambda tree: tree.update(mean=[0.5, 0.5, 0.5]), r"mean is \[0.5, 0.5, 0.5\], expected"),
     "md5": (lambda tree: tree["binary_md5"].popitem(), "binary_md5 is"),
-    "count": (
-        lambda tree: tree["files"]["test.beton"].update(num_samples=9),
-        r"test\.beton is .*'num_samples': 9",
-    ),
+    "count": (lambda tree: tree["files"]["test.beton"].update(num_samples=9), r"test\.beton is .*'num_samples': 9"),
     "digest": (lambda tree: tree["files"]["test.beton"].update(sha256="0" * 64), "its manifest says 0000"),
     "digest type": (lambda tree: tree["files"]["test.beton"].update(sha256=None), r"test\.beton is "),
     "file type": (lambda tree: tree["files"].update({"test.beton": []}), r"test\.beton is \[\], expected"),
@@ -237,18 +230,9 @@ def test_read_only_folder(read_only: Path) -> None:
 
 
 def prepare(folder: Path, source: Path, *more: str) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "cifar_dist.prepare",
-        "--data.dir",
-        str(folder),
-        "--data.source",
-        str(source),
-    ]
-    return subprocess.Popen(
-        [*command, *more], cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    options = ["--data.dir", str(folder), "--data.source", str(source), *more]
+    command = [sys.executable, "-m", "cifar_dist.prepare", *options]
+    return subprocess.Popen(command, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def names(folder: Path) -> list[str]:
@@ -268,23 +252,29 @@ def wait_for(condition: Callable[[], Any], limit_s: float = 30) -> None:
     until = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < until
-        time.sleep(0.05)
+        time.sleep(0.01)
 
 
 COMPLETE = [".prepare.lock", "manifest.json", "test.beton", "train.beton"]
 
 
-def test_killed_then_two_at_once_then_rebuilt(binary_dir: Path, tmp_path: Path) -> None:
-    folder, rng = tmp_path / "data", random.Random(os.getpid())
-    for wanted, limit_s in [(lambda: True, 1), (lambda: writers(folder), 4)]:  # while reading, while writing
-        process = prepare(folder, binary_dir)
-        wait_for(wanted)
-        time.sleep(rng.uniform(0, limit_s))
-        process.kill()
-        process.communicate()
-        wait_for(lambda: not writers(folder), limit_s=5)
-        assert not (folder / dataset.MANIFEST).exists()
-    folder.mkdir(exist_ok=True)
+def kill_as_soon_as(condition: Callable[[], Any], folder: Path, source: Path) -> None:
+    process = prepare(folder, source)
+    wait_for(condition)
+    process.kill()
+    output, _ = process.communicate()
+    assert not (folder / dataset.MANIFEST).exists(), output
+    wait_for(lambda: not writers(folder))
+
+
+def test_killed_then_two_at_once(binary_dir: Path, tmp_path: Path) -> None:
+    """Killed while reading, and with a part of the training file's 158 MB written, between 1 and 100 of them."""
+    folder = tmp_path / "data"
+    kill_as_soon_as(lambda: list(folder.glob(".partial-*")), folder, binary_dir)
+    enough = random.SystemRandom().randint(1_000_000, 100_000_000)
+    print(f"killed as soon as {enough} bytes are written")
+    partial = f".partial-*/{dataset.TRAIN}"
+    kill_as_soon_as(lambda: sum(path.stat().st_size for path in folder.glob(partial)) >= enough, folder, binary_dir)
     (folder / dataset.TRAIN).write_bytes(b"as if killed between two renames, or somebody's own")
 
     both = [prepare(folder, binary_dir) for _ in range(2)]
@@ -295,6 +285,7 @@ def test_killed_then_two_at_once_then_rebuilt(binary_dir: Path, tmp_path: Path) 
     assert first.count(" matches\n") == 6
     assert "prepared from" in first
     assert "train.beton was there without a manifest; moved to" in first
+    assert "mean 0.4914 0.4822 0.4465, std 0.2470 0.2435 0.2616" in first
     assert second.count("another process is preparing it; waiting") == 1
     assert "verified 192 MB" in second
     assert "matches" not in second
@@ -302,19 +293,28 @@ def test_killed_then_two_at_once_then_rebuilt(binary_dir: Path, tmp_path: Path) 
     assert (aside / dataset.TRAIN).read_bytes().startswith(b"as if killed")
     assert names(folder) == sorted([*COMPLETE, aside.name])
     assert writers(folder) == []
+    dataset.ensure(folder, "auto", print)
 
-    edit_test_file(folder, flip_pixel)
-    process = prepare(folder, binary_dir)
+
+def test_the_command_refuses_damage(copy: Path, binary_dir: Path) -> None:
+    edit_test_file(copy, flip_pixel)
+    before = state(copy)
+    process = prepare(copy, binary_dir)
     _, error = process.communicate(timeout=60)
     assert process.returncode == DataError.exit_code
     assert error.startswith("error: ")
     assert "Traceback" not in error
-    process = prepare(folder, binary_dir, "--rebuild", "True")
-    out, error = process.communicate(timeout=60)
+    assert state(copy) == before
+
+
+@pytest.mark.slow
+def test_damaged_data_is_rebuilt(copy: Path, binary_dir: Path) -> None:
+    edit_test_file(copy, flip_pixel)
+    process = prepare(copy, binary_dir, "--rebuild", "True")
+    _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (0, "")
-    assert "mean 0.4914 0.4822 0.4465, std 0.2470 0.2435 0.2616" in out
-    assert names(folder) == sorted([*COMPLETE, aside.name])
-    dataset.ensure(folder, "auto", print)
+    assert names(copy) == COMPLETE
+    dataset.ensure(copy, "auto", print)
 
 
 def test_interrupted_by_the_terminal(binary_dir: Path, tmp_path: Path) -> None:

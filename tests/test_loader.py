@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,7 +132,7 @@ def test_leaving_early_leaks_nothing(loader: BetonLoader, cifar: Cifar10, num_ba
     """With what is left fitting into FFCV's queue of three batches, or not."""
     order = np.random.default_rng(0).permutation(NUM)[: num_batches * 100]
     threads = threading.active_count()
-    for attempt in range(20):
+    for attempt in range(6):
         reading = loader.read(order, 100)
         check([next(reading)], cifar, order[:100])
         if attempt % 2:
@@ -196,10 +195,8 @@ def test_failure_in_the_reading_thread(loader: BetonLoader, monkeypatch: pytest.
     monkeypatch.setattr(EpochIterator, "run_pipeline", run_pipeline)
     reading = loader.read(np.arange(NUM), 100)
     assert [len(next(reading).labels) for _ in range(fails_at)] == [100] * fails_at
-    start = time.monotonic()
-    with pytest.raises(DataError, match="Input/output error") as caught:
+    with pytest.raises(DataError, match="Input/output error") as caught:  # FFCV's own would wait for ever
         next(reading)
-    assert time.monotonic() - start < 5
     assert isinstance(caught.value.__cause__, OSError)
     assert "test.beton" in str(caught.value)
 
