@@ -23,7 +23,7 @@ from cifar_dist.training.trainer import Trainer
 from tests import runs
 
 OPTIONS = ("--config", str(runs.REPOSITORY / "configs/quickstart.yaml"), "--data.train_on", "all", "--data.subset",
-           "512", "--train.epochs", "20", "--train.log_every_steps", "16", "--train.batch_size", "32",
+           "512", "--train.epochs", "24", "--train.log_every_steps", "16", "--train.batch_size", "32",
            "--train.micro_batch_size", "32", "--model.auxiliary", "True", "--augment.flip", "none",
            "--augment.translate", "0", "--augment.low_resolution_share", "0", "--eval.every_epochs", "0",
            "--eval.tta", "none", "--eval.bn_samples", "512", "--eval.test_subset", "500",
@@ -45,7 +45,7 @@ def test_all_of_512_images_are_learned(name: str, precision: str, data_dir: Path
              "--run.dir", tmp_path / "run")  # fmt: skip
     records = runs.records(tmp_path / "run")
     epochs = [record["train/accuracy"] for record in records if "train/accuracy" in record]
-    assert len(epochs) == 20  # one line an epoch
+    assert len(epochs) == 24  # one line an epoch
     assert epochs[0] < 0.5
     assert epochs[-1] == 1.0
     learned = score_of_training_images(tmp_path / "run", data_dir)
