@@ -22,15 +22,12 @@ TINY = ("--config", str(runs.REPOSITORY / "configs/quickstart.yaml"), "--model.w
         "--train.max_steps", "2", "--eval.tta", "none", "--eval.bn_samples", "250",
         "--track.wandb", "disabled")  # fmt: skip
 
-# launch/test sets the variable for pytest itself, and nproc would see one processor by it.
-AS_A_PERSON = ("env", "-u", "OMP_NUM_THREADS")
-
 
 def start(script: str, *arguments: str | Path, cpu: str = "", **environment: str) -> subprocess.Popen[str]:
     """Start a script; `cpu` keeps it to one processor, as machines of their own do not share any."""
     pinned = ["taskset", "-c", cpu] if cpu else []
     return subprocess.Popen(
-        [*AS_A_PERSON, *pinned, str(LAUNCH / script), *map(str, arguments)],
+        [*pinned, str(LAUNCH / script), *map(str, arguments)],
         cwd=runs.REPOSITORY,
         env=os.environ | environment,
         stdout=subprocess.PIPE,

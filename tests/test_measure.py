@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests import runs
-from tests.test_launch import AS_A_PERSON
 
 pytestmark = pytest.mark.run
 MEASURE = str(runs.REPOSITORY / "launch/measure")
@@ -18,7 +17,7 @@ CONFIG = str(runs.REPOSITORY / "configs/quickstart.yaml")
 
 
 def words(data_dir: Path, *arguments: str) -> list[str]:
-    return [*AS_A_PERSON, MEASURE, *arguments, *runs.SHORT[2:], "--data.dir", str(data_dir)]
+    return [MEASURE, *arguments, *runs.SHORT[2:], "--data.dir", str(data_dir)]
 
 
 @pytest.mark.data

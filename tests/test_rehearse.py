@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from tests import runs
-from tests.test_launch import AS_A_PERSON
 
 REHEARSE = str(runs.REPOSITORY / "launch/rehearse")
 CONFIG = str(runs.REPOSITORY / "configs/quickstart.yaml")
@@ -24,7 +23,7 @@ SETTINGS = (
 def test_rehearsal_equals_the_run(data_dir: Path, tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     common = (*SETTINGS, "--data.dir", str(data_dir))
-    words = [*AS_A_PERSON, REHEARSE, "--world-size", "4", CONFIG, "--steps", "12", *common, f"--run.dir={here}"]
+    words = [REHEARSE, "--world-size", "4", CONFIG, "--steps", "12", *common, f"--run.dir={here}"]
     output = runs.finish(runs.start_command(words))
     runs.run(4, "--config", CONFIG, *common, "--train.max_steps", "12", "--track.wandb", "disabled", "--run.dir", there)
     rehearsed, real = runs.summary(here), runs.summary(there)

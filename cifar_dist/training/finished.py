@@ -106,11 +106,6 @@ def _read_run(directory: Path) -> FinishedRun:
     contradictions = _contradictions(values, config)
     if contradictions:
         raise UserError(f"{path} is not of the settings in the config.yaml beside it: {'; '.join(contradictions)}.")
-    if values["test_n"] != NUM_TEST:
-        raise UserError(
-            f"{path} has the score of {values['test_n']:,} of the {NUM_TEST:,} test images (eval.test_subset), which "
-            f"stands in no table of results. {_AGAIN[:-1]} without eval.test_subset."
-        )
     return FinishedRun(directory, config, {name: values[name] for name in FIGURES})
 
 
@@ -214,9 +209,16 @@ def refuse_unequal(runs: Sequence[FinishedRun]) -> None:
     """Refuse runs over which no mean can be taken.
 
     Raises:
-        UserError: two have the same seed or the same model, or they differ in a setting or in what they did.
+        UserError: one scored a part of the test set only; two have the same seed or the same model; or they differ in a
+            setting or in what they did.
     """
     for k, run in enumerate(runs):
+        if run.figures["test_n"] != NUM_TEST:
+            raise UserError(
+                f"{run.directory / 'summary.json'} has the score of {run.figures['test_n']:,} of the {NUM_TEST:,} test "
+                f"images (eval.test_subset), which stands in no table of results. {_AGAIN[:-1]} without "
+                f"eval.test_subset."
+            )
         for other in runs[:k]:
             where = f"{other.directory} and {run.directory}"
             if run.figures["seed"] == other.figures["seed"]:
@@ -228,7 +230,7 @@ def refuse_unequal(runs: Sequence[FinishedRun]) -> None:
         changed = _differences(first.config, run.config, "{key} is {old} in the first, {new} in the second")
         if changed:
             raise UserError(f"{where} differ in more than the seed:{changed}")
-        for name in ("test_n", "val_n", "steps", "params", "precision"):  # the last follows from the device, too
+        for name in ("val_n", "steps", "params", "precision"):  # the last follows from the device, too
             if run.figures[name] != first.figures[name]:
                 values = f"{first.figures[name]} and {run.figures[name]}"
                 raise UserError(f"{where} did not do the same: {name} is {values}.")
