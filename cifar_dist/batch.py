@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from cifar_dist import slurm
 from cifar_dist.errors import DivergedError, PeerError, StopError, UserError, reported
+from cifar_dist.limits import validate_for_table
 
 if TYPE_CHECKING:
     from cifar_dist.config import Config
@@ -114,6 +115,7 @@ def _sweep(job: slurm.Job, steps: slurm.Steps, arguments: Sequence[str]) -> int:
     seed, line = divmod(job.array_index, len(grid))
     asked = [*own, *shlex.split(grid[line]), "--run.seed", str(seed)]
     config = _config(job, asked)
+    validate_for_table(config)
     folder = config.run.dir or Path("runs") / (config.run.name or f"sweep-{job.array_id}")
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is a run itself. Choose another --run.name.")

@@ -161,8 +161,8 @@ class EvalConfig:
     bn_samples: int = 5_000
     """Training samples for the batch-norm statistics before scoring, and for the filters of a whitening stem."""
     test_subset: int | None = None
-    """Score only that many test images at the end of a run, equally many of each class, to try things out quickly. Such
-    a run stands in no table of results; `evaluate` scores its checkpoints on all 10,000."""
+    """Score only that many test images at the end of a run, to try things out quickly; the counts of the classes differ
+    by one at most. Tables of results refuse such a run. `evaluate` scores its checkpoints on all 10,000 images."""
     tta: Literal["none", "flip", "six"] = "six"
     """flip: report also the score of the mean over an image and its mirror image. six: over both as they are and
     shifted by a pixel up left and down right, which count half (arXiv 2404.00498)."""

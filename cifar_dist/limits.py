@@ -102,6 +102,16 @@ def _validate_sizes(c: Config) -> None:
         raise UserError("train.micro_batch_size is 1, over which batch norm has no variance; valid: 2 or more.")
 
 
+def validate_for_table(config: Config) -> None:
+    """Refuse what no table of results takes.
+
+    Raises:
+        UserError: only a part of the test set is going to be scored.
+    """
+    if config.eval.test_subset is not None:
+        raise UserError("eval.test_subset is for trials; a table of results takes scores of the whole test set only.")
+
+
 def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) -> int:
     """Forward passes per rank and optimizer step: batch_size / (micro_batch_size x world_size).
 

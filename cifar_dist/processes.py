@@ -1,5 +1,7 @@
-"""Which process this is, whether another one still lives (neither clocks nor process ids alone tell), and a quick start
-and end of this one."""
+"""What identifies a process, whether it is alive, and how this one starts and ends quickly.
+
+Neither clocks nor process ids alone identify a process.
+"""
 
 from __future__ import annotations
 
@@ -16,33 +18,38 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
+from cifar_dist.errors import end
+
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Import inside without garbage collection: modules stay, and searching them for garbage takes 0.6 s."""
+    """Import inside without garbage collection: modules are never garbage, and searching them for it takes 0.6 s."""
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        atexit.register(gc.unfreeze)  # C++ extensions count what is left at the end, and report it as a leak
+        atexit.register(gc.unfreeze)  # else nanobind finds the frozen objects at the end and reports leaks
         gc.enable()
 
 
 def run_and_exit(main: Callable[[], None]) -> NoReturn:
     """Run `main` as the program of this process and exit with its code, without dismantling the interpreter.
 
-    With torch, numba and FFCV loaded, dismantling takes a second. What matters outside of this process is done as
-    Python does it, in the same order: threads are waited for, exit functions run, output is flushed.
+    With torch, numba and FFCV loaded, dismantling takes a second. As Python does, this waits for threads, runs exit
+    functions and flushes output. It does not flush files that are still open.
     """
     code: object = 0
     try:
         main()
-    except SystemExit as end:
-        code = end.code
+    except SystemExit as finished:
+        code = finished.code
     except Exception:  # noqa: BLE001 - Python's own report of it, and its exit code
         sys.excepthook(*sys.exc_info())
         code = 1
+    if sys.gettrace() or sys.getprofile() or sys.flags.interactive:
+        raise SystemExit(code)  # debuggers and profilers do their work afterwards
+    end()
     if code is not None and not isinstance(code, int):
         print(code, file=sys.stderr)
         code = 1
@@ -52,16 +59,18 @@ def run_and_exit(main: Callable[[], None]) -> NoReturn:
 
 
 def _flush() -> int:
-    """Flush what Python and C have printed; 0, or Python's own exit code where that fails."""
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).fflush(None)
+    """Flush what Python and C have printed; 0, or the exit code that Python has where that fails."""
     failed = 0
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None and not stream.closed:
                 stream.flush()
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
             failed = 120
+            with suppress(OSError, ValueError):
+                print(f"error: {stream.name} cannot be written: {error}", file=sys.stderr)
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).fflush(None)
     return failed
 
 

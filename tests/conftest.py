@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -24,15 +25,15 @@ REPOSITORY = Path(__file__).parents[1]
 # All that the tests start inherits it, so that what is left at the end is found.
 SESSION = "CIFAR_DIST_TEST_SESSION"
 os.environ.setdefault(SESSION, secrets.token_hex(8))
-# Files that take longest, which are begun first: else one worker ends long before the other. All others follow.
-FIRST = ("test_slurm", "clock", "test_stopping", "test_elastic", "test_wheel", "test_bundle", "test_world_size")
+# Groups that take longest are begun first: else one worker ends long before the other.
+FIRST = ("clock", "test_slurm", "test_elastic", "test_wheel", "test_bundle", "test_world_size", "test_bench")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs a GPU where there is none; deal out whole files, which share fixtures, the longest first.
+    """Deselect what needs a GPU where there is none, and give each file to one worker, as its tests share fixtures.
 
-    Tests that measure seconds are one group, "clock": they never run beside one another.
+    Tests that measure seconds are one group, "clock", so that two of them never run at a time.
     """
     if not list(Path("/dev").glob("nvidia[0-9]*")):
         without = [item for item in items if item.get_closest_marker("gpu")]
@@ -60,18 +61,19 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     deadline = time.monotonic() + 10
     while (left := _left_behind()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    for process in left:
-        print(f"\nERROR: left behind by the tests: process {process.pid}: {' '.join(process.cmdline())[:300]}")
+    for text in left:
+        print(f"\nERROR: left behind by the tests: {text}")
+    if left and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def _left_behind() -> list[psutil.Process]:
+def _left_behind() -> list[str]:
     found = []
     for process in psutil.process_iter():
         try:
             ours = process.pid != os.getpid() and process.environ().get(SESSION) == os.environ[SESSION]
             if ours and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
+                found.append(f"process {process.pid}: {' '.join(process.cmdline())[:300]}")
         except psutil.Error:
             continue
     return found
@@ -87,6 +89,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callab
         folder, done = shared / name, shared / f"{name}.done"
         with filelock.FileLock(shared / f"{name}.lock"):
             if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of the other worker, which failed
                 folder.mkdir()
                 fill(folder)
                 done.touch()

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -333,3 +334,16 @@ def test_ports_of_jobs() -> None:
         taken.listen()
         assert slurm.free_port(6) == 16_384 + 6 + 97
     assert slurm.free_port(16_384 * 3 + 7) == 16_384 + 7
+
+
+def test_sweep_of_a_part_of_the_test_set_is_refused_before_it_trains(tmp_path: Path) -> None:
+    """Its table would refuse the runs."""
+    environment = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0", "NPROC_PER_NODE": "1"}
+    words = [sys.executable, "-m", "cifar_dist.batch", "sweep", *SHORT, "--run.dir", str(tmp_path / "sweep")]
+    result = subprocess.run(
+        [*words, "--eval.test_subset", "500"], env=os.environ | environment | {"SLURM_ARRAY_TASK_COUNT": "3"},
+        cwd=runs.REPOSITORY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "eval.test_subset is for trials" in result.stderr
+    assert not (tmp_path / "sweep").exists()

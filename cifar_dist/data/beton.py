@@ -126,7 +126,7 @@ def _opened(path: Path) -> Iterator[FileIO]:
 
 
 def _read_ends(path: Path, file: FileIO, num_samples: int | None) -> tuple[Images, Images, Labels]:
-    """All before the first page, the allocation table after the last one, and the labels; checked."""
+    """The bytes before the first page, the allocation table, and the labels, all checked."""
     size = os.fstat(file.fileno()).st_size
     n = _check_header(path, file.read(METADATA_START), size, num_samples)
     layout = Layout(n)
@@ -143,7 +143,8 @@ def _read_ends(path: Path, file: FileIO, num_samples: int | None) -> tuple[Image
 def _pages(path: Path, file: FileIO, n: int) -> Iterator[tuple[Images, int]]:
     """Each page, in a buffer that the next one overwrites, and how many of its bytes are images.
 
-    Read, as a mapping dies of a truncation; one by one, as new memory for all costs more time than hashing it.
+    They are read, not mapped: a mapped file that is truncated kills the process. One buffer serves all pages, as
+    memory for 158 MB takes longer to get than to hash.
     """
     page = np.empty(PAGE_BYTES, np.uint8)
     file.seek(Layout(n).pages_start)

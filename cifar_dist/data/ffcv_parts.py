@@ -1,14 +1,15 @@
-"""The parts of FFCV that are used, without three things that cost time in every process.
+"""The parts of FFCV that are used, with three changes.
 
 - Importing FFCV compiles a typed dictionary for a table of two constants (3 s). Only Python code reads that table, so a
-  plain dictionary serves.
-- Importing it sets torch to one thread.
+  plain dictionary takes its place.
+- Importing it sets torch to one thread, which is undone.
 - Each `Loader` compiles the same function that finds a sample's bytes (0.25 s). It is compiled once here, and numba
   keeps the machine code on disk where it can.
 """
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
 from typing import Any
 
@@ -48,8 +49,11 @@ def _compiled() -> Any:
     signature = numba.uint8[::1](numba.uint64, OSCacheManager.state_type.fget(None))
     options = {"fastmath": True, "nogil": True, "error_model": "numpy"}  # as ffcv.pipeline.compiler
     try:
+        processor = repr(numba.core.registry.cpu_target.target_context.codegen().magic_tuple())
+        # Part of the file's name: machines of two kinds that share a folder never read each other's code.
+        _find_bytes.__qualname__ = f"find_bytes_{hashlib.sha256(processor.encode()).hexdigest()[:12]}"
         return numba.njit(signature, cache=True, **options)(_find_bytes)
-    except Exception:  # noqa: BLE001 - a cache that is full, read-only or damaged only costs the time to compile
+    except Exception:  # noqa: BLE001 - without a usable cache it is compiled in each process
         return numba.njit(signature, **options)(_find_bytes)
 
 

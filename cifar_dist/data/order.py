@@ -37,7 +37,7 @@ def split(labels: Indices, train_on: str, subset: int | None) -> Split:
 
 
 def stratified(labels: Indices, subset: int) -> Indices:
-    """The same `subset` of the samples with these labels each time, ascending; equally many of each class, to one."""
+    """Indices of `subset` samples, ascending and always the same ones; the classes' counts differ by one at most."""
     return _first_of_each(_shuffled_classes(labels), subset)
 
 

@@ -17,6 +17,7 @@ import yaml
 from cifar_dist.cli import from_tree
 from cifar_dist.config import NUM_TEST, Config
 from cifar_dist.errors import UserError
+from cifar_dist.limits import validate_for_table
 
 # What runs of one table may differ in: which of them they are, where files lie, and who is told.
 _FREE = {
@@ -189,19 +190,16 @@ def refuse_others(directories: Sequence[Path], asked: Config) -> None:
     Training itself lets a run go on with another logging, scoring or precision of GPU products; a table does not.
 
     Raises:
-        UserError: names the directory and the settings; a finished run in one of them cannot be used; or `asked` is
-            not going to score the whole test set.
+        UserError: a directory holds a run of other settings, which the message names, or a finished run that cannot be
+            used; or `asked` has eval.test_subset.
     """
-    if asked.eval.test_subset is not None:
-        raise UserError("eval.test_subset is for trials; a table of results takes scores of the whole test set only.")
+    validate_for_table(asked)
     begun = [directory for directory in directories if _holds_run(directory)]
     for directory in begun:
         changed = _differences(_read_config(directory), asked, "{key} was {old}, is now {new}")
         if changed:
-            raise UserError(
-                f"{directory} holds a run with other settings:{changed}\n"
-                "Give the old values, or choose another --run.name."
-            )
+            keep = "Give the old values, or choose" if "eval.test_subset" not in changed else "Choose"
+            raise UserError(f"{directory} holds a run with other settings:{changed}\n{keep} another --run.name.")
     refuse_unequal(read_runs([directory for directory in begun if (directory / "summary.json").exists()]))
 
 
@@ -216,8 +214,8 @@ def refuse_unequal(runs: Sequence[FinishedRun]) -> None:
         if run.figures["test_n"] != NUM_TEST:
             raise UserError(
                 f"{run.directory / 'summary.json'} has the score of {run.figures['test_n']:,} of the {NUM_TEST:,} test "
-                f"images (eval.test_subset), which stands in no table of results. {_AGAIN[:-1]} without "
-                f"eval.test_subset."
+                f"images (eval.test_subset), which stands in no table of results. Remove that file, and "
+                f"go on with the run by --run.resume auto and without eval.test_subset: it is scored again."
             )
         for other in runs[:k]:
             where = f"{other.directory} and {run.directory}"
