@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 from pathlib import Path
@@ -12,13 +11,11 @@ import psutil
 from tests import runs
 from tests.test_launch import start
 
-CPUS = [str(cpu) for cpu in sorted(os.sched_getaffinity(0))]
-
 
 def machine(cpu: int, port: str, *arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
     """One of several launchers that stand for machines, with a processor of its own and one process."""
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NPROC_PER_NODE": "1"} | environment
-    return start("multinode", *arguments, cpu=CPUS[cpu % len(CPUS)], **common)
+    return start("multinode", *arguments, cpu=runs.CPUS[cpu % len(runs.CPUS)], **common)
 
 
 def listens(port: str) -> bool:

@@ -40,10 +40,17 @@ TWO_RANKS = (
 )  # fmt: skip
 
 
+# Each worker of pytest-xdist has a processor for its single processes, and ports. On processors that others use, too,
+# two threads of one process wait for each other a hundred times longer than they compute.
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+CPUS = [str(cpu) for cpu in sorted(os.sched_getaffinity(0))]
+ON_ONE_CPU = ("taskset", "-c", CPUS[_WORKER % len(CPUS)])
+
+
 def command(world_size: int, module: str = "train") -> list[str]:
-    """Plain python for one process, torchrun on this machine for more."""
+    """Plain python on one processor for one process, torchrun on this machine for more."""
     if world_size == 1:
-        return [sys.executable, "-m", f"cifar_dist.{module}"]
+        return [*ON_ONE_CPU, sys.executable, "-m", f"cifar_dist.{module}"]
     return [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(world_size), "-m", f"cifar_dist.{module}"]
 
 
@@ -137,8 +144,7 @@ def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str], lim
         time.sleep(0.03)
 
 
-# Each worker of pytest-xdist has its own ports, below those that the kernel hands out by itself.
-_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+# Below those that the kernel hands out by itself.
 _ports = itertools.cycle(range(10_000 + 1_000 * _WORKER, 11_000 + 1_000 * _WORKER))
 
 

@@ -23,13 +23,13 @@ from cifar_dist.benchmarks.settings import PARTS, BenchConfig, as_arguments
 from cifar_dist.config import ModelConfig
 from cifar_dist.models.layers import num_parameters
 from cifar_dist.training.precision import NumberFormat
-from tests.runs import REPOSITORY
+from tests.runs import ON_ONE_CPU, REPOSITORY
 
 FP32 = NumberFormat("fp32", "cpu")
 
 
 def bench(*args: str | Path, timeout_s: float = 250) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "cifar_dist.bench", *map(str, args)]
+    command = [*ON_ONE_CPU, sys.executable, "-m", "cifar_dist.bench", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, cwd=REPOSITORY)
 
 

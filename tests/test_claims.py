@@ -299,7 +299,7 @@ def test_a_run_that_stood_still_and_lost_its_directory_writes_no_more(
     for pid in frozen:
         os.kill(pid, signal.SIGSTOP)
     (tmp_path / "run" / LOCK).unlink()
-    words = [sys.executable, "-m", "cifar_dist.train", *options]
+    words = [*runs.command(1), *options]
     second = runs.start_command(elsewhere(words, "elsewhere"))
     runs.wait_until(lambda: owner(tmp_path / "run").get("host") == "elsewhere", second)
     for pid in frozen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ pytestmark = [pytest.mark.run, pytest.mark.data]
 
 def test_debug_mode(data_dir: Path, tmp_path: Path) -> None:
     """As it is, but for little to score: one validation, and 500 test images as they are."""
-    command = [str(runs.REPOSITORY / "launch/debug"), "--data.dir", str(data_dir), "--run.dir", str(tmp_path / "a b")]
+    debug = str(runs.REPOSITORY / "launch/debug")
+    command = [*runs.ON_ONE_CPU, debug, "--data.dir", str(data_dir), "--run.dir", str(tmp_path / "a b")]
     little = ["--eval.every_epochs", "0", "--eval.test_subset", "500", "--eval.tta", "none"]
     result = subprocess.run([*command, *little], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -60,7 +62,8 @@ def test_pdb_works_under_torchrun_with_one_process(data_dir: Path, tmp_path: Pat
         "main()\n"
     )
     command = [
-        *runs.command(1)[:1],
+        *runs.ON_ONE_CPU,
+        sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",

@@ -13,7 +13,7 @@ import pytest
 
 from cifar_dist.training.checkpoint import all_steps
 from tests import runs
-from tests.machines import CPUS, listens, lose, machine, trainers
+from tests.machines import listens, lose, machine, trainers
 from tests.runs import free_port
 from tests.test_launch import start
 
@@ -189,7 +189,7 @@ def test_four_two_one_and_three_processes_train_one_run(data_dir: Path, tmp_path
     run_dir = tmp_path / "parts"
     for world_size in (4, 2, 1, 3):
         before = max(all_steps(run_dir / "checkpoints"), default=0)
-        cpu = CPUS[0] if world_size == 1 else ""  # a thread per process: two wait for each other on a busy machine
+        cpu = runs.ON_ONE_CPU[-1] if world_size == 1 else ""
         process = start("node", *options, "--run.dir", run_dir, cpu=cpu, NPROC_PER_NODE=str(world_size))
         if world_size != 3:
             runs.wait_until(lambda at=before: max(runs.logged_steps(run_dir), default=0) > at + 1, process)  # type: ignore[misc]

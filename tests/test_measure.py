@@ -26,7 +26,7 @@ def test_one_part_is_stopped_and_gone_on_and_the_others_fail(data_dir: Path, tmp
     broken, results = tmp_path / "broken.yaml", tmp_path / "my results"
     broken.write_text("train: {epochs: -1}\n")
     command = words(data_dir, "--bench", "loader --repeats 0", "--configs", str(broken), CONFIG, "--out", str(results))
-    command = ["env", "NPROC_PER_NODE=1", *command]
+    command = [*runs.ON_ONE_CPU, "env", "NPROC_PER_NODE=1", *command]
     process = runs.start_command(command, tmp_path)
     run = tmp_path / "runs/my results-quickstart"
     runs.wait_until(lambda: len(runs.logged_steps(run)) >= 2, process)

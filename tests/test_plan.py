@@ -43,7 +43,7 @@ SETTINGS = (
 
 
 def plan(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "cifar_dist.plan", *map(str, arguments)]
+    command = [*runs.ON_ONE_CPU, sys.executable, "-m", "cifar_dist.plan", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, cwd=runs.REPOSITORY)
 
 

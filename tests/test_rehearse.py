@@ -23,7 +23,7 @@ SETTINGS = (
 def test_rehearsal_equals_the_run(data_dir: Path, tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     common = (*SETTINGS, "--data.dir", str(data_dir))
-    words = [REHEARSE, "--world-size", "4", CONFIG, "--steps", "12", *common, f"--run.dir={here}"]
+    words = [*runs.ON_ONE_CPU, REHEARSE, "--world-size", "4", CONFIG, "--steps", "12", *common, f"--run.dir={here}"]
     output = runs.finish(runs.start_command(words))
     runs.run(4, "--config", CONFIG, *common, "--train.max_steps", "12", "--track.wandb", "disabled", "--run.dir", there)
     rehearsed, real = runs.summary(here), runs.summary(there)

@@ -26,9 +26,9 @@ OPTIONS = (*runs.SMALL, "--train.precision", "fp32", "--train.checkpoint_every_s
 
 def start(fault: str, world_size: int, run_dir: Path, *options: str | Path) -> subprocess.Popen[str]:
     """`world_size` ranks as launch/node starts them, with `fault`."""
-    command = [sys.executable]
+    command = [*runs.ON_ONE_CPU, sys.executable]
     if world_size > 1:
-        command += ["-m", "cifar_dist.launch", "--standalone", "--nproc-per-node", str(world_size)]
+        command = [sys.executable, "-m", "cifar_dist.launch", "--standalone", "--nproc-per-node", str(world_size)]
     return runs.start_command([*command, FAULTY, fault, *OPTIONS, "--run.dir", str(run_dir), *map(str, options)])
 
 
@@ -102,7 +102,7 @@ def test_what_is_no_stall(data_dir: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_person_in_the_debugger_is_not_interrupted(data_dir: Path, tmp_path: Path) -> None:
-    command = [sys.executable, FAULTY, "debugger:0:10", *OPTIONS, "--run.dir", str(tmp_path)]
+    command = [*runs.ON_ONE_CPU, sys.executable, FAULTY, "debugger:0:10", *OPTIONS, "--run.dir", str(tmp_path)]
     process = subprocess.Popen(
         [*command, "--data.dir", str(data_dir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, cwd=runs.REPOSITORY,
