@@ -82,7 +82,9 @@ def test_disk_full_for_the_metrics(data_dir: Path, disk: Path) -> None:
     """Two ranks, of which one writes: the message comes once, and the last checkpoint is what is left."""
     run_dir = disk / "run"
     make_room(disk)
-    options = (*OPTIONS, "--train.max_steps", "8000", "--train.log_every_steps", "1", "--data.dir", data_dir)
+    # Some 20 lines may still fit into the last page: the metrics meet the full disk before the next checkpoint does.
+    options = (*OPTIONS, "--train.max_steps", "8000", "--train.log_every_steps", "1",
+               "--train.checkpoint_every_steps", "60", "--data.dir", data_dir)  # fmt: skip
     words = [sys.executable, "-m", "cifar_dist.launch", "--standalone", "--nproc-per-node", "2", "-m"]
     words += ["cifar_dist.train", *map(str, options), "--run.dir", str(run_dir)]
     process = runs.start_command(words)
