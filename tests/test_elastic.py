@@ -181,6 +181,7 @@ def test_number_of_machines_that_does_not_divide(data_dir: Path, tmp_path: Path)
     assert all("starting again" not in output and "Traceback" not in output for output in outputs)
 
 
+@pytest.mark.slow
 def test_four_two_one_and_three_processes_train_one_run(data_dir: Path, tmp_path: Path) -> None:
     """Each sitting but the last is stopped by SIGUSR1; the same samples in the same order, the same model."""
     options = (*runs.SMALL, "--train.precision", "fp64", "--train.micro_batch_size", "8", "--train.max_steps", "20",

@@ -23,11 +23,11 @@ SETTINGS = (
 def test_rehearsal_equals_the_run(data_dir: Path, tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     common = (*SETTINGS, "--data.dir", str(data_dir))
-    words = [*runs.ON_ONE_CPU, REHEARSE, "--world-size", "4", CONFIG, "--steps", "12", *common, f"--run.dir={here}"]
+    words = [*runs.ON_ONE_CPU, REHEARSE, "--world-size", "2", CONFIG, "--steps", "12", *common, f"--run.dir={here}"]
     output = runs.finish(runs.start_command(words))
-    runs.run(4, "--config", CONFIG, *common, "--train.max_steps", "12", "--track.wandb", "disabled", "--run.dir", there)
+    runs.run(2, "--config", CONFIG, *common, "--train.max_steps", "12", "--track.wandb", "disabled", "--run.dir", there)
     rehearsed, real = runs.summary(here), runs.summary(there)
-    assert (real["world_size"], real["accumulation"], real["samples_dropped_per_epoch"]) == (4, 2, 104)
+    assert (real["world_size"], real["accumulation"], real["samples_dropped_per_epoch"]) == (2, 4, 104)
     assert rehearsed["world_size"] * rehearsed["accumulation"] == 8
     assert rehearsed["data_receipt"] == real["data_receipt"]
     assert len(real["data_receipt"]) == 2
