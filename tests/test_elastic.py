@@ -40,6 +40,7 @@ def same_but_for_time(run_dir: Path, other: Path) -> bool:
     return figures(run_dir) == figures(other)
 
 
+@pytest.mark.slow
 def test_killed_rank_is_started_again(two_ranks: Path, data_dir: Path, tmp_path: Path) -> None:
     """Twice, as the second restart meets what the first one left."""
     run_dir = tmp_path / "run"

@@ -175,6 +175,7 @@ def test_read_only_run_directory(short_run: Path, data_dir: Path) -> None:
     assert one_screen(output)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FAKETIME, reason="NOT TESTED: clocks that are set back, as Debian's libfaketime is missing")
 def test_clock_set_back(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a day during a run, and by another one before it resumes. Few steps, as libfaketime makes them take a second.

@@ -25,7 +25,9 @@ Record = dict[str, Any]
 SPARE_BYTES = {"Python bytes": 20_000, "malloc bytes": 150_000, "resident bytes": 3_000_000}
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["alone", "two processes"])
+@pytest.fixture(scope="module", params=[
+    pytest.param(1, id="alone"), pytest.param(2, id="two processes", marks=pytest.mark.slow)
+])  # fmt: skip
 def measured(request: pytest.FixtureRequest, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """By rank, a record for each epoch of a run that leaks in its second half."""
     world_size, folder = request.param, tmp_path_factory.mktemp("growth") / "run"

@@ -68,6 +68,7 @@ def test_stopped_rank(rank: int, data_dir: Path, tmp_path: Path) -> None:
     check_end(tmp_path, 6, message, 8)
 
 
+@pytest.mark.slow
 def test_rank_that_hangs_in_reading(data_dir: Path, tmp_path: Path) -> None:
     """Under torchrun itself, whose store is shared."""
     command = [*runs.command(2)[:-2], FAULTY, "hang_reading:1:10", *OPTIONS, "--data.dir", str(data_dir)]
