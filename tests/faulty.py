@@ -60,18 +60,18 @@ def nan_loss(stepper: Any, *_: Any) -> None:
 
 
 def no_memory(*_: Any) -> None:
-    """From now on this process has some 24 MB more, and no more: what it had freed and kept is taken.
+    """From now on this process has some 16 MB more, and no more: what it had freed and kept is taken.
 
-    Tensors have to be larger, so that what does not fit is one of them: a thread ends the process where it finds not
-    even the few bytes for its thread-local data.
+    Tensors have to be larger, so that what does not fit is the first of them, and megabytes stay free at any time: a
+    thread ends the process where it finds no room for its thread-local data.
     """
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 24 * 2**20, resource.RLIM_INFINITY))
-    for megabytes in (64, 8, 1):
+    resource.setrlimit(resource.RLIMIT_AS, (used + 12 * 2**20, resource.RLIM_INFINITY))
+    for megabytes in (64, 8):
         with suppress(RuntimeError):
             while True:
                 HOARD.append(torch.empty(megabytes * 2**20, dtype=torch.uint8))
-    del HOARD[-24:]
+    resource.setrlimit(resource.RLIMIT_AS, (used + 24 * 2**20, resource.RLIM_INFINITY))
 
 
 def no_memory_to_score(*_: Any) -> None:

@@ -149,8 +149,8 @@ def test_drift_is_looked_for_between_checkpoints(data_dir: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("fault", "code", "parts"),
     [
-        ("no_memory:1:3", 2, ("rank 1 ran out of memory in step 3", "train.micro_batch_size is 960",
-                              "--train.micro_batch_size 480")),
+        ("no_memory:1:3", 2, ("rank 1 ran out of memory in step 3", "train.micro_batch_size is 1920",
+                              "--train.micro_batch_size 960")),
         pytest.param("no_memory_to_score:1:3", 2,
                      ("rank 1 ran out of memory in step 4", "(evaluation, batch 1 of ", "--eval.batch_size 2500"),
                      marks=pytest.mark.slow),
@@ -161,8 +161,8 @@ def test_drift_is_looked_for_between_checkpoints(data_dir: Path, tmp_path: Path)
 def test_the_error_of_one_rank_is_that_of_all(
     fault: str, code: int, parts: tuple[str, ...], data_dir: Path, tmp_path: Path
 ) -> None:
-    options = ("--train.batch_size", "1920", "--train.micro_batch_size", "960", "--train.max_steps", "4",
-               "--eval.batch_size", "5000", "--eval.test_subset", "None",
+    options = ("--train.batch_size", "3840", "--train.micro_batch_size", "1920", "--train.max_steps", "4",
+               "--data.subset", "3840", "--eval.batch_size", "5000", "--eval.test_subset", "None",
                "--data.dir", data_dir, "--train.checkpoint_every_steps", "2")  # fmt: skip
     output = runs.finish(start(fault, 2, tmp_path, *options), expected=code)
     message = said(output)
