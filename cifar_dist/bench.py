@@ -17,7 +17,7 @@ from typing import Any
 from cifar_dist import cli, errors, files
 from cifar_dist.benchmarks.launching import last_lines
 from cifar_dist.benchmarks.settings import PARTS, BenchConfig, CompareConfig, as_arguments, validate
-from cifar_dist.processes import kill_family
+from cifar_dist.processes import kill_family, run_and_exit
 
 _ABOUT = "Measure this machine; `compare OLD NEW` holds two files of --json against each other."
 
@@ -109,4 +109,4 @@ def _run(command: list[str], limit_s: float) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main)

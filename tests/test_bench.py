@@ -63,7 +63,7 @@ LITTLE = ("--repeats", "2", "--width", "0.0625", "--micro_batch_size", "16", "--
 
 def measured(part: str, data_dir: Path, file: Path, *args: str) -> dict[str, Any]:
     """The figures of a benchmark with little work, which are those that it prints."""
-    result = bench(part, "--data.dir", data_dir, *LITTLE, *args, "--json", file, timeout_s=900)
+    result = bench(part, "--data.dir", data_dir, *LITTLE, *args, "--json", file, timeout_s=540)
     assert result.returncode == 0, result.stdout + result.stderr
     figures = report.read(file)
     for content in figures["parts"].values():
@@ -94,7 +94,7 @@ def test_step(data_dir: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.run
-@pytest.mark.timeout(960)
+@pytest.mark.timeout(600)
 def test_all(data_dir: Path, tmp_path: Path) -> None:
     figures = measured("all", data_dir, tmp_path / "figures.json", "--seconds", "0.05")
     assert list(figures["parts"]) == list(PARTS)

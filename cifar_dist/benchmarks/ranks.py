@@ -24,6 +24,7 @@ from cifar_dist.benchmarks.networks import Subject
 from cifar_dist.config import ModelConfig, TrainConfig
 from cifar_dist.distributed import World, data_parallel, joined
 from cifar_dist.files import write_text_atomic
+from cifar_dist.processes import run_and_exit
 from cifar_dist.training.precision import number_format, set_backends
 
 
@@ -156,4 +157,4 @@ def _timed(part: Part, work: Callable[[], object], world: World, num: int) -> fl
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main)

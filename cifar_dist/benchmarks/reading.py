@@ -21,6 +21,7 @@ from cifar_dist.data import augment, beton
 from cifar_dist.data.loader import Batch, BetonLoader
 from cifar_dist.data.order import Order
 from cifar_dist.distributed import keep_freed_memory
+from cifar_dist.processes import run_and_exit
 
 AUGMENTED, TORCHVISION = "this project, augmented", "torchvision v2 + DataLoader"
 # Crop and flip as in torchvision's pipeline; FFCV's has cutout as well, and so has this project's unless told.
@@ -121,4 +122,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # On one CPU, TBB would wait forever at exit for threads that DataLoader's forks lost.
+    run_and_exit(main)
