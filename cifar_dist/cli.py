@@ -11,16 +11,23 @@ import difflib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 import yaml
 
-from cifar_dist.config import Config
-from cifar_dist.errors import UserError, leave_time_to_speak, speaks
-from cifar_dist.limits import accumulation_steps, validate
+from cifar_dist.config import (
+    NUM_TRAIN,
+    NUM_VALIDATION,
+    Config,
+    ModelConfig,
+    accumulation_steps,
+    out_of_range,
+    to_yaml,
+)
+from cifar_dist.errors import UserError, is_main_process, wait_for_main_process
 
 T = TypeVar("T")
 
@@ -30,8 +37,8 @@ def parse(cls: type[T], args: Sequence[str], command: str, default: T | None = N
     try:
         return _parse(cls, args, command, default, description)
     except SystemExit as end:
-        if end.code and not speaks():
-            leave_time_to_speak()
+        if end.code and not is_main_process():
+            wait_for_main_process()
         raise
 
 
@@ -43,7 +50,7 @@ def _parse(cls: type[T], args: Sequence[str], command: str, default: T | None, d
         description=description,
         default=default,
         use_underscores=True,
-        console_outputs=speaks(),
+        console_outputs=is_main_process(),
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )
 
@@ -66,26 +73,14 @@ def load_config(args: Sequence[str], command: str = "train", description: str = 
     accumulation_steps(config.train.batch_size, config.train.micro_batch_size, world_size)
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and config.run.resume != "auto":
         raise UserError(
-            f"run.resume is {config.run.resume}, but processes that are started again go on from the last checkpoint. "
+            f"run.resume is {config.run.resume}, but restarted processes resume from the last checkpoint. "
             f"Give --run.resume auto, or MAX_RESTARTS=0 (of torchrun: --max-restarts 0)."
         )
     if known.print_config:
-        if speaks():
+        if is_main_process():
             print(to_yaml(config), end="")
         raise SystemExit(0)
     return config
-
-
-def to_yaml(config: Config) -> str:
-    """The complete configuration as YAML that `--config` reads back."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return str(value) if isinstance(value, Path) else value
-
-    text: str = yaml.safe_dump(plain(asdict(config)), sort_keys=False, allow_unicode=True)
-    return text
 
 
 def read_yaml(path: Path, command: str = "train") -> Config:
@@ -112,7 +107,7 @@ def from_tree(tree: Any, origin: str, command: str = "train") -> Config:
     try:
         return parse(Config, arguments, command)
     except SystemExit:
-        if speaks():
+        if is_main_process():
             print(f"error: the value above comes from {origin}.", file=sys.stderr)
         raise
 
@@ -143,3 +138,67 @@ def _closest(key: str, prefix: str, names: list[str]) -> str:
     close = difflib.get_close_matches(key, places, n=1, cutoff=0.5)
     hint = f" Did you mean {places[close[0]]}?" if close else ""
     return f"{hint} Valid here: {', '.join(names)}."
+
+
+def validate(config: Config) -> None:
+    """Refuse settings that no run can use.
+
+    Raises:
+        UserError: names the setting, its value and what is valid.
+    """
+    c = config
+    for name, value, valid in out_of_range(config):
+        raise UserError(f"{name} is {value}; valid: {valid}.")
+    if c.run.resume == "":
+        raise UserError("run.resume is empty; valid: never, auto or the path of a checkpoint.")
+    if c.run.name is not None and (Path(c.run.name).name != c.run.name or c.run.name == ".."):
+        raise UserError(f"run.name is {c.run.name}; valid: a name without /.")
+    if c.run.resume == "auto" and c.run.name is None and c.run.dir is None:
+        raise UserError("run.resume is auto, which needs the name of the run: give --run.name NAME or --run.dir PATH.")
+    _validate_model(c.model, c.optim.name)
+    if c.augment.low_resolution_share and c.model.auxiliary:
+        raise UserError(
+            "augment.low_resolution_share is above 0, but auxiliary classifiers need images of one size. Use "
+            "augment.low_resolution_share 0, or model.auxiliary False."
+        )
+    _validate_sizes(c)
+
+
+def _validate_model(model: ModelConfig, optimizer: str) -> None:
+    if model.name != "inception_v1":
+        if model.norm == "none":
+            raise UserError("model.norm is none, but Inception V2 is built on batch norm; use batch, or inception_v1.")
+        if model.branch5x5 != "paper":
+            other = f"model.branch5x5 is {model.branch5x5}"
+            raise UserError(f"{other}, but Inception V2 has two 3x3 there; use paper, or inception_v1.")
+    if model.stem == "imagenet" and model.auxiliary:
+        raise UserError(
+            "model.auxiliary is True, but model.stem imagenet leaves 2x2 of a 32x32 image at 4a, too few for the "
+            "auxiliary classifiers' 5x5 pool. Use another model.stem, or model.auxiliary False."
+        )
+    if model.norm == "none" and optimizer == "muon":
+        raise UserError(
+            "optim.name is muon, which needs model.norm batch: it keeps the filters at one length. Use optim.name sgd."
+        )
+
+
+def _validate_sizes(c: Config) -> None:
+    available = NUM_TRAIN if c.data.train_on == "all" else NUM_TRAIN - NUM_VALIDATION
+    num_samples = available if c.data.subset is None else c.data.subset
+    if not 1 <= num_samples <= available:
+        raise UserError(f"data.subset is {num_samples}; with data.train_on {c.data.train_on} valid: 1 to {available}.")
+    if c.train.batch_size > num_samples:
+        raise UserError(
+            f"train.batch_size is {c.train.batch_size}, but there are only {num_samples} training samples, so not "
+            f"one step fits into an epoch. Lower train.batch_size or raise data.subset."
+        )
+
+
+def validate_for_table(config: Config) -> None:
+    """Refuse settings whose score does not belong in a table of results.
+
+    Raises:
+        UserError: only a part of the test set would be scored.
+    """
+    if config.eval.test_subset is not None:
+        raise UserError("eval.test_subset is for trials; a table of results needs scores of the whole test set.")

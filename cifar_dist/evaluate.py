@@ -10,8 +10,8 @@ from typing import Literal
 
 from cifar_dist.cli import parse
 from cifar_dist.config import Device
-from cifar_dist.errors import reported
-from cifar_dist.processes import quick_imports, run_and_exit
+from cifar_dist.errors import exit_on_error
+from cifar_dist.process import quick_imports, run_and_exit
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,16 @@ class EvaluateArguments:
 
 
 def main() -> None:
-    with reported(alike=True):
+    with exit_on_error(on_all_ranks=True):
         arguments = parse(EvaluateArguments, sys.argv[1:], "evaluate", description="Score a checkpoint.")
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or FFCV would open one of the GPUs
     with quick_imports():
-        from cifar_dist.distributed import joined
-        from cifar_dist.training.scoring import score_checkpoint
+        from cifar_dist.distributed import init_distributed
+        from cifar_dist.fault_tolerance.lost_peers import report_lost_peers
+        from cifar_dist.training.score_checkpoint import score_checkpoint
 
-    with reported(), joined(arguments.device) as world:
+    with exit_on_error(), init_distributed(arguments.device) as world, report_lost_peers(world):
         score_checkpoint(
             arguments.checkpoint, world, arguments.split == "validation", arguments.data_dir, arguments.json
         )

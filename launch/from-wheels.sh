@@ -128,7 +128,7 @@ PYTHON
 # What was put together fits together, and the parts that were compiled for each other load.
 check_environment() {
     local answer
-    .venv/bin/python -m cifar_dist.installed || exit 2
+    .venv/bin/python -m cifar_dist.offline.check_installed || exit 2
     answer=$(.venv/bin/python -c 'import torch, torchvision, cv2, ffcv.loader' 2>&1) ||
         mistake "the environment was installed, but cannot be loaded:" "$(tail -n 5 <<<"$answer")"
 }

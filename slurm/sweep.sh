@@ -17,16 +17,16 @@
 #
 # A line of the grid's file holds settings, e.g. --optim.lr 0.1. With G lines job I trains line I modulo G with seed I
 # div G. The runs are in runs/sweep-JOBID/seed-S, or in setting-L/seed-S there, unless --run.name or --run.dir names the
-# folder. Each is stopped, requeued and gone on with as by slurm/train.sh, whose variables count here too.
+# folder. Each run stops, is requeued and resumes as with slurm/train.sh, whose variables count here, too.
 set -euo pipefail
-trap '' USR1  # until the program below listens
-# Slurm runs a copy of this file, so that its own folder says nothing.
+trap '' USR1  # until the program below handles it
+# Slurm runs a copy of this file from another folder.
 root=${CIFAR_DIST_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
-[[ $root == /* ]] || root=$PWD/$root  # or the search upward would never end
+[[ $root == /* ]] || root=$PWD/$root  # otherwise the loop would not end
 until [[ $root == / || -x $root/launch/multinode ]]; do root=$(dirname "$root"); done
 [[ -x $root/.venv/bin/python ]] || {
     echo "error: there is no prepared repository at ${CIFAR_DIST_HOME:-${SLURM_SUBMIT_DIR:-$PWD}} or above it. Run ./launch/setup" >&2
     echo "in the repository and submit from inside it, or set CIFAR_DIST_HOME to it." >&2
     exit 2
 }
-CIFAR_DIST_SCRIPT=slurm/sweep.sh exec "$root/.venv/bin/python" -m cifar_dist.batch sweep "$@"
+CIFAR_DIST_SCRIPT=slurm/sweep.sh exec "$root/.venv/bin/python" -m cifar_dist.cluster.slurm sweep "$@"

@@ -14,8 +14,9 @@ import filelock
 import psutil
 import pytest
 
-from cifar_dist.data import beton, cifar10, dataset
-from tests import runs
+from cifar_dist.data import cifar10, dataset
+from cifar_dist.data.prepare import beton
+from tests.support import runs
 
 # Numbers are asserted for CPUs, several ranks on any machine; child processes inherit it.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""

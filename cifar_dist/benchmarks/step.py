@@ -1,165 +1,169 @@
-"""A training step: networks, stems, micro-batches, memory orders; against torchvision's googlenet and the device."""
+"""Part "step": augmentation and training step, against torchvision's googlenet and the limits of the device."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
+import torch._dynamo.config as dynamo
 
-from cifar_dist.benchmarks import networks
-from cifar_dist.benchmarks.device import (
-    Ceilings,
+from cifar_dist.benchmarks import baselines
+from cifar_dist.benchmarks.baselines import TORCHVISION_NCHW, TORCHVISION_NHWC, BareStep
+from cifar_dist.benchmarks.measure import (
     Cost,
-    compiles,
+    Limits,
+    Row,
+    Table,
+    Work,
     cost_of,
     failure,
-    measure_ceilings,
-    micro_batches,
-    shares,
-    stems,
+    interleaved,
+    measure_limits,
+    threads,
     wait_for,
 )
-from cifar_dist.benchmarks.measure import Row, Table, in_turn
-from cifar_dist.benchmarks.networks import THEIRS, THEIRS_LAST, Subject
 from cifar_dist.benchmarks.settings import BenchConfig, Stem
-from cifar_dist.config import ModelConfig, TrainConfig
-from cifar_dist.distributed import World, joined
-from cifar_dist.training.precision import NumberFormat, number_format, set_backends
+from cifar_dist.config import AugmentConfig, ModelConfig, TrainConfig
+from cifar_dist.data import augment
+from cifar_dist.distributed import init_distributed
+from cifar_dist.training.precision import Precision, choose_precision, set_backends
 
-V1, V2 = "V1", "V2"
-_NAMES = {V1: "inception_v1", V2: "inception_v2"}
-_SMALL = 128  # images in a micro-batch
+_SMALL = 128  # images in a micro-batch for which CUDA graphs are measured
+_VERSIONS = {"V1": "inception_v1", "V2": "inception_v2"}
 
 
 @dataclass(frozen=True)
-class Setting:
+class _Setting:
+    """What the rows of a table have in common."""
+
     stem: Stem
     num_images: int
-    width: float
     compiled: bool
+    config: BenchConfig
+    device: torch.device
+    precision: Precision
 
 
 def measure(config: BenchConfig) -> list[Table]:
-    """All settings that `config` asks for, and what the device can do at best."""
-    with joined(config.device) as world:
-        formats = number_format(config.precision, world.device)
-        set_backends(TrainConfig(), deterministic=False)
-        gpu = world.device.type == "cuda"
-        _compile_without_limit()
-        ceilings, tables = measure_ceilings(config, world, formats)
-        compiled, chosen = compiles(config, gpu), stems(config, gpu)
-        for stem, num in product(chosen, micro_batches(config, gpu)):
-            setting = Setting(stem, num, config.width, compiled)
-            tables.append(_table(config, setting, world, formats, ceilings))
-        if gpu and not config.micro_batch_size:  # small ones too, which CUDA graphs are for
-            small = Setting(chosen[0], _SMALL, config.width, compiled)
-            tables.append(_table(config, small, world, formats, ceilings, versions=(V1,)))
-        tables.append(_parts(config, setting, world, formats))
-        return tables
+    with init_distributed(config.device) as world:
+        precision = choose_precision(config.precision, world.device)
+        set_backends(TrainConfig(), False, world.device)
+        on_gpu = world.device.type == "cuda"
+        # By default torch runs further networks uncompiled after it has compiled the same code eight times.
+        dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 1024
+        limits, tables = measure_limits(config, world.device, precision.inputs)
+        stems, sizes = config.stems(on_gpu), config.micro_batch_sizes(on_gpu)
+        first = _Setting(stems[0], sizes[0], config.compiles(on_gpu), config, world.device, precision)
+        tables.append(_augmentation(first))
+        for stem, num in product(stems, sizes):
+            tables.append(_networks(replace(first, stem=stem, num_images=num), limits))
+        if on_gpu and not config.micro_batch_size:
+            tables.append(_networks(replace(first, num_images=_SMALL), limits, versions=("V1",)))
+        return [*tables, _step_in_parts(first)]
 
 
-def _compile_without_limit() -> None:
-    """All networks here are compiled from the same code; after the usual eight torch would run the rest uncompiled."""
-    import torch._dynamo
+def _augmentation(setting: _Setting) -> Table:
+    """Sampling of the parameters, flip, translation, cutout and normalisation of a batch in memory."""
+    num, device, dtype = setting.num_images, setting.device, setting.precision.inputs
+    images = torch.randint(0, 256, (num, 32, 32, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+    indices, augmentation = torch.arange(num, device=device), AugmentConfig()
 
-    for name in ("recompile_limit", "accumulated_recompile_limit", "cache_size_limit", "accumulated_cache_size_limit"):
-        if hasattr(torch._dynamo.config, name):
-            setattr(torch._dynamo.config, name, 1024)
+    def work(apply: Callable[..., torch.Tensor]) -> float:
+        apply(images, augment.sample_params(indices, 0, 0, augmentation), augmentation.cutout, dtype)
+        return float(num)
 
+    def normalize() -> float:
+        augment.normalize(images, dtype)
+        return float(num)
 
-def _table(
-    config: BenchConfig,
-    setting: Setting,
-    world: World,
-    formats: NumberFormat,
-    ceilings: Ceilings,
-    versions: tuple[str, ...] = (V1, V2),
-) -> Table:
-    notes, subjects, costs = [], dict[str, Subject](), dict[str, Cost]()
-    for name, build in _subjects(setting, formats, versions):
+    cases: dict[str, Work] = {"eager": partial(work, augment.apply), "normalised only": normalize}
+    notes = []
+    if setting.compiled:
+        cases["compiled"] = partial(work, torch.compile(augment.apply, dynamic=False))
         try:
-            subject = build()
-            if name == _uncompiled(name):
-                costs[name] = cost_of(subject.step)
+            cases["compiled"]()
+        except Exception as error:  # noqa: BLE001 - such as no C++ compiler
+            notes.append(f"compiled: {failure(error)}")
+            del cases["compiled"]
+    rows = interleaved(cases, setting.config.repeats, setting.config.seconds / 2, wait_for(device))
+    title = f"augmentation, batches of {num}, {setting.precision.name}{threads(device)}"
+    return Table(title, "images/s", rows, "eager", notes=notes)
+
+
+def _networks(setting: _Setting, limits: Limits, versions: tuple[str, ...] = ("V1", "V2")) -> Table:
+    """Training steps of the networks that can be built; a note says why another one cannot."""
+    notes, steps, costs = [], dict[str, BareStep](), dict[str, Cost]()
+    for name, build in _builders(setting, versions):
+        try:
+            step = build()
+            costs[name] = cost_of(replace(step, network=step.model))  # uncompiled
             for _ in range(2):
-                subject.step()
-            subjects[name] = subject
-        except Exception as error:  # noqa: BLE001 - no memory, no compiler; the others are measured
+                step()
+            steps[name] = step
+        except Exception as error:  # noqa: BLE001 - such as no memory or no compiler
             notes.append(f"{name}: {failure(error)}")
-            if world.device.type == "cuda":
+            if setting.device.type == "cuda":
                 torch.cuda.empty_cache()
-    rows = [
-        Row(row.name, row.values, row.busy, _columns(row, costs, setting.num_images, ceilings))
-        for row in in_turn(
-            {name: s.step for name, s in subjects.items()}, config.repeats, config.seconds, wait_for(world.device)
-        )
-    ]
-    if setting.width != 1:
-        notes.append(f"width {setting.width:g}; torchvision's googlenet has no width, so it is left out")
-    notes.append("% of copy: the bytes that operations read and write, each by itself; what a cache serves counts too")
-    notes.append("torchvision's as its users run it: eager, torch's default SGD, dropout, batch-norm statistics kept")
-    threads = "" if world.device.type == "cuda" else f", {torch.get_num_threads()} threads"
-    title = f"{setting.stem} stem, micro-batch {setting.num_images}, {formats.name}{threads}, SGD"
-    reference = THEIRS if THEIRS in subjects else next(iter(subjects), "")
+    config, num, wait = setting.config, setting.num_images, wait_for(setting.device)
+    rows = interleaved(steps, config.repeats, config.seconds, wait)
+    for row in rows:
+        steps_per_second, cost = row.median / num, costs[row.name]
+        row.more["TFLOP/s"] = steps_per_second * cost.flops / 1e12
+        row.more["% of product"] = 100 * steps_per_second * cost.flops / limits.flops
+        if steps[row.name].network is steps[row.name].model:  # compiled operations move other bytes
+            row.more["% of copy"] = 100 * steps_per_second * cost.bytes / limits.bytes
+            row.more["operations"] = cost.num_operations
+    if config.width != 1:
+        notes.append(f"width {config.width:g}; without torchvision's googlenet, which has no width")
+    notes.append("% of copy: the bytes that each operation reads and writes, including those served by a cache")
+    notes.append("torchvision's with its defaults: eager, torch's SGD, dropout, batch-norm statistics kept")
+    title = f"{setting.stem} stem, micro-batch {num}, {setting.precision.name}{threads(setting.device)}, SGD"
+    reference = TORCHVISION_NCHW if TORCHVISION_NCHW in steps else next(iter(steps), "")
     return Table(title, "images/s", rows, reference, notes=notes)
 
 
-def _uncompiled(name: str) -> str:
-    return name.removesuffix(", compiled").removesuffix(", CUDA graphs")
+def _builders(setting: _Setting, versions: tuple[str, ...]) -> Iterator[tuple[str, Callable[[], BareStep]]]:
+    """Names and builders of the networks to compare.
 
-
-def _columns(row: Row, costs: Mapping[str, Cost], num_images: int, ceilings: Ceilings) -> dict[str, float]:
-    cost = costs.get(_uncompiled(row.name))
-    if cost is None:  # there was no memory for the uncompiled one
-        return {}
-    columns = shares(row, cost, num_images, ceilings, eager=row.name in costs)
-    return columns | ({"operations": cost.num_operations} if row.name in costs else {})
-
-
-def _subjects(
-    setting: Setting, formats: NumberFormat, versions: tuple[str, ...]
-) -> Iterator[tuple[str, Callable[[], Subject]]]:
-    """What is compared: its name and what builds it.
-
-    Compiled, which takes long, only V1 in both forms and V2; CUDA graphs where small micro-batches leave the GPU idle.
+    Compiled, which takes long, are V1 with and without merged 1x1 and V2 without.
     """
-    num = setting.num_images
-    for version in versions:
-        for merged in ("off", "on"):
-            kind = f"{version}, 1x1 merged" if merged == "on" else f"{version}, plain"
-            name: Any = _NAMES[version]
-            config = ModelConfig(name=name, stem=setting.stem, width=setting.width, merge_1x1=merged)
-            yield kind, partial(networks.ours, config, num, formats)
-            if setting.compiled and (version == V1 or merged == "off"):
-                yield f"{kind}, compiled", partial(networks.ours, config, num, formats, "default")
-            if setting.compiled and num <= _SMALL and formats.device_type == "cuda" and merged == "off":
-                yield f"{kind}, CUDA graphs", partial(networks.ours, config, num, formats, "reduce-overhead")
-    if setting.width == 1 and setting.stem != "whiten":  # which torchvision's cannot have
-        for kind, last in ((THEIRS, False), (THEIRS_LAST, True)):
-            yield kind, partial(networks.theirs, setting.stem, num, formats, last)
+    num, precision, width = setting.num_images, setting.precision, setting.config.width
+    graphs = num <= _SMALL and precision.device_type == "cuda"
+    for version, merged in product(versions, ("off", "on")):
+        name: Any = _VERSIONS[version]
+        kind = f"{version}, 1x1 merged" if merged == "on" else f"{version}, plain"
+        model = ModelConfig(name=name, stem=setting.stem, width=width, merge_1x1=merged)  # type: ignore[arg-type]
+        build = partial(baselines.project_step, model, num, precision)
+        yield kind, build
+        if setting.compiled and (version == "V1" or merged == "off"):
+            yield f"{kind}, compiled", partial(build, "default")
+        if setting.compiled and graphs and merged == "off":
+            yield f"{kind}, CUDA graphs", partial(build, "reduce-overhead")
+    if baselines.has_torchvision_counterpart(setting.stem, width):
+        for kind, channels_last in ((TORCHVISION_NCHW, False), (TORCHVISION_NHWC, True)):
+            yield kind, partial(baselines.torchvision_step, setting.stem, num, precision, channels_last)
 
 
-def _parts(config: BenchConfig, setting: Setting, world: World, formats: NumberFormat) -> Table:
-    """Where the time of V1's step goes, as training steps it by default."""
+def _step_in_parts(setting: _Setting) -> Table:
+    """Forward, backward and optimizer of V1."""
     rows = []
-    wait = wait_for(world.device)
     for muon in (False, True):
-        model = ModelConfig(stem=setting.stem, width=setting.width)
+        model = ModelConfig(stem=setting.stem, width=setting.config.width)
         mode = "default" if setting.compiled else None
-        subject = networks.ours(model, setting.num_images, formats, mode, muon)
+        step = baselines.project_step(model, setting.num_images, setting.precision, mode, muon)
         for _ in range(3):
-            subject.step()
-        times = [subject.parts(wait) for _ in range(max(config.repeats, 3))]
-        forward, backward, stepped = (list(column) for column in zip(*times, strict=True))
+            step()
+        times = [step.seconds_by_part(wait_for(setting.device)) for _ in range(max(setting.config.repeats, 3))]
+        forward, backward, optimizer = ([1e3 * seconds for seconds in column] for column in zip(*times, strict=True))
         if not muon:
-            rows += [Row("forward", [1e3 * t for t in forward]), Row("backward", [1e3 * t for t in backward])]
-        rows.append(Row("Muon and SGD" if muon else "SGD", [1e3 * t for t in stepped]))
+            rows += [Row("forward", forward), Row("backward", backward)]
+        rows.append(Row("Muon and SGD" if muon else "SGD", optimizer))
     total = sum(statistics.median(row.values) for row in rows[:3])
-    rows = [Row(r.name, r.values, more={"% of step": 100 * r.median / total}) for r in rows[:3]] + rows[3:]
+    rows = [replace(row, more={"% of step": 100 * row.median / total}) for row in rows[:3]] + rows[3:]
     title = f"a step of V1 in parts, {setting.stem} stem, micro-batch {setting.num_images}"
     return Table(title, "ms", rows, lower_is_better=True)

@@ -1,158 +1,180 @@
-"""The prepared dataset: train.beton, test.beton and manifest.json in one folder, complete or not there.
+"""The dataset of a run: train.beton and test.beton in one folder, verified on every machine, and their split.
 
-The manifest is renamed into place last, so it vouches for the two files beside it; `ensure` still hashes them
-each time and holds what they contain against CIFAR-10's own digests, not only against the manifest.
+A file counts only if its SHA-256 is the known one (see cifar10.BETON_FILES). FFCV maps a file and follows its pointers
+unchecked: one that is cut short by a byte gives wrong images without an error. No torch is imported at the top, so that
+`python -m cifar_dist.prepare` starts at once.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
-import platform
+import shlex
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import filelock
+import numpy as np
 
-from cifar_dist.data import beton, cifar10
-from cifar_dist.data.beton_format import Layout
-from cifar_dist.data.beton_writer import write_betons
+from cifar_dist.config import NUM_TEST, DataConfig, EvalConfig
+from cifar_dist.data.cifar10 import BETON_FILES, FFCV_VERSION
+from cifar_dist.data.order import Indices, Split, split, stratified
 from cifar_dist.errors import DataError
-from cifar_dist.files import sync_directory, write_text_atomic
+from cifar_dist.files import sync_directory
 
-Say = Callable[[str], None]
+if TYPE_CHECKING:
+    from cifar_dist.distributed import World
 
-TRAIN, TEST, MANIFEST = "train.beton", "test.beton", "manifest.json"
-COUNTS = {TRAIN: 50_000, TEST: 10_000}
-FORMAT = "cifar_dist CIFAR-10, format 1"
+Log = Callable[[str], None]
 
-
-@dataclass(frozen=True)
-class Manifest:
-    """What is in the folder; per file num_samples, size_bytes, sha256. Mean, std: pixels scaled to 0..1."""
-
-    format: str
-    files: dict[str, dict[str, Any]]
-    arrays_sha256: dict[str, str]
-    binary_md5: dict[str, str]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    origin: str
-    versions: dict[str, str]
+TRAIN, TEST = "train.beton", "test.beton"
+_PREPARE_TIMEOUT_S = 7200  # one process downloads and writes the dataset while the others wait
+_SPARE_BYTES = 64_000_000  # left free on the disk of a copy
 
 
-def ensure(data_dir: Path, source: str, say: Say, rebuild: bool = False) -> Manifest:
-    """Verify the dataset in `data_dir`, preparing it from `source` (see cifar10.fetch) when there is none.
+# For a run: on every rank
 
-    Of several processes one prepares, the others wait for it. With `rebuild` it is prepared although it is
-    there; the old files stay until the new ones are complete. A complete folder is only ever read.
+
+def prepared_folder(config: DataConfig, world: World, log: Log) -> Path:
+    """Prepare or verify data.dir, and copy it to data.stage_dir if given; one process per node does it.
+
+    Returns the folder that this rank reads.
+
+    Raises:
+        DataError: on every rank; the dataset is damaged, or no source works.
+    """
+    from cifar_dist.distributed import all_gather_text, run_and_sync_errors
+
+    data_dir, stage_dir = config.dir, config.stage_dir
+
+    def prepare() -> Path:
+        try:
+            if stage_dir is not None and stage_dir.resolve() != data_dir.resolve():
+                return stage(data_dir, stage_dir, config.source, log)
+            ensure(data_dir, config.source, log)
+            return data_dir
+        except DataError as error:
+            if not missing(data_dir):
+                raise  # it names the file
+            raise DataError(f"data.dir {data_dir.resolve()} holds no dataset.\n{error}") from None
+
+    folder = run_and_sync_errors(world, prepare, only_if=world.local_rank == 0, timeout_s=_PREPARE_TIMEOUT_S)
+    # The ranks of a node have consecutive numbers.
+    staged = all_gather_text("staged" if folder == stage_dir else "", world)[world.rank - world.local_rank]
+    return stage_dir if stage_dir is not None and staged else data_dir
+
+
+def read_split(config: DataConfig, folder: Path, world: World) -> Split:
+    """Split the training set in `folder` by `config`."""
+    return split(_labels(folder / TRAIN, world), config.train_on, config.subset)
+
+
+def scored_samples(config: EvalConfig, folder: Path, world: World) -> Indices:
+    """Indices of the test images to score: all, or eval.test_subset of them."""
+    if config.test_subset is None:
+        return np.arange(NUM_TEST)
+    return stratified(_labels(folder / TEST, world), config.test_subset)
+
+
+def _labels(path: Path, world: World) -> Indices:
+    """Read by rank 0, returned on all ranks."""
+    from cifar_dist.data.loader import read_labels
+    from cifar_dist.distributed import broadcast_bytes, run_and_sync_errors
+
+    labels = run_and_sync_errors(world, lambda: read_labels(path).tobytes(), only_if=world.is_main)
+    return np.frombuffer(broadcast_bytes(labels or b"", world), np.int64)
+
+
+# In one process: verify and prepare
+
+
+def ensure(data_dir: Path, source: str, log: Log, rebuild: bool = False) -> None:
+    """Verify the dataset in `data_dir`; prepare it from `source` (see prepare.sources.fetch) if a file is missing.
+
+    One process prepares while others wait. A complete folder is only read, even if it is damaged. `rebuild` prepares
+    the dataset in any case; the old files stay until the new ones are complete.
 
     Raises:
         DataError: the folder cannot be used, its content is damaged or not CIFAR-10, or no source works.
     """
-    if not rebuild and os.path.lexists(data_dir / MANIFEST):
-        return _verify(data_dir, say)
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with locked(data_dir, say):
-            if not rebuild and os.path.lexists(data_dir / MANIFEST):  # another process was faster
-                return _verify(data_dir, say)
-            return _prepare(data_dir, source, say)
-    except OSError as error:
-        reason = "it is a file" if data_dir.is_file() else error.strerror or str(error)
-        raise DataError(
-            f"data.dir {data_dir} cannot be prepared: {reason} ({error.filename or data_dir}).\n"
-            f"Choose a folder that can be written, with some 400 MB free: --data.dir DIR."
-        ) from None
+    if rebuild or missing(data_dir):
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+            with _locked(data_dir, log):
+                if rebuild or missing(data_dir):  # else another process was faster
+                    _prepare(data_dir, source, log)
+                    return
+        except OSError as error:
+            reason = "it is a file" if data_dir.is_file() else error.strerror or str(error)
+            raise DataError(
+                f"data.dir {data_dir} cannot be prepared: {reason} ({error.filename or data_dir}).\n"
+                f"Choose a folder that can be written, with some 400 MB free: --data.dir DIR."
+            ) from None
+    verify(data_dir, log)
 
 
-# Verifying
+def missing(data_dir: Path) -> list[str]:
+    """The names of the files that are not in `data_dir`."""
+    return [name for name in BETON_FILES if not os.path.lexists(data_dir / name)]
 
 
-def _verify(data_dir: Path, say: Say) -> Manifest:
+def verify(data_dir: Path, log: Log) -> None:
+    """Check both files against their SHA-256.
+
+    Raises:
+        DataError: names the first file that is wrong, and the command that prepares it again.
+    """
     started = time.monotonic()
-    manifest = _read_manifest(data_dir / MANIFEST)
-    facts = {
-        name: beton.verify_beton(data_dir / name, COUNTS[name], manifest.files[name]["sha256"])
-        for name in (TEST, TRAIN)  # the small one first: damage shows sooner
-    }
-    _check_content(data_dir, facts)
-    size = sum(fact.size_bytes for fact in facts.values())
-    say(f"dataset {data_dir}: verified {size / 1e6:.0f} MB in {time.monotonic() - started:.1f} s")
-    return manifest
+    for name in (TEST, TRAIN):  # the small one first: damage shows sooner
+        problem = _problem(data_dir / name)
+        if problem:
+            raise DataError(
+                f"{data_dir / name} is not usable: {problem}.\nPut the right file back, or prepare the data anew:\n"
+                f"  python -m cifar_dist.prepare --data.dir {shlex.quote(str(data_dir))} --rebuild True"
+            )
+    log(f"dataset {data_dir}: verified {_total_bytes() / 1e6:.0f} MB in {time.monotonic() - started:.1f} s")
 
 
-def _check_content(folder: Path, facts: dict[str, beton.BetonFacts]) -> None:
-    for name, part in ((TRAIN, "train"), (TEST, "test")):
-        for kind, found in (("images", facts[name].images_sha256), ("labels", facts[name].labels_sha256)):
-            expected = cifar10.ARRAYS_SHA256[f"{part}_{kind}"]
-            if found != expected:
-                raise DataError(
-                    f"{folder / name}: its {kind} are not those of CIFAR-10's {part} set.\n"
-                    f"SHA-256 {found}, expected {expected}.\n"
-                    f"Samples per class: {list(facts[name].class_counts)}.\n"
-                    f"{beton.advice(folder)}"
-                )
-
-
-def _read_manifest(path: Path) -> Manifest:
+def _problem(path: Path) -> str:
+    """Why the file is not the one that its name stands for, as the end of a sentence; empty if it is."""
+    right = BETON_FILES[path.name]
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        if size != right.num_bytes:
+            return f"it has {size:,} bytes, expected {right.num_bytes:,}: it was cut short or is another file"
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged ({error}).\n{beton.advice(path.parent)}") from None
-    problem = _manifest_problem(tree)
-    if problem:
-        raise DataError(f"{path} is no manifest of this project's: {problem}.\n{beton.advice(path.parent)}")
-    return Manifest(**tree | {"mean": tuple(tree["mean"]), "std": tuple(tree["std"])})
-
-
-def _manifest_problem(tree: Any) -> str:
-    """What is wrong with a parsed manifest, or nothing; all that is known beforehand must be so."""
-    if not isinstance(tree, dict) or set(tree) != set(Manifest.__dataclass_fields__):
-        return f"it must hold the keys {', '.join(Manifest.__dataclass_fields__)}"
-    known = {"format": FORMAT, "arrays_sha256": cifar10.ARRAYS_SHA256, "binary_md5": cifar10.BINARY_MD5,
-             "mean": list(cifar10.MEAN), "std": list(cifar10.STD)}  # fmt: skip
-    for key, value in known.items():
-        if tree[key] != value:
-            return f"{key} is {tree[key]!r:.200}, expected {value!r:.200}"
-    if not isinstance(tree["origin"], str) or not isinstance(tree["versions"], dict):
-        return "origin must be text, versions names and numbers"
-    files = tree["files"]
-    if not isinstance(files, dict) or set(files) != set(COUNTS):
-        return f"files must be {' and '.join(COUNTS)}"
-    for name, count in COUNTS.items():
-        sha256 = files[name].get("sha256") if isinstance(files[name], dict) else None
-        expected = {"num_samples": count, "size_bytes": Layout(count).size_bytes, "sha256": sha256}
-        if not isinstance(sha256, str) or files[name] != expected:
-            return f"{name} is {files[name]!r:.200}, expected {expected!r}"
+        return f"it cannot be read: {error.strerror}"
+    if found != right.sha256:
+        return f"its SHA-256 is {found}, expected {right.sha256}"
     return ""
 
 
-# Preparing
+def _total_bytes() -> int:
+    return sum(file.num_bytes for file in BETON_FILES.values())
 
 
 @contextmanager
-def locked(data_dir: Path, say: Say) -> Iterator[None]:
-    """One process at a time; the kernel lets go of the lock when its holder dies."""
-    lock = filelock.FileLock(data_dir / ".prepare.lock")
+def _locked(folder: Path, log: Log) -> Iterator[None]:
+    """One process at a time; the kernel releases the lock when its holder dies."""
+    lock = filelock.FileLock(folder / ".prepare.lock")
     try:
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            say(f"dataset {data_dir}: another process is preparing it; waiting")
+            log(f"dataset {folder}: another process is preparing it; waiting")
             lock.acquire()
-    except NotImplementedError:  # older filelock, where the file system knows no flock
+    except NotImplementedError:  # older filelock, on a file system without flock
         raise DataError(
-            f"data.dir {data_dir} is on a file system without locks. Prepare it with one process first:\n"
+            f"data.dir {folder} is on a file system without locks. Prepare it with one process first:\n"
             f"  python -m cifar_dist.prepare --data.dir SOME_LOCAL_FOLDER, then copy that folder there."
         ) from None
     try:
@@ -161,64 +183,106 @@ def locked(data_dir: Path, say: Say) -> Iterator[None]:
         lock.release()
 
 
-def _prepare(data_dir: Path, source: str, say: Say) -> Manifest:
-    """Under the lock: write into a folder of its own, verify, then rename; the manifest last."""
-    started = time.monotonic()
-    for stale in data_dir.glob(".partial-*"):
+@contextmanager
+def _partial_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder in `folder`. Holders of the lock remove those of processes that were killed."""
+    for stale in folder.glob(".partial-*"):
         shutil.rmtree(stale, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=data_dir))
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
     try:
-        data = cifar10.fetch(source, say, scratch=partial)
-        facts = _write(partial, data, say)
-        manifest = _manifest(data, facts)
-        write_text_atomic(partial / MANIFEST, json.dumps(asdict(manifest), indent=2))
-        install(partial, data_dir, say)
+        yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    say(f"dataset {data_dir}: prepared from {data.origin} in {time.monotonic() - started:.1f} s")
-    return manifest
 
 
-def _write(folder: Path, data: cifar10.Cifar10, say: Say) -> dict[str, beton.BetonFacts]:
-    train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
-    write_betons({folder / TRAIN: train, folder / TEST: test}, say)
+def _prepare(data_dir: Path, source: str, log: Log) -> None:
+    """Write both files into a temporary folder, verify them, then rename them into place. Needs the lock."""
+    from cifar_dist.data.prepare import beton, sources
+
+    started = time.monotonic()
+    with _partial_folder(data_dir) as partial:
+        data = sources.fetch(source, log, scratch=partial)
+        train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
+        beton.write({partial / TRAIN: train, partial / TEST: test}, log)
+        for name in BETON_FILES:
+            problem = _problem(partial / name)
+            if problem:
+                raise DataError(
+                    f"{name}, just written, is wrong: {problem}.\nIs the disk full or faulty? The files are those of "
+                    f"ffcv {FFCV_VERSION}; ffcv {version('ffcv')} is installed."
+                )
+        if missing(data_dir):
+            _set_aside(data_dir, log)
+        _install(partial, data_dir)
+    log(f"dataset {data_dir}: prepared from {data.origin} in {time.monotonic() - started:.1f} s")
+
+
+def _set_aside(data_dir: Path, log: Log) -> None:
+    """Move a lone file that is not ours out of the way; a killed preparation leaves one that is."""
+    for name in BETON_FILES:
+        if os.path.lexists(data_dir / name) and _problem(data_dir / name):
+            aside = Path(tempfile.mkdtemp(prefix="set-aside-", dir=data_dir)) / name
+            (data_dir / name).rename(aside)
+            log(f"dataset {data_dir}: {name} was there, is not CIFAR-10's, and is moved to {aside}")
+
+
+def _install(partial: Path, folder: Path) -> None:
+    for name in BETON_FILES:
+        (partial / name).rename(folder / name)
+        sync_directory(folder)
+
+
+# In one process: a copy on the machine's own disk
+
+
+def stage(data_dir: Path, stage_dir: Path, source: str, log: Log) -> Path:
+    """The folder to read from on this machine: `stage_dir` with a verified copy, else `data_dir`, verified.
+
+    One process copies while others wait. A later run uses the copy again, without looking at `data_dir`. If `data_dir`
+    is empty, it is prepared from `source` first (see `ensure`). What prevents the copy is logged, and is no error.
+
+    Raises:
+        DataError: from `ensure`, about `data_dir`.
+    """
     try:
-        facts = {name: beton.verify_beton(folder / name, count) for name, count in COUNTS.items()}
-        _check_content(folder, facts)
+        stage_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = stage_dir.stat()
+        # Anybody can guess the name of a temporary folder.
+        if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise PermissionError(0, "others may write there")
+        with _locked(stage_dir, log):
+            if not _is_staged(stage_dir, log):
+                ensure(data_dir, source, log)
+                _copy(data_dir, stage_dir, log)
+            return stage_dir
+    except OSError as error:
+        log(f"dataset {data_dir}: read from there, not from a copy in {stage_dir}: {error.strerror or error}")
+    ensure(data_dir, source, log)
+    return data_dir
+
+
+def _is_staged(stage_dir: Path, log: Log) -> bool:
+    if missing(stage_dir):
+        return False
+    try:
+        verify(stage_dir, log)
     except DataError as error:
-        problem = str(error).splitlines()[0]
-        raise DataError(f"What was just written does not read back; is the disk full or faulty?\n{problem}") from None
-    return facts
+        log(f"dataset {stage_dir}: this copy is damaged, and made anew: {str(error).splitlines()[0]}")
+        return False
+    return True
 
 
-def _manifest(data: cifar10.Cifar10, facts: dict[str, beton.BetonFacts]) -> Manifest:
-    mean, std = cifar10.statistics(data.train_images)
-    return Manifest(
-        format=FORMAT,
-        files={
-            name: {"num_samples": fact.num_samples, "size_bytes": fact.size_bytes, "sha256": fact.sha256}
-            for name, fact in facts.items()
-        },
-        arrays_sha256=dict(cifar10.ARRAYS_SHA256),
-        binary_md5=dict(cifar10.BINARY_MD5),
-        mean=mean,
-        std=std,
-        origin=data.origin,
-        versions={name: version(name) for name in ("ffcv", "numpy")} | {"python": platform.python_version()},
-    )
-
-
-def install(partial: Path, data_dir: Path, say: Say) -> None:
-    """Rename into place. Without a manifest nothing here counts as complete, whenever this is interrupted."""
-    if os.path.lexists(data_dir / MANIFEST):
-        (data_dir / MANIFEST).unlink()  # of a rebuild, before the first file that it does not describe
-        sync_directory(data_dir)
-    else:
-        for name in COUNTS:
-            if os.path.lexists(data_dir / name):
-                aside = Path(tempfile.mkdtemp(prefix="set-aside-", dir=data_dir)) / name
-                (data_dir / name).rename(aside)
-                say(f"dataset {data_dir}: {name} was there without a manifest; moved to {aside}")
-    for name in (*COUNTS, MANIFEST):
-        (partial / name).rename(data_dir / name)
-        sync_directory(data_dir)
+def _copy(data_dir: Path, stage_dir: Path, log: Log) -> None:
+    for name in BETON_FILES:
+        (stage_dir / name).unlink(missing_ok=True)  # a damaged copy, or one of a killed process
+    with _partial_folder(stage_dir) as partial:
+        if shutil.disk_usage(stage_dir).free < _total_bytes() + _SPARE_BYTES:
+            raise OSError(f"no room for {_total_bytes() / 1e6:.0f} MB")
+        for name in BETON_FILES:
+            shutil.copyfile(data_dir / name, partial / name)
+        _install(partial, stage_dir)
+    log(f"dataset {data_dir}: copied to {stage_dir}")
+    try:
+        verify(stage_dir, log)
+    except DataError as error:
+        raise OSError(f"the copy is damaged: {str(error).splitlines()[0]}") from None

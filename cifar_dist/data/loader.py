@@ -1,52 +1,86 @@
-"""FFCV as the reader of raw bytes: .beton to uint8 images on the device, in an order given from outside.
+"""Reads a .beton with FFCV: uint8 batches on the device, in a given order.
 
-Order, augmentation and sharding are not FFCV's here. What this module adds to `ffcv.loader.Loader` is that an
-error in its thread reaches the consumer, that an epoch can be left early, that a batch stays what it was, and
-that torch keeps its thread count.
+Only FFCV's reading is used; order, augmentation and sharding are in `order` and `augment`. FFCV and numba are changed
+where they are imported, below. In addition an error in FFCV's thread reaches the consumer, an epoch can be left early,
+a batch keeps its content, and torch keeps its thread count.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import queue
-import threading
 from collections.abc import Generator
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+import numba
+import numba.typed
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cifar_dist.data.ffcv_parts import (
-    EpochIterator,
-    IntDecoder,
-    Loader,
-    OSCacheManager,
-    Reader,
-    SimpleRGBImageDecoder,
-    ToDevice,
-    ToTensor,
-    ToTorchImage,
-)
 from cifar_dist.errors import DataError, UserError
 
 _POLL_S = 1.0
 
+# All changes to numba and FFCV:
+# - Importing FFCV compiles a typed dictionary for a table of two constants (3 s). Only Python code reads that table, so
+#   a plain dictionary does.
+# - Importing FFCV sets torch to one thread.
+# - Each Loader compiles the function that finds a sample's bytes (0.25 s): see `_compiled_reader`.
+_threads, _typed_dict = torch.get_num_threads(), numba.typed.Dict
+numba.typed.Dict = dict
+try:
+    from ffcv.fields.basics import IntDecoder
+    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+    from ffcv.loader import Loader
+    from ffcv.loader.epoch_iterator import EpochIterator
+    from ffcv.memory_managers import OSCacheManager
+    from ffcv.reader import Reader
+    from ffcv.transforms import ToDevice, ToTensor, ToTorchImage
+finally:
+    numba.typed.Dict = _typed_dict
+    torch.set_num_threads(_threads)
+
+
+def _find_bytes(address: Any, file: Any) -> Any:
+    """The bytes that were allocated at `address`; file: its bytes, the addresses in order, their sizes."""
+    size = file[2][np.searchsorted(file[1], address)]
+    return file[0][address : address + size]
+
+
+@cache
+def _compiled_reader() -> Any:
+    """`_find_bytes` as machine code: compiled once per process, and kept on disk by numba if it can write there."""
+    signature = numba.uint8[::1](numba.uint64, OSCacheManager.state_type.fget(None))
+    options = {"fastmath": True, "nogil": True, "error_model": "numpy"}  # as ffcv.pipeline.compiler
+    try:
+        processor = repr(numba.core.registry.cpu_target.target_context.codegen().magic_tuple())
+        # Part of the cached file's name, so that different machines with one shared folder do not read each other's.
+        _find_bytes.__qualname__ = f"find_bytes_{hashlib.sha256(processor.encode()).hexdigest()[:12]}"
+        return numba.njit(signature, cache=True, **options)(_find_bytes)
+    except Exception:  # noqa: BLE001 - whatever is wrong with the cache
+        return numba.njit(signature, **options)(_find_bytes)
+
+
+OSCacheManager.compile_reader = lambda _: _compiled_reader()
+
 
 class Batch(NamedTuple):
-    """images (N, 3, 32, 32) uint8 in channels-last order, labels (N,) int64, indices (N,) int64."""
+    """images (N, 3, 32, 32) uint8, channels-last; labels (N,) int64; indices (N,) int64."""
 
     images: Tensor
     labels: Tensor
     indices: Tensor
 
 
-class _Reading(EpochIterator):  # type: ignore[misc]
-    """FFCV's reading thread, with its failures caught. FFCV's own leaves the consumer waiting for ever."""
+class ReadingThread(EpochIterator):  # type: ignore[misc]
+    """FFCV's reading thread. If FFCV's own fails, its consumer waits forever; this one passes the error on."""
 
     def __init__(self, loader: Loader, order: npt.NDArray[np.int64]) -> None:
         self.failure: BaseException | None = None
@@ -55,19 +89,19 @@ class _Reading(EpochIterator):  # type: ignore[misc]
     def run(self) -> None:
         try:
             super().run()
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
+        except BaseException as error:  # noqa: BLE001 - `next_batch` raises it
             self.failure = error
 
     def run_pipeline(self, b_ix: int, batch_indices: Any, batch_slot: int, cuda_event: Any) -> Any:
         if self.terminate_event.is_set():
-            raise StopIteration  # else, with nobody waiting, FFCV would read on to the end of the epoch
+            raise StopIteration  # FFCV would read to the end of the epoch
         if cuda_event is not None:
-            # FFCV lets only its stream wait until this slot is free, while its decoder writes host memory at once.
+            # FFCV makes only its stream wait until this slot is free, but its decoder writes host memory at once.
             cuda_event.synchronize()
         return super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
 
-    def wait(self) -> Any:
-        """The next batch as FFCV made it, or None at the end.
+    def next_batch(self) -> Any:
+        """FFCV's next batch, (slot, tensors), or None at the end.
 
         Raises:
             DataError: the reading thread failed; the cause is chained.
@@ -89,10 +123,10 @@ class _Reading(EpochIterator):  # type: ignore[misc]
 
 
 def end_reading(reading: EpochIterator) -> None:
-    """End FFCV's thread, wherever it is: it may be waiting for room in the queue."""
+    """End FFCV's thread and wait for it."""
     reading.terminate_event.set()
     while reading.is_alive():
-        while not reading.output_queue.empty():
+        while not reading.output_queue.empty():  # it may be waiting for room in the queue
             reading.output_queue.get()
         reading.join(timeout=0.02)
     for stream in reading.cuda_streams:
@@ -102,11 +136,11 @@ def end_reading(reading: EpochIterator) -> None:
 
 
 class BetonLoader:
-    """Reads batches of a verified .beton file on to `device`; a context manager that ends its threads.
+    """Reads batches of a .beton to `device`; a context manager that ends its threads.
 
     Args:
-        path: a file that `data.dataset` has verified (FFCV maps it unchecked).
-        num_workers: reading threads, at most the processors that this process may use.
+        path: a file that `data.dataset` has verified, since FFCV follows its pointers unchecked.
+        num_workers: decoding threads, at most the processors that this process may use.
 
     Raises:
         UserError: more workers than processors.
@@ -120,7 +154,7 @@ class BetonLoader:
         move = [ToDevice(device, non_blocking=True)] if device.type == "cuda" else []
         self._loader = Loader(
             str(path),
-            batch_size=1,  # each reading sets its own
+            batch_size=1,  # `read` sets its own
             num_workers=num_workers,
             drop_last=False,
             pipelines={
@@ -130,10 +164,10 @@ class BetonLoader:
             },
         )
         torch.set_num_threads(threads)
-        self._readings: list[_Reading] = []
+        self._readings: list[ReadingThread] = []
 
     def of(self, path: Path) -> BetonLoader:
-        """A loader of another verified file, which shares this one's compiled code."""
+        """A loader of another verified file, with this one's compiled code."""
         other = copy.copy(self)
         other._loader, other._readings = copy.copy(self._loader), []
         other._loader.fname, other._loader.reader = str(path), Reader(str(path))
@@ -141,12 +175,12 @@ class BetonLoader:
         return other
 
     def read(self, order: npt.NDArray[np.int64], batch_size: int) -> Generator[Batch]:
-        """Yield the samples of `order`, in order, in batches that stay valid for ever; the last may be smaller.
+        """Yield the samples `order` (N,), in that order; the last batch may be smaller.
 
-        Leaving it early ends its thread when the iterator is closed or collected, at the latest with the loader.
+        The thread ends when the iterator is exhausted, closed or collected, at the latest when the loader is closed.
 
         Raises:
-            ValueError: an index outside the file, which FFCV would follow into other memory.
+            ValueError: an index outside the file; FFCV would read other memory.
             DataError: reading failed.
         """
         num_samples = int(self._loader.reader.num_samples)
@@ -154,17 +188,17 @@ class BetonLoader:
             raise ValueError(f"indices from {order.min()} to {order.max()} in a file of {num_samples} samples")
         self._loader.batch_size = batch_size
         threads = torch.get_num_threads()
-        reading = _Reading(self._loader, order.astype(np.uint64))
+        reading = ReadingThread(self._loader, order.astype(np.uint64))
         self._readings.append(reading)
         first = True
         try:
-            while (item := reading.wait()) is not None:
+            while (item := reading.next_batch()) is not None:
                 if first:
-                    # By its first batch FFCV's thread has set torch's thread count for the last time.
+                    # FFCV's thread sets torch's thread count to 1; after its first batch no more.
                     torch.set_num_threads(threads)
                     first = False
                 images, labels, indices = item[1]
-                # FFCV writes the next batches into the same few buffers.
+                # FFCV reuses its few buffers for the next batches.
                 yield Batch(images.clone(), labels[:, 0].clone(), indices[:, 0].clone())
         finally:
             end_reading(reading)
@@ -183,6 +217,6 @@ class BetonLoader:
         self.close()
 
 
-def num_reading_threads() -> int:
-    """How many of FFCV's threads are alive in this process."""
-    return sum(isinstance(thread, EpochIterator) for thread in threading.enumerate())
+def read_labels(path: Path) -> npt.NDArray[np.int64]:
+    """Labels (N,) of a verified .beton, in the order of their index; the images are not read."""
+    return np.ascontiguousarray(Reader(str(path)).metadata["f1"])  # the second field; "f0" is the image

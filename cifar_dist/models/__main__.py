@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from cifar_dist.models.ledger import costs, parameter_counts, report
+from cifar_dist.models.published.counts import costs, parameter_counts, report
 
 
 def main() -> int:

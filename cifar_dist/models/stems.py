@@ -1,4 +1,4 @@
-"""From the image to the first Inception module."""
+"""Stems: the layers between the image and the first Inception module."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar_dist.models.layers import DEFAULT, ConvNormAct, Dialect, halving_pool, scaled
+from cifar_dist.models.layers import DEFAULT, ConvNormAct, Variant, halving_pool, scaled
 
-STEM_CHANNELS = 192  # what the first module of both networks reads
-GRIDS = {"cifar": 32, "pooled": 16, "strided": 16, "whiten": 16, "imagenet": 28}  # side of what a stem returns
+STEM_CHANNELS = 192  # input channels of the first module, for both networks
+GRIDS = {"cifar": 32, "pooled": 16, "strided": 16, "whiten": 16, "imagenet": 28}  # output size of each stem
 
 
 class Stem(nn.Sequential):
@@ -18,45 +18,45 @@ class Stem(nn.Sequential):
     Shapes: (N, 3, 32, 32), for `imagenet` (N, 3, 224, 224), to (N, `out_channels`, `grid`, `grid`).
     """
 
-    def __init__(self, kind: str, width: float = 1.0, dialect: Dialect = DEFAULT) -> None:
-        if kind not in GRIDS:
-            raise ValueError(f"stem is {kind!r}; valid: {', '.join(GRIDS)}")
+    def __init__(self, kind: str, width: float = 1.0, variant: Variant = DEFAULT) -> None:
         out_channels = scaled(STEM_CHANNELS, width)
-        super().__init__(*_parts(kind, scaled(64, width), out_channels, dialect))
+        super().__init__(*_layers(kind, scaled(64, width), out_channels, variant))
         self.out_channels = out_channels
         self.grid = GRIDS[kind]
 
 
-def _parts(kind: str, hidden: int, out_channels: int, dialect: Dialect) -> list[nn.Module]:
+def _layers(kind: str, hidden: int, out_channels: int, variant: Variant) -> list[nn.Module]:
     if kind == "cifar":
-        return [ConvNormAct(3, out_channels, 3, dialect=dialect)]
+        return [ConvNormAct(3, out_channels, 3, variant=variant)]
     if kind == "strided":
-        return [ConvNormAct(3, out_channels, 3, stride=2, dialect=dialect)]
+        return [ConvNormAct(3, out_channels, 3, stride=2, variant=variant)]
     if kind == "whiten":
         whitening = WhiteningConv()
-        pointwise = ConvNormAct(whitening.out_channels, out_channels, 1, dialect=dialect)
+        pointwise = ConvNormAct(whitening.out_channels, out_channels, 1, variant=variant)
         return [whitening, nn.ReLU(inplace=True), pointwise]
-    pointwise = ConvNormAct(hidden, hidden, 1, dialect=dialect)
-    conv3x3 = ConvNormAct(hidden, out_channels, 3, dialect=dialect)
+    if kind not in ("pooled", "imagenet"):
+        raise ValueError(f"stem is {kind!r}; valid: {', '.join(GRIDS)}")
+    pointwise = ConvNormAct(hidden, hidden, 1, variant=variant)
+    conv3x3 = ConvNormAct(hidden, out_channels, 3, variant=variant)
     if kind == "pooled":
-        return [ConvNormAct(3, hidden, 3, dialect=dialect), halving_pool(dialect), pointwise, conv3x3]
-    first = ConvNormAct(3, hidden, 7, stride=2, dialect=dialect)
-    if dialect.norm == "none":
-        return [first, halving_pool(dialect), _lrn(), pointwise, conv3x3, _lrn(), halving_pool(dialect)]
-    return [first, halving_pool(dialect), pointwise, conv3x3, halving_pool(dialect)]
+        return [ConvNormAct(3, hidden, 3, variant=variant), halving_pool(variant), pointwise, conv3x3]
+    first = ConvNormAct(3, hidden, 7, stride=2, variant=variant)
+    if variant.norm == "none":
+        return [first, halving_pool(variant), _lrn(), pointwise, conv3x3, _lrn(), halving_pool(variant)]
+    return [first, halving_pool(variant), pointwise, conv3x3, halving_pool(variant)]
 
 
 def _lrn() -> nn.LocalResponseNorm:
-    """Local response normalisation as in Caffe's bvlc_googlenet; the paper's figure 3 shows where, not how."""
+    """Local response normalisation as in Caffe's bvlc_googlenet; the paper gives no parameters."""
     return nn.LocalResponseNorm(size=5, alpha=1e-4, beta=0.75, k=1.0)
 
 
 class WhiteningConv(nn.Module):
-    """Fixed filters that whiten patches, then a learned bias (Keller Jordan, arXiv 2404.00498).
+    """Fixed filters that whiten patches, and a trained bias (Keller Jordan, arXiv 2404.00498).
 
-    The filters are a buffer, since they are not trained: the eigenvectors of the patches' covariance, each scaled to
-    unit variance, and their negatives, so that the ReLU behind loses nothing. They come from the data, by
-    `whitening_filters`; until then they pick single pixels.
+    The filters are the eigenvectors of the patches' covariance, scaled to unit variance, and their negatives, so that
+    the following ReLU loses no information. They are a buffer that `whitening_filters` computes from the data; until
+    then each filter selects one pixel.
 
     Shapes: (N, 3, H, W) to (N, `out_channels`, H / 2, W / 2).
     """
@@ -78,15 +78,15 @@ class WhiteningConv(nn.Module):
 
 @torch.no_grad()
 def whitening_filters(images: Tensor, kernel_size: int, eps: float = 5e-4) -> Tensor:
-    """Filters under which the patches of `images` have covariance one (but for `eps`), and their negatives.
+    """Filters whose outputs on the patches of `images` have unit covariance (up to `eps`), and their negatives.
 
     Args:
-        images: (N, 3, H, W), float64: in less, the small eigenvalues would be rounding errors.
-        kernel_size: side k of a patch; all positions inside an image count.
-        eps: added to the eigenvalues, which keeps noise small from being blown up.
+        images: (N, 3, H, W) float64; in float32 the small eigenvalues would be rounding errors.
+        kernel_size: size k of a patch; patches at all positions inside an image count.
+        eps: added to the variances, so that noise is not amplified.
 
     Returns:
-        (6 k^2, 3, k, k), by falling variance, the first half's largest components positive.
+        (6 k^2, 3, k, k), by decreasing variance; the largest component of each filter of the first half is positive.
     """
     if images.dtype != torch.float64:
         raise ValueError(f"images are {images.dtype}; give them as float64")
@@ -101,8 +101,8 @@ def whitening_filters(images: Tensor, kernel_size: int, eps: float = 5e-4) -> Te
     mean = total / count
     variances, directions = torch.linalg.eigh(products / count - torch.outer(mean, mean))
     filters = (directions / torch.sqrt(variances.clamp(min=0) + eps)).T.flip(0)
-    # An eigenvector's sign is arbitrary. Mirror-symmetric ones have several components of nearly the largest size;
-    # the first of them decides, so that rounding cannot.
+    # An eigenvector's sign is arbitrary. A mirror-symmetric one has several components of nearly the largest size; the
+    # first of them decides the sign, so that rounding does not.
     sizes = filters.abs()
     leading = (sizes >= (1 - 1e-6) * sizes.amax(dim=1, keepdim=True)).int().argmax(dim=1, keepdim=True)
     filters = filters * filters.gather(1, leading).sign()

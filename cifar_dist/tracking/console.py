@@ -1,4 +1,4 @@
-"""What a person sees: a progress bar on a terminal, plain lines in a log file."""
+"""Console output: a progress bar on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Never
 
 from tqdm import tqdm
 
-from cifar_dist.tracking.records import Value, number
+from cifar_dist.tracking.metrics_file import Value, number
 
-# Key, words, and the scale and unit shown; in the order shown.
+# Key, text, and factor, in the order in which they are printed.
 FIELDS = (
     ("epoch", "epoch {:.2f}", 1),
     ("train/loss", "loss {:.3f}", 1),
@@ -30,7 +30,7 @@ BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 
 
 def describe(metrics: Mapping[str, Value], keys: tuple[str, ...] | None = None) -> str:
-    """The known metrics as `epoch 0.87  loss 1.412  accuracy 61.2 %`; accuracies come in as shares of 1."""
+    """The known metrics as `epoch 0.87  loss 1.412  accuracy 61.2 %`; accuracies are given as fractions."""
     parts = []
     for key, words, scale in FIELDS:
         value = number(metrics.get(key))
@@ -39,15 +39,8 @@ def describe(metrics: Mapping[str, Value], keys: tuple[str, ...] | None = None) 
     return "  ".join(parts)
 
 
-def clock(seconds: float) -> str:
-    """12:41 or 1:02:03."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
-
-
 class Console:
-    """A bar on stderr where that is a terminal, else plain lines on stdout; both go with `say`.
+    """A bar on stderr where that is a terminal, else plain lines on stdout; both go with `log`.
 
     Args:
         total_steps: optimizer steps of the whole run.
@@ -56,7 +49,7 @@ class Console:
 
     def __init__(self, total_steps: int, start_step: int) -> None:
         self._total = total_steps
-        self._first: tuple[int, float] | None = None  # step and time from which the time left is estimated
+        self._first: tuple[int, float] | None = None  # (step, time) from which the remaining time is estimated
         self._bar: tqdm[Never] | None = None
         if sys.stderr.isatty():
             self._bar = tqdm(
@@ -65,13 +58,13 @@ class Console:
             )  # fmt: skip
 
     def progress(self, step: int) -> None:
-        """Move the bar to `step`; it is drawn five times a second at most, and nothing waits."""
-        if self._first is None:  # after the first step, so that its compilation does not count
+        """Move the bar to `step`. It is drawn at most five times per second; waits for nothing."""
+        if self._first is None:  # after the first step, because that compiles
             self._first = (step, time.monotonic())
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
-    def show(self, step: int, metrics: Mapping[str, Value]) -> None:
+    def log_metrics(self, step: int, metrics: Mapping[str, Value]) -> None:
         """Show one record: training metrics in the bar where there is one, everything else as a line."""
         self.progress(step)
         left = self._time_left(step) if "train/loss" in metrics else ""
@@ -84,16 +77,16 @@ class Console:
             metrics = {key: value for key, value in metrics.items() if key not in ("lr", "images_per_second")}
             left = ""
         parts = (f"step {step}/{self._total}", describe(metrics), left)
-        self.say("  ".join(part for part in parts if part))
+        self.log("  ".join(part for part in parts if part))
 
     def _time_left(self, step: int) -> str:
         if self._first is None or step <= self._first[0] or step >= self._total:
             return ""
         first_step, first_time = self._first
         seconds_per_step = (time.monotonic() - first_time) / (step - first_step)
-        return f"{clock(seconds_per_step * (self._total - step))} left"
+        return f"{tqdm.format_interval(round(seconds_per_step * (self._total - step)))} left"
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a line to stdout, above the bar where there is one."""
         if self._bar is None:
             print(text, flush=True)
@@ -102,6 +95,6 @@ class Console:
             sys.stdout.flush()
 
     def close(self) -> None:
-        """Leave the bar as it stands and end its line; a second call does nothing."""
+        """Keep the bar and end its line; a second call does nothing."""
         if self._bar is not None:
             self._bar.close()

@@ -1,4 +1,4 @@
-"""curves.png: what metrics.jsonl tells, at one glance."""
+"""curves.png: loss, accuracy and learning rate from metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 from cifar_dist.errors import UserError
 from cifar_dist.files import write_bytes_atomic
-from cifar_dist.tracking.records import Record, number, read_records
+from cifar_dist.tracking.metrics_file import Record, number, read_records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-# Three hues that stay apart for the colour-blind (Okabe and Ito); each series has its own in every panel.
+# Okabe and Ito's colours, distinguishable for the colour-blind; one per series, in every panel.
 TRAIN, VALIDATION, TEST = "#0072B2", "#D55E00", "#009E73"
 INK, GRID = "#333333", "#dddddd"
 
@@ -25,18 +24,23 @@ Points = tuple[list[int], list[float]]
 def draw_curves(metrics_path: Path, out: Path, title: str) -> None:
     """Draw loss, accuracy in % and learning rate over the steps, with the epochs along the top.
 
-    Null and missing values are passed over; a loss that is not finite breaks its line.
+    Null and missing values are skipped; a loss that is not finite breaks its line.
 
     Args:
-        metrics_path: a metrics.jsonl, also of a run still going on.
-        out: the PNG, 1560 x 540 pixels; replaced as a whole.
-        title: stands above.
+        metrics_path: a metrics.jsonl, also of a running run.
+        out: the PNG, 1560 x 540 pixels; replaced atomically.
 
     Raises:
-        UserError: the metrics cannot be read or the picture not written.
+        UserError: the metrics cannot be read, or the file cannot be written.
     """
+    # The object interface: pyplot keeps global state and chooses a window system.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     records = read_records(metrics_path)
-    figure = new_figure(title, (13, 4.5), pad=0.14)
+    figure = Figure(figsize=(13, 4.5), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.14), facecolor="white")
+    figure.suptitle(title, fontsize=12, color=INK)
     loss, accuracy, rate = figure.subplots(1, 3)
     _line(loss, _points(records, "train/loss"), "training", TRAIN)
     _line(loss, _points(records, "val/loss"), "validation", VALIDATION, marked=True)
@@ -48,35 +52,13 @@ def draw_curves(metrics_path: Path, out: Path, title: str) -> None:
     for axes, name in ((loss, "loss (cross-entropy)"), (accuracy, "accuracy (%)"), (rate, "learning rate")):
         _furnish(axes, name, steps_per_epoch)
     rate.set_ylim(bottom=0)
-    write_png(figure, out, "curves")
-
-
-def new_figure(title: str, size: tuple[float, float], pad: float) -> Figure:
-    """An empty white figure of `size` (width, height) in inches of 120 pixels."""
-    # The object interface: pyplot would keep global state and choose a window system.
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    figure = Figure(figsize=size, dpi=120, layout=ConstrainedLayoutEngine(w_pad=pad), facecolor="white")
-    figure.suptitle(title, fontsize=12, color=INK)
-    return figure
-
-
-def write_png(figure: Figure, out: Path, what: str) -> None:
-    """Replace `out` by the picture.
-
-    Raises:
-        UserError: `what` cannot be written there.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure)  # binds itself to the figure
+    FigureCanvasAgg(figure)  # attaches itself to the figure
     figure.savefig(buffer, format="png")
     try:
         write_bytes_atomic(out, buffer.getvalue())
     except OSError as error:
-        raise UserError(f"cannot write the {what} {out}: {error.strerror or error}.") from error
+        raise UserError(f"cannot write the curves {out}: {error.strerror or error}.") from error
 
 
 def _points(records: list[Record], key: str, scale: float = 1) -> Points:

@@ -11,7 +11,7 @@ from typing import Any, Self
 from cifar_dist.config import TrackConfig
 from cifar_dist.errors import UserError
 from cifar_dist.tracking.console import Console
-from cifar_dist.tracking.records import RecordFile, Value
+from cifar_dist.tracking.metrics_file import RecordFile, Value
 from cifar_dist.tracking.wandb_run import start_wandb
 
 
@@ -47,10 +47,10 @@ class Tracker:
                 raise UserError(f"cannot make the run directory {run_dir}: {error.strerror}.") from error
             self._records = stack.enter_context(closing(RecordFile(run_dir / "metrics.jsonl", start_step)))
             self._console = stack.enter_context(closing(Console(total_steps, start_step)))
-            self._wandb = start_wandb(config, run_dir, run_config, name, self.say)
+            self._wandb = start_wandb(config, run_dir, run_config, name, self.log)
             stack.pop_all()  # all is well: keep them open
         if self._records.num_dropped:
-            self.say(
+            self.log(
                 f"{self._records.path}: dropped {self._records.num_dropped} lines after step {start_step}, "
                 "which will be written again."
             )
@@ -75,7 +75,7 @@ class Tracker:
         """Say that `step` optimizer steps are done; cheap enough for every step, waits for nothing."""
         self._console.progress(step)
 
-    def log(self, step: int, metrics: Mapping[str, Value], *, to_console: bool = True) -> None:
+    def log_metrics(self, step: int, metrics: Mapping[str, Value], *, to_console: bool = True) -> None:
         """Send one record to all places.
 
         Args:
@@ -92,11 +92,11 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.log({"step": step, **metrics})
         if to_console:
-            self._console.show(step, metrics)
+            self._console.log_metrics(step, metrics)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
-        self._console.say(text)
+        self._console.log(text)
 
     def finish(self, summary: Mapping[str, Value]) -> None:
         """Write W&B's summary and close everything: at the end of a complete run, its last file saved.

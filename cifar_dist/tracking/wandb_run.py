@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from cifar_dist.config import TrackConfig
 from cifar_dist.errors import UserError
 from cifar_dist.files import write_text_atomic
-from cifar_dist.stopping import kept_from_children
-from cifar_dist.tracking.records import Value
+from cifar_dist.process import stop_signals_blocked
+from cifar_dist.tracking.metrics_file import Value
 from cifar_dist.tracking.wandb_login import Mode, resolve_mode
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ FINISH_TIMEOUT_S = 30.0  # a preempted job may have no more; what is not uploade
 
 
 def start_wandb(
-    config: TrackConfig, run_dir: Path, run_config: dict[str, Any], name: str, say: Callable[[str], None]
+    config: TrackConfig, run_dir: Path, run_config: dict[str, Any], name: str, log: Callable[[str], None]
 ) -> WandbRun | None:
     """Start the one W&B run of this run directory, or continue it; None where W&B is disabled.
 
@@ -33,7 +33,7 @@ def start_wandb(
         run_dir: keeps the run's id in wandb_id.txt and its files in wandb/.
         run_config: plain values, shown at W&B.
         name: display name.
-        say: prints a line.
+        log: prints a line.
 
     Raises:
         UserError: a mode that was asked for by name failed. In mode auto a failing server means offline, and
@@ -56,11 +56,11 @@ def start_wandb(
                     f"W&B {attempt} was asked for and failed: {reason}\nTo go without: --track.wandb {others}."
                 ) from error
             instead = "it works offline now" if attempt == "online" else "metrics go to metrics.jsonl only"
-            say(f"W&B {attempt} failed, so {instead}: {reason}")
+            log(f"W&B {attempt} failed, so {instead}: {reason}")
             continue
         where = run.url if attempt == "online" else f"`wandb sync {run.settings.sync_dir}` uploads it"
-        say(f"W&B {attempt}: {where}")
-        return WandbRun(run, asked_for, say)
+        log(f"W&B {attempt}: {where}")
+        return WandbRun(run, asked_for, log)
     return None
 
 
@@ -80,7 +80,7 @@ def _init(mode: Mode, project: str, run_dir: Path, run_id: str, run_config: dict
     }
     if "finish_timeout" in wandb.Settings.model_fields:  # older ones wait without end
         settings |= {"finish_timeout": FINISH_TIMEOUT_S, "finish_timeout_raises": True}
-    with kept_from_children():  # its process must outlive this one's last step
+    with stop_signals_blocked():  # its process must outlive this one's last step
         wandb.setup(wandb.Settings(silent=True))
     run = wandb.init(
         mode=mode, project=project, dir=str(run_dir), id=run_id, resume="allow", name=name, config=run_config,
@@ -130,10 +130,10 @@ def _teardown() -> None:
 class WandbRun:
     """A started run. Once its process has died, it says so and takes no more."""
 
-    def __init__(self, run: wandb.Run, asked_for: bool, say: Callable[[str], None]) -> None:
+    def __init__(self, run: wandb.Run, asked_for: bool, log: Callable[[str], None]) -> None:
         self._run: wandb.Run | None = run
         self._asked_for = asked_for
-        self._say = say
+        self._log = log
         self._failure: str | None = None
 
     def log(self, record: Mapping[str, Value]) -> None:
@@ -154,7 +154,7 @@ class WandbRun:
             run.summary.update(dict(summary))
             run.finish(exit_code=exit_code)
         except TimeoutError:
-            self._say(f"W&B: not all was uploaded; `wandb sync {run.settings.sync_dir}` uploads the rest.")
+            self._log(f"W&B: not all was uploaded; `wandb sync {run.settings.sync_dir}` uploads the rest.")
         except _failures() as error:
             self._give_up(f"W&B failed at the end of the run ({error}); metrics.jsonl is complete.")
 
@@ -170,5 +170,5 @@ class WandbRun:
     def _give_up(self, failure: str) -> None:
         self._failure = failure
         self._run = None
-        self._say(failure)
+        self._log(failure)
         _teardown()

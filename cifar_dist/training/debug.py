@@ -1,4 +1,4 @@
-"""What the debug mode shows and checks before it trains."""
+"""The checks of the debug mode, before training: shapes, parameters, and overfitting one batch."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from cifar_dist.config import Config
 from cifar_dist.data import augment
 from cifar_dist.data.loader import Batch
 from cifar_dist.errors import UserError
-from cifar_dist.models.auxiliary import without_auxiliary
-from cifar_dist.training.precision import NumberFormat
+from cifar_dist.models.network import without_auxiliary
+from cifar_dist.training.precision import Precision
 from cifar_dist.training.trainer import Trainer
 
 _TARGET = 0.95
 
 
-def check(config: Config, trainer: Trainer, say: Callable[[str], None]) -> None:
-    """Do what the section `debug` asks for; the run's state stays as it is.
+def check(config: Config, trainer: Trainer, log: Callable[[str], None]) -> None:
+    """Do what the section `debug` asks for. The state of the run does not change.
 
     Raises:
-        UserError: one micro-batch cannot be learned, so model, loss or data are wrong.
+        UserError: the model cannot fit one micro-batch, so model, loss or data are wrong.
     """
     torch.autograd.set_detect_anomaly(config.debug.anomaly, check_nan=True)
     if not (config.debug.inspect or config.debug.overfit_steps):
         return
     size = config.train.micro_batch_size
     batch = next(iter(trainer.loader.read(trainer.order.global_batch(0)[:size], size)))
-    images = augment.normalize(batch.images, trainer.stepper.number_format.inputs)
+    images = augment.normalize(batch.images, trainer.train_step.precision.inputs)
     if config.debug.inspect:
-        say(_describe_batch(batch, images))
-        say(parameter_table(trainer.stepper.model))
+        log(_describe_batch(batch, images))
+        log(parameter_table(trainer.train_step.model))
     if config.debug.overfit_steps:
         accuracy, steps = _overfit(
-            trainer.stepper.model, images, batch, trainer.stepper.number_format, config.debug.overfit_steps
+            trainer.train_step.model, images, batch, trainer.train_step.precision, config.debug.overfit_steps
         )
         if accuracy <= _TARGET:
             raise UserError(
                 f"self-check failed: after {steps} steps on one batch of {size} images only {accuracy:.1%} of them are "
-                f"recognised, not over {_TARGET:.0%}. Something is wrong with the model, the loss or the data."
+                f"classified correctly, not over {_TARGET:.0%}. The model, the loss or the data is wrong."
             )
-        say(f"self-check: one batch of {size} images fitted to {accuracy:.1%} in {steps} steps")
+        log(f"self-check: one batch of {size} images fitted to {accuracy:.1%} in {steps} steps")
 
 
 def _describe_batch(batch: Batch, images: torch.Tensor) -> str:
-    tensors = {**batch._asdict(), "augmented": images}
+    tensors = {**batch._asdict(), "normalised": images}
     lines = [
         f"  {name:<10} {tuple(t.shape)!s:<20} {str(t.dtype).removeprefix('torch.'):<9} {t.device}  "
         f"from {t.min().item():.3g} to {t.max().item():.3g}"
@@ -70,16 +70,16 @@ def parameter_table(model: nn.Module) -> str:
 
 
 def _overfit(
-    model: nn.Module, images: torch.Tensor, batch: Batch, formats: NumberFormat, max_steps: int
+    model: nn.Module, images: torch.Tensor, batch: Batch, precision: Precision, max_steps: int
 ) -> tuple[float, int]:
-    """Fit a copy of `model` to one batch; (share recognised in training mode, steps taken)."""
+    """Fit a copy of `model` to one batch. Returns its accuracy in training mode, and the number of steps."""
     model = copy.deepcopy(without_auxiliary(model)).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     accuracy, step = 0.0, 0
     for step in range(1, max_steps + 1):  # noqa: B007 - the last value is returned
-        with formats.autocast():
+        with precision.autocast():
             logits = model(images)
-        logits = logits.to(formats.parameters)
+        logits = logits.to(precision.parameters)
         accuracy = (logits.argmax(dim=1) == batch.labels).double().mean().item()
         if accuracy > _TARGET:
             break

@@ -1,7 +1,7 @@
-"""Scores that do not depend on the number of devices.
+"""Scores that do not depend on the number of ranks.
 
-The samples are cut into chunks of a fixed size, whatever the world size; a rank computes whole chunks. So every
-forward pass sees the same samples in the same shape on any number of ranks, and only integers are added up.
+The samples are cut into chunks of a fixed size, and each chunk is computed by one rank. So every forward pass has the
+same samples and the same shape for any number of ranks. Counts are equal for any number of ranks, the loss to rounding.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ from cifar_dist.data.loader import Batch, BetonLoader
 from cifar_dist.data.order import Indices, Order, Split, chunks_of_rank
 from cifar_dist.distributed import World, all_reduce_sum
 from cifar_dist.hashing import derive
-from cifar_dist.place import SLOW_S, Place, go
-from cifar_dist.training.precision import NumberFormat, reproducible
+from cifar_dist.phase import SLOW_S, Phase, set_phase
+from cifar_dist.training.precision import Precision, reproducible
 
 
 @dataclass(frozen=True)
 class Score:
-    """Counts over `n` samples. confusion[i][j]: samples of class i that were taken for class j; the same for the
-    mean over several views of an image in `confusion_tta`, None without test-time augmentation."""
+    """Counts over `n` samples.
+
+    confusion[i][j]: samples of class i predicted as class j. confusion_tta: the same for the mean logits over several
+    views of each image; None without test-time augmentation. loss: mean cross-entropy.
+    """
 
     n: int
     loss: float
@@ -45,7 +48,7 @@ class Score:
 
     @property
     def class_accuracy(self) -> list[float | None]:
-        """Share of each class's samples that were recognised; None for a class without samples."""
+        """Recall of each class; None for a class without samples."""
         return [row[c] / sum(row) if sum(row) else None for c, row in enumerate(self.confusion)]
 
 
@@ -53,45 +56,98 @@ def _diagonal(confusion: list[list[int]]) -> int:
     return sum(row[c] for c, row in enumerate(confusion))
 
 
-def calibration_samples(split: Split, config: EvalConfig) -> Indices:
-    """The training samples over which batch-norm statistics are taken: the same ones for every run and seed."""
+def bn_samples(split: Split, config: EvalConfig) -> Indices:
+    """Training samples for batch-norm statistics, (eval.bn_samples,); the same for every run and seed."""
     return Order(split.train, len(split.train), derive(0, "recalibrate")).epoch(0)[: config.bn_samples]
 
 
-@torch.no_grad()
-def recalibrate(
-    model: nn.Module, loader: BetonLoader, samples: Indices, chunk_size: int, number_format: NumberFormat, world: World
-) -> None:
-    """Set all batch-norm statistics of `model` to their mean over chunks of training samples, unaugmented.
+@dataclass(frozen=True)
+class Evaluator:
+    """Recalibrates and scores `model`, the raw and uncompiled one, over all ranks. All methods are collectives."""
 
-    `update_bn` takes the statistics of one chunk at a time. A layer's statistics in training mode depend on the
-    chunk alone, so the mean over chunks, taken in float64 in their order, is the same for any world size.
+    model: nn.Module
+    config: EvalConfig
+    precision: Precision
+    world: World
 
-    Args:
-        model: the raw model; it ends in the mode it came in.
-        samples: sample indices (N,); the tail that fills no chunk is left out, unless there is no full one.
-    """
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    if not norms:
-        return
-    num_chunks = max(1, len(samples) // chunk_size)
-    samples = samples[: num_chunks * chunk_size]
-    table = torch.zeros(
-        num_chunks, sum(2 * norm.num_features for norm in norms), dtype=torch.float64, device=world.device
-    )
-    with reproducible(world.device):
-        batches = _my_batches(loader, samples, chunk_size, world)
-        for chunk, batch in zip(range(world.rank, num_chunks, world.size), batches, strict=True):
-            with number_format.autocast():
-                update_bn([normalize(batch.images, number_format.inputs)], model)
-            table[chunk] = torch.cat([x for norm in norms for x in _statistics(norm)])
-    mean = all_reduce_sum(table, world).mean(dim=0)
-    parts = iter(torch.split(mean, [norm.num_features for norm in norms for _ in range(2)]))
-    for norm in norms:
-        for buffer in _statistics(norm):
-            buffer.copy_(next(parts))
-        assert norm.num_batches_tracked is not None
-        norm.num_batches_tracked.fill_(num_chunks)
+    @torch.no_grad()
+    def recalibrate(self, loader: BetonLoader, samples: Indices) -> None:
+        """Set all batch-norm statistics to their mean over chunks of training samples without augmentation.
+
+        Each chunk's statistics depend on the chunk alone. Their mean, in float64 and in the order of the chunks, is
+        therefore the same for any number of ranks. The mode of the model stays as it was.
+
+        Args:
+            samples: indices (N,). A last chunk that is not full is dropped, unless it is the only one.
+        """
+        norms = [module for module in self.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        if not norms:
+            return
+        world, chunk_size = self.world, self.config.batch_size
+        num_chunks = max(1, len(samples) // chunk_size)
+        samples = samples[: num_chunks * chunk_size]
+        num_statistics = sum(2 * norm.num_features for norm in norms)
+        table = torch.zeros(num_chunks, num_statistics, dtype=torch.float64, device=world.device)
+        with reproducible(world.device):
+            batches = self._batches(loader, samples)
+            for chunk, batch in zip(range(world.rank, num_chunks, world.size), batches, strict=True):
+                with self.precision.autocast():
+                    update_bn([normalize(batch.images, self.precision.inputs)], self.model)
+                table[chunk] = torch.cat([x for norm in norms for x in _statistics(norm)])
+        mean = all_reduce_sum(table, world).mean(dim=0)
+        parts = iter(torch.split(mean, [norm.num_features for norm in norms for _ in range(2)]))
+        for norm in norms:
+            for buffer in _statistics(norm):
+                buffer.copy_(next(parts))
+            assert norm.num_batches_tracked is not None
+            norm.num_batches_tracked.fill_(num_chunks)
+
+    @torch.no_grad()
+    def score(self, loader: BetonLoader, samples: Indices, tta: str = "none") -> Score:
+        """Classify each of `samples` (N,) of the loader's file once, in eval mode. `tta` as in `eval.tta`."""
+        was_training = self.model.training
+        self.model.eval()
+        with reproducible(self.world.device):
+            confusion, loss = self._count(self._batches(loader, samples), tta)
+        self.model.train(was_training)
+        plain, augmented = all_reduce_sum(confusion, self.world).view(2, NUM_CLASSES, NUM_CLASSES).tolist()
+        n = int(np.sum(plain))
+        if n != len(samples):
+            raise AssertionError(f"{n} samples were scored instead of {len(samples)}")
+        mean_loss = all_reduce_sum(loss, self.world).item() / n
+        return Score(n, mean_loss, plain, None if tta == "none" else augmented)
+
+    def _count(self, batches: Iterator[Batch], tta: str) -> tuple[Tensor, Tensor]:
+        """This rank's confusion counts, without and with TTA, (2, C * C) int64, and its sum of losses, () float64."""
+        device, dtype = self.world.device, self.precision.parameters
+        confusion = torch.zeros(2, NUM_CLASSES * NUM_CLASSES, dtype=torch.int64, device=device)
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+        for batch in batches:
+            images = normalize(batch.images, self.precision.inputs)
+            with self.precision.autocast():
+                logits = self.model(images).to(dtype)
+                mean = logits
+                for view, weight in _further_views(images, tta):
+                    mean = mean + weight * self.model(view).to(dtype)
+            loss += F.cross_entropy(logits, batch.labels, reduction="sum")
+            for k, outputs in enumerate((logits, mean)):
+                # By comparison: bincount would make the host wait for the GPU to know the size of its result.
+                cells = batch.labels * NUM_CLASSES + outputs.argmax(dim=1)
+                confusion[k] += (cells[:, None] == torch.arange(NUM_CLASSES**2, device=device)).sum(dim=0)
+        return confusion, loss
+
+    def _batches(self, loader: BetonLoader, samples: Indices) -> Iterator[Batch]:
+        """This rank's chunks of `samples`."""
+        chunks = chunks_of_rank(samples, self.config.batch_size, self.world.rank, self.world.size)
+        if not chunks:
+            return
+        num = len(chunks)
+        first = Phase(f"evaluation, batch 1 of {num}", limit_s=SLOW_S, memory="eval.batch_size")  # FFCV compiles
+        set_phase(first)
+        # Only the last chunk of all may be short. It is also the last of its rank, so the loader cuts the same chunks.
+        for k, batch in enumerate(loader.read(np.concatenate(chunks), self.config.batch_size)):
+            yield batch
+            set_phase(first._replace(name=f"evaluation, batch {min(k + 2, num)} of {num}", limit_s=0.0))
 
 
 def _statistics(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
@@ -100,71 +156,15 @@ def _statistics(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
     return norm.running_mean, norm.running_var
 
 
-@torch.no_grad()
-def score(
-    model: nn.Module,
-    loader: BetonLoader,
-    samples: Indices,
-    chunk_size: int,
-    number_format: NumberFormat,
-    world: World,
-    tta: str = "none",
-) -> Score:
-    """Classify each of `samples` (N,) once, over all ranks, with the raw, uncompiled `model` in eval mode."""
-    was_training = model.training
-    model.eval()
-    with reproducible(world.device):
-        confusion, loss = _count(model, _my_batches(loader, samples, chunk_size, world), number_format, world, tta)
-    model.train(was_training)
-    plain, augmented = all_reduce_sum(confusion, world).view(2, NUM_CLASSES, NUM_CLASSES).tolist()
-    n = int(np.sum(plain))
-    if n != len(samples):
-        raise AssertionError(f"{n} samples were scored instead of {len(samples)}")
-    return Score(n, all_reduce_sum(loss, world).item() / n, plain, None if tta == "none" else augmented)
-
-
-def _count(
-    model: nn.Module, batches: Iterator[Batch], number_format: NumberFormat, world: World, tta: str
-) -> tuple[Tensor, Tensor]:
-    """This rank's confusion counts, without and with augmentation (2, C * C) int64, and sum of losses () float64."""
-    confusion = torch.zeros(2, NUM_CLASSES * NUM_CLASSES, dtype=torch.int64, device=world.device)
-    loss = torch.zeros((), dtype=torch.float64, device=world.device)
-    for batch in batches:
-        images = normalize(batch.images, number_format.inputs)
-        with number_format.autocast():
-            logits = model(images).to(number_format.parameters)
-            mean = logits
-            for view, weight in _further_views(images, tta):
-                mean = mean + weight * model(view).to(number_format.parameters)
-        loss += F.cross_entropy(logits, batch.labels, reduction="sum")
-        for which, outputs in enumerate((logits, mean)):
-            # Counting by comparison: bincount would make a GPU wait for its result's size.
-            cells = batch.labels * NUM_CLASSES + outputs.argmax(dim=1)
-            confusion[which] += (cells[:, None] == torch.arange(NUM_CLASSES**2, device=cells.device)).sum(dim=0)
-    return confusion, loss
-
-
 def _further_views(images: Tensor, tta: str) -> Iterator[tuple[Tensor, float]]:
-    """(view, weight) beside the images themselves, whose weight is 1; images and views: (N, 3, H, W)."""
+    """Pairs (view, weight) beside the images themselves, whose weight is 1. images and views: (N, 3, H, W)."""
     if tta == "none":
         return
     yield images.flip(3), 1.0
     if tta == "six":
         height, width = images.shape[2:]
         bordered = F.pad(images, (1, 1, 1, 1), mode="reflect")
-        for corner in (0, 2):  # a pixel down right, a pixel up left
+        for corner in (0, 2):  # shifted by one pixel to the lower right, then to the upper left
             shifted = bordered[:, :, corner : corner + height, corner : corner + width]
             yield shifted, 0.5
             yield shifted.flip(3), 0.5
-
-
-def _my_batches(loader: BetonLoader, samples: Indices, chunk_size: int, world: World) -> Iterator[Batch]:
-    mine = chunks_of_rank(samples, chunk_size, world.rank, world.size)
-    if not mine:
-        return
-    first = Place(f"evaluation, batch 1 of {len(mine)}", limit_s=SLOW_S, memory="eval.batch_size")  # FFCV compiles
-    go(first)
-    # Only the last chunk of all may be short, and it is then the last of its rank, so FFCV cuts alike.
-    for k, batch in enumerate(loader.read(np.concatenate(mine), chunk_size)):
-        yield batch
-        go(first._replace(what=f"evaluation, batch {min(k + 2, len(mine))} of {len(mine)}", limit_s=0.0))

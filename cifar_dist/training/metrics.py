@@ -1,4 +1,4 @@
-"""Sums on the device between two log steps; one all-reduce of one small tensor brings them to the host."""
+"""Loss, accuracy and data receipt, summed on the device between two log steps and all-reduced as one tensor."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from cifar_dist.distributed import World, all_gather, all_reduce_sum
-from cifar_dist.place import Place, at
+from cifar_dist.phase import Phase, in_phase
 
-_SUMS_UP = Place("the sums over a log window", waits=True)
-_NEVER = 2**62  # later than any step
+_ALL_REDUCE = Phase("the sums over a log window", waits=True)
+_NEVER = 2**62  # greater than any step
 
 
 @dataclass(frozen=True)
 class Window:
-    """Sums over the samples of some steps, on all ranks; windows add up."""
+    """Sums over the samples of consecutive steps on all ranks. Windows add up."""
 
     loss_sum: float = 0.0
-    num_hits: int = 0
+    num_correct: int = 0
     num_samples: int = 0
-    num_nonfinite: int = 0
+    num_nonfinite: int = 0  # micro-batches whose loss is infinite or NaN
 
     def __add__(self, other: Window) -> Window:
         return Window(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -33,49 +33,55 @@ class Window:
 
     @property
     def accuracy(self) -> float:
-        return self.num_hits / self.num_samples
+        return self.num_correct / self.num_samples
 
 
 class Metrics:
-    """Adds up losses, hits and the data receipt without waiting for the device."""
+    """Sums losses, correct predictions and receipt words. Adding does not wait for the device."""
 
     def __init__(self, world: World) -> None:
         self._world = world
-        # Sums of 32-bit hashes over an epoch stay below 2**53, so float64 holds them exactly beside the rest.
+        # Sums of 32-bit hashes over an epoch stay below 2**53, so float64 holds them exactly.
         self._sums = torch.zeros(8, dtype=torch.float64, device=world.device)
         self._first_nonfinite = torch.full((), _NEVER, dtype=torch.int64, device=world.device)
         self.receipt = Receipt()
 
     def add(self, step: int, loss: Tensor, finite: Tensor, logits: Tensor, labels: Tensor, receipt: Tensor) -> None:
-        """Take in a micro-batch of step `step` (from 0): mean loss (), whether all that was minimised is finite ()
-        bool, logits (N, C), labels (N,), receipt words (4,) int64."""
-        hits = (logits.argmax(dim=1) == labels).sum()
-        n = torch.full_like(hits, len(labels))
+        """Add one micro-batch of `step` (from 0).
+
+        Args:
+            loss: mean over the micro-batch, ().
+            finite: whether the minimised loss, auxiliary ones included, is finite, () bool.
+            logits: (N, C).
+            labels: (N,) int64.
+            receipt: from augment.receipt_words, (4,) int64.
+        """
+        correct = (logits.argmax(dim=1) == labels).sum()
+        n = torch.full_like(correct, len(labels))
         nonfinite = (~finite).long()
         self._first_nonfinite.clamp_(max=_NEVER - nonfinite * (_NEVER - step))
-        self._sums += torch.cat((torch.stack((loss * len(labels), hits, n, nonfinite)).double(), receipt.double()))
+        self._sums += torch.cat((torch.stack((loss * len(labels), correct, n, nonfinite)).double(), receipt.double()))
 
     def window(self) -> Window:
-        """Wait for the device, add up over ranks, and start anew."""
-        with at(_SUMS_UP):
+        """Wait for the device, sum over ranks, and reset the sums; a collective."""
+        with in_phase(_ALL_REDUCE):
             loss, *counts = all_reduce_sum(self._sums, self._world).tolist()
         self._sums.zero_()
-        hits, n, nonfinite, *words = map(int, counts)
+        correct, n, nonfinite, *words = map(int, counts)
         self.receipt.add(words, n)
-        return Window(loss, hits, n, nonfinite)
+        return Window(loss, correct, n, nonfinite)
 
     def first_nonfinite(self) -> tuple[int, list[int]]:
-        """The first step (from 1) in which what was minimised was not finite on some rank, and on which; a collective,
-        which waits for the device."""
+        """The first step (from 1) with a loss that is not finite, and its ranks; a collective, waits for the device."""
         steps = all_gather(self._first_nonfinite, self._world).tolist()
         return min(steps) + 1, [rank for rank, step in enumerate(steps) if step == min(steps)]
 
 
 @dataclass
 class Receipt:
-    """Evidence of what a run was fed: one digest per epoch over the set of (index, augmentation) pairs.
+    """Digest per epoch over the set of (sample index, augmentation) pairs that were trained on.
 
-    A digest depends on neither order nor world size: the words of all samples are added up.
+    Words are summed over samples, so a digest depends on neither order nor number of ranks.
     """
 
     epochs: list[str] = field(default_factory=list)
@@ -91,7 +97,7 @@ class Receipt:
         self.words, self.num_samples = [0] * 4, 0
 
     def digests(self) -> list[str]:
-        """One per epoch, the last perhaps of an unfinished one."""
+        """One digest per epoch, including the current one if it has begun."""
         return [*self.epochs, *([self._digest()] if self.num_samples else [])]
 
     def _digest(self) -> str:

@@ -1,8 +1,7 @@
-"""Optimizer, learning-rate schedule and the moving average of the weights."""
+"""Optimizer with its parameter groups, and the moving average of the weights."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ from cifar_dist.config import LR_BATCH_SIZE, OptimConfig
 from cifar_dist.training.muon import MuonSGD
 
 
-def fix_norm_scales(model: nn.Module) -> None:
-    """Keep the scales of all batch norms as they are; before anything asks which parameters are trained."""
+def freeze_bn_scales(model: nn.Module) -> None:
+    """Exclude the scales of all batch norms from training. Call before the optimizer is built."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.weight.requires_grad_(False)
@@ -23,10 +22,10 @@ def fix_norm_scales(model: nn.Module) -> None:
 def build_optimizer(
     model: nn.Module, config: OptimConfig, batch_size: int, muon_dtype: torch.dtype = torch.float32
 ) -> torch.optim.SGD:
-    """Fused SGD with Nesterov momentum; weight decay on what has two or more dimensions (filters, matrices).
+    """Fused SGD with Nesterov momentum, or with `optim.name` muon, Muon for filters and SGD for the rest.
 
-    With `optim.name` muon, filters are a group of their own, without weight decay; Muon iterates in `muon_dtype`.
-    Each group's `peak_lr` is its learning rate at the peak.
+    Groups: filters and matrices (with weight decay), norm scales, biases, and Muon's filters. Each group has its peak
+    learning rate as `peak_lr`; Muon iterates in `muon_dtype`.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     muon = config.name == "muon"
@@ -43,37 +42,25 @@ def build_optimizer(
     defaults: dict[str, Any] = {"lr": 0.0, "momentum": config.momentum, "nesterov": True, "fused": True}
     optimizer: torch.optim.SGD
     if muon:
-        # SGD's own momentum is off where Muon has had its: it then only subtracts.
-        off = {"weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
-        groups.append({"params": filters, "peak_lr": config.muon_lr, "muon_momentum": config.muon_momentum, **off})
+        # MuonSGD writes its update into .grad; without momentum, SGD then subtracts it unchanged.
+        plain_sgd = {"weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
+        groups.append(
+            {"params": filters, "peak_lr": config.muon_lr, "muon_momentum": config.muon_momentum, **plain_sgd}
+        )
         optimizer = MuonSGD(groups, muon_dtype, **defaults)
     else:
         optimizer = torch.optim.SGD(groups, **defaults)
     for parameter in trained.values():
-        # When the first step is skipped, as fp16's scaler may do, fused SGD leaves new buffers uninitialised.
+        # GradScaler may skip the first step; fused SGD then leaves momentum buffers uninitialised.
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
-def schedule(step: int, total_steps: int, config: OptimConfig) -> float:
-    """The learning rate of `step` (from 0) as a share of its peak: linear warm-up, then linear or cosine to zero after
-    the last step.
-
-    The warm-up has `warmup_share` of all steps to reach the peak, but never rises faster than in `warmup_min_steps`;
-    a short run then turns to the decay before it is at the peak.
-    """
-    share = round(config.warmup_share * total_steps)
-    rise = (step + 1) / max(1, share, config.warmup_min_steps)
-    progress = max(0.0, (step - share) / max(1, total_steps - share))
-    fall = (1 + math.cos(math.pi * progress)) / 2 if config.schedule == "cosine" else 1 - progress
-    return min(1.0, rise, fall)
-
-
 class Ema(AveragedModel):
-    """A copy of a model whose parameters follow those of the original: d x own + (1 - d) x theirs.
+    """Exponential moving average of a model's parameters: average = d x average + (1 - d) x parameter.
 
-    d rises to `decay`: it is at most (1 + n) / (10 + n) after n updates, so that the random start is soon forgotten.
-    Torch's own update waits for a GPU at every step; this one never does.
+    d is the smaller of `decay` and (1 + n) / (10 + n) after n updates, so the random initial weights fade quickly.
+    AveragedModel's own update waits for the GPU at every step; this one does not.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -82,13 +69,12 @@ class Ema(AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        mine: list[Tensor] = list(self.module.parameters())
-        theirs: list[Tensor] = list(model.parameters())
-        n = int(self.n_averaged)  # it stays on the CPU, so that looking at it costs nothing
-        torch._foreach_lerp_(mine, theirs, 1 - min(self._decay, (1 + n) / (10 + n)))
+        averages: list[Tensor] = list(self.module.parameters())
+        n = int(self.n_averaged)  # a CPU tensor, so reading it does not wait for the GPU
+        torch._foreach_lerp_(averages, list(model.parameters()), 1 - min(self._decay, (1 + n) / (10 + n)))
         self.n_averaged += 1
 
 
 def build_ema(model: nn.Module, config: OptimConfig) -> Ema | None:
-    """The moving average of `model`, or None when `optim.ema_decay` is none."""
+    """The moving average of `model`; None if `optim.ema_decay` is none."""
     return None if config.ema_decay is None else Ema(model, config.ema_decay)

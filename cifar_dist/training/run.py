@@ -1,238 +1,264 @@
-"""A whole run, composed: data, run directory, trainer, trackers, the final test, and what is left behind."""
+"""One run from start to end: data, run directory, training, the final test, and the files that it leaves.
+
+The only module that connects training with fault tolerance and tracking.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import TracebackType
+from signal import Signals
 from typing import Any
 
 import yaml
 
-from cifar_dist import stopping
-from cifar_dist.cli import to_yaml
-from cifar_dist.config import NUM_TEST, Config
+from cifar_dist.config import NUM_TEST, Config, to_yaml
+from cifar_dist.data.dataset import prepared_folder, read_split, scored_samples
 from cifar_dist.data.loader import BetonLoader
-from cifar_dist.distributed import World, broadcast_bytes, from_rank0, naming_lost_peers, together
+from cifar_dist.data.order import Split
+from cifar_dist.distributed import World, all_gather_text, broadcast_bytes, broadcast_from_main, run_and_sync_errors
 from cifar_dist.errors import UserError
-from cifar_dist.files import write_text_atomic
+from cifar_dist.fault_tolerance import health, run_lock, signals, status
+from cifar_dist.fault_tolerance.lost_peers import convert_peer_errors, report_lost_peers
+from cifar_dist.fault_tolerance.out_of_memory import explain_out_of_memory
+from cifar_dist.fault_tolerance.stop_consensus import StopConsensus
+from cifar_dist.fault_tolerance.watchdog import watchdog
+from cifar_dist.files import write_json, write_text_atomic
 from cifar_dist.models.layers import num_parameters
-from cifar_dist.place import SLOW_S, VERY_SLOW_S, Place, go
+from cifar_dist.phase import SLOW_S, VERY_SLOW_S, Phase, set_phase
 from cifar_dist.tracking.curves import draw_curves
+from cifar_dist.tracking.rank_log import rank_log
 from cifar_dist.tracking.tracker import Tracker
-from cifar_dist.training import checkpoint, debug, evaluation, out_of_memory, run_directory, stall, status
-from cifar_dist.training.claim import Claim
-from cifar_dist.training.precision import number_format, set_backends
-from cifar_dist.training.samples import folder_of, scored_samples, split_of
-from cifar_dist.training.stepper import Stepper
-from cifar_dist.training.summary import device_names, summarize, to_json
-from cifar_dist.training.trainer import Trainer
+from cifar_dist.training import checkpoint, debug, run_directory
+from cifar_dist.training.evaluation import bn_samples
+from cifar_dist.training.metrics import Window
+from cifar_dist.training.precision import Precision, choose_precision, set_backends
+from cifar_dist.training.summary import device_name, summarize
+from cifar_dist.training.train_step import TrainStep
+from cifar_dist.training.trainer import Hooks, Trainer
 from cifar_dist.training.whitening import fit_whitening
 
-log = logging.getLogger("cifar_dist")
+logger = logging.getLogger("cifar_dist")
 
 
-class Reporter:
-    """Rank 0 prints and tracks, every rank keeps a log file."""
+class RunHooks(Hooks):
+    """Connects the loop to logs, tracker, stop signals, the run lock and the checks of the state.
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    Rank 0 has `tracker` and `lock`; every rank has a log file.
+    """
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config, self.world = config, world
         self.tracker: Tracker | None = None
-        self.claim: Claim | None = None  # rank 0 has it
-        self.failure: UserError | None = None
+        self.lock: run_lock.RunLock | None = None
+        self._stop = StopConsensus(world)
+        self._tracking_error: UserError | None = None
+        self._compared_step = 0
 
-    def say(self, text: str) -> None:
-        log.info(text)
+    def log(self, text: str) -> None:
+        """Print a line on rank 0; write it to the log file on every rank."""
+        logger.info(text)
         if self.tracker is not None:
-            self.tracker.say(text)
-        elif self.world.speaks:
+            self.tracker.log(text)
+        elif self.world.is_main:
             print(text, flush=True)
 
-    def report(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
-        log.info("step %d %s", step, metrics)
-        # Where it cannot be written, all ranks stop after the same step, and `guard` says why.
-        if self.tracker is not None and self.failure is None and self.may_write():
+    def owns_directory(self) -> bool:
+        return self.lock is not None and self.lock.held()
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
+        logger.info("step %d %s", step, metrics)
+        if self.tracker is not None and self._tracking_error is None and self.owns_directory():
             try:
-                self.tracker.log(step, metrics)
+                self.tracker.log_metrics(step, metrics)
             except UserError as error:
-                self.failure = error
-                stopping.ask()
+                # An error on one rank alone would leave the others waiting. So request a stop, at which all ranks save
+                # after the same step; before_write then raises this error.
+                self._tracking_error = error
+                signals.request()
 
-    def may_write(self) -> bool:
-        return self.claim is not None and self.claim.held()
-
-    def guard(self) -> None:
-        """Raise where another process has taken the run over, or where metrics of it could not be written."""
-        if self.failure is not None:
-            raise self.failure
-        if self.claim is not None:
-            self.claim.check()
-
-    def tick(self, step: int) -> None:
+    def after_step(self, step: int) -> None:
         if self.tracker is not None:
             self.tracker.progress(step)
 
+    def stop_requested(self, last_step: bool = False) -> Signals | None:
+        return self._stop.after_last_step() if last_step else self._stop.after_step()
+
+    def check_window(self, trainer: Trainer, window: Window) -> None:
+        progress, every = trainer.progress, self.config.train.check_ranks_every_steps
+        if window.num_nonfinite:
+            raise health.nonfinite_loss(*trainer.metrics.first_nonfinite(), self.world.size, progress.last_saved)
+        # Ranks are compared before every save, too.
+        if every and progress.step - max(self._compared_step, progress.last_saved or 0) >= every:
+            self._compare_ranks(trainer)
+
+    def before_save(self, trainer: Trainer) -> None:
+        progress = trainer.progress
+        self._compare_ranks(trainer)  # first: the next check is local, and after this one all ranks decide alike
+        health.refuse_nonfinite(trainer.train_step.model, progress.step, progress.last_saved)
+
+    def before_write(self) -> None:
+        if self._tracking_error is not None:
+            raise self._tracking_error
+        if self.lock is not None:
+            self.lock.check()
+
+    def _compare_ranks(self, trainer: Trainer) -> None:
+        train_step, progress = trainer.train_step, trainer.progress
+        ema = train_step.ema and train_step.ema.module
+        tensors = health.tensors_of_state(train_step.model, ema, train_step.optimizer)
+        health.refuse_divergence(tensors, self.world, progress.step, progress.last_saved)
+        self._compared_step = progress.step
+
 
 def run(config: Config, world: World, stack: ExitStack) -> None:
-    """Train as `config` says, in the given world; what is opened is closed by `stack`.
+    """Do the whole run; `stack` closes what it opens.
 
     Raises:
-        UserError: anything that a user can mend; see `errors` for the kinds.
-        StopError: a signal came; everything is saved.
+        UserError: see `errors` for the kinds.
+        StopError: a signal came, and the state is saved.
     """
-    with stall.watched(world, config.run.stall_timeout_s) as watch:
-        _run(config, world, stack, watch)
+    hooks = RunHooks(config, world)
+    with watchdog(world, config.run.stall_timeout_s) as watch, report_lost_peers(world) as roll_call:
+        set_phase(Phase("preparing or verifying the dataset", limit_s=VERY_SLOW_S))
+        precision = run_and_sync_errors(world, lambda: choose_precision(config.train.precision, world.device))
+        set_backends(config.train, config.run.deterministic, world.device)
+        data_dir = prepared_folder(config.data, world, hooks.log)
+        split = read_split(config.data, data_dir, world)
+        set_phase(Phase("opening the run directory", limit_s=SLOW_S))
+        directory, origin, start = _open_run_directory(config, world, stack, hooks)
+        watch.directory = directory
+        with (
+            status.status_file(directory, hooks.owns_directory),
+            watch.share_errors(),
+            explain_out_of_memory(config, world.rank, world.size),
+            # Again, inside the contexts above: they report a PeerError, not the RuntimeError of gloo or NCCL.
+            convert_peer_errors(world, roll_call),
+        ):
+            path = directory / "logs" / f"rank-{world.rank}.log"
+            run_and_sync_errors(world, lambda: stack.enter_context(rank_log(path)))
+            devices = all_gather_text(device_name(world.device), world)
+            trainer = _build_trainer(config, world, precision, stack, data_dir, split, directory, hooks)
+            if start:
+                run_and_sync_errors(world, lambda: trainer.restore(checkpoint.decode(start, origin), origin))
+            hooks.log(_describe(config, trainer, devices, directory))
+            summary = directory / "summary.json"
+            if broadcast_from_main(world, summary.exists) and trainer.progress.step == trainer.schedule.total_steps:
+                hooks.log(f"this run is complete; its results are in {summary}")
+                return
+            run_and_sync_errors(world, lambda: _write_config(config, directory, hooks), only_if=world.is_main)
+            set_phase(Phase("the self-check", limit_s=VERY_SLOW_S))
+            run_and_sync_errors(world, lambda: debug.check(config, trainer, hooks.log))
+            set_phase(Phase("the start of tracking", limit_s=SLOW_S))
+            start_tracking = partial(_start_tracking, config, trainer, directory, stack, hooks)
+            run_and_sync_errors(world, start_tracking, only_if=world.is_main)
+            with signals.deferred():
+                trainer.train()
+            _test_and_summarize(config, trainer, data_dir, devices, directory, hooks)
 
 
-def _run(config: Config, world: World, stack: ExitStack, watch: stall.Watch) -> None:
-    reporter = Reporter(world)
-    go(Place("preparing or verifying the dataset", limit_s=VERY_SLOW_S))
-    formats = together(world, lambda: number_format(config.train.precision, world.device))
-    set_backends(config.train, config.run.deterministic)
-    data = config.data
-    data_dir = folder_of(data.dir, data.stage_dir, data.source, world, reporter.say)
-    parts = split_of(data, data_dir, world)
-    go(Place("opening the run directory", limit_s=SLOW_S))
-    directory, origin, start = _claim(config, world, stack, reporter)
-    watch.directory = directory
-    named = out_of_memory.named(config, world.rank, world.size)
-    with status.kept(directory, reporter.may_write), watch.told(), named, naming_lost_peers(world):
-        together(world, lambda: _log_to(directory / "logs" / f"rank-{world.rank}.log", stack))
-        devices = device_names(world)
-        open_loader = partial(BetonLoader, data_dir / "train.beton", world.device, config.data.num_workers)
-        loader = stack.enter_context(together(world, open_loader))
-        stepper = Stepper(config, world, formats)
-        calibration = evaluation.calibration_samples(parts, config.eval)
-        fit_whitening([stepper.model, stepper.scored_model], loader, calibration, world)
-        go(Place("the start of training", limit_s=SLOW_S))
-        checkpoints = directory / "checkpoints"
-        trainer = Trainer(config, stepper, parts, loader, reporter.report, reporter.tick, checkpoints, reporter.guard)
-        if start:
-            together(world, lambda: trainer.restore(checkpoint.decode(start, origin), origin))
-        _introduce(config, trainer, devices, directory, reporter)
-        complete = from_rank0(world, (directory / "summary.json").exists)
-        if complete and trainer.progress.step == trainer.schedule.total_steps:
-            reporter.say(f"this run is complete; its figures are in {directory / 'summary.json'}")
-            return
-        together(world, lambda: _leave_config(config, directory, reporter), at_work=world.speaks)
-        go(Place("the self-check", limit_s=VERY_SLOW_S))
-        together(world, lambda: debug.check(config, trainer, reporter.say))
-        go(Place("the start of tracking", limit_s=SLOW_S))
-        together(world, lambda: _start_tracking(config, trainer, directory, stack, reporter), at_work=world.speaks)
-        trainer.train()
-        _finish(config, trainer, data_dir, devices, directory, reporter)
-
-
-def _leave_config(config: Config, directory: Path, reporter: Reporter) -> None:
-    reporter.guard()
-    run_directory.write_config(config, directory)
-
-
-def _start_tracking(config: Config, trainer: Trainer, directory: Path, stack: ExitStack, reporter: Reporter) -> None:
-    reporter.guard()
-    plain, steps = yaml.safe_load(to_yaml(config)), (trainer.schedule.total_steps, trainer.progress.step)
-    reporter.tracker = stack.enter_context(Tracker(directory, config.track, plain, *steps, _name(config, directory)))
-
-
-def _name(config: Config, directory: Path) -> str:
-    return config.run.name or directory.resolve().name
-
-
-def _claim(config: Config, world: World, stack: ExitStack, reporter: Reporter) -> tuple[Path, str, bytes]:
-    """The run's directory, and the name and bytes of the checkpoint to go on from (empty: none), on every rank."""
+def _open_run_directory(config: Config, world: World, stack: ExitStack, hooks: RunHooks) -> tuple[Path, str, bytes]:
+    """On every rank: the run directory, and name and bytes of the checkpoint to resume from (empty: none)."""
     data = b""
 
-    def claim() -> tuple[str, str]:
+    def open_directory() -> tuple[str, str]:
         nonlocal data
-        reporter.claim = stack.enter_context(run_directory.claimed(config, reporter.say))
-        directory = reporter.claim.directory
-        found = run_directory.starting_point(config, directory, reporter.say)
-        checkpoint.sweep(directory / "checkpoints")
-        if found and not found[0].is_relative_to(directory):
-            # The run stands on its own from the start, should it be stopped before its first own checkpoint.
-            checkpoint.write(directory / "checkpoints", checkpoint.decode(found[1], str(found[0]))["step"], found[1])
-        if found:
-            reporter.say(f"going on from {found[0]}")
-            data = found[1]
-        return str(directory), str(found[0]) if found else ""
+        directory = run_directory.create(config)
+        try:
+            hooks.lock = run_lock.acquire(directory, config.run.resume == "auto", hooks.log)
+        except OSError as error:
+            raise run_directory.not_writable(directory, error) from None
+        stack.callback(hooks.lock.release)
+        run_directory.check(config, directory)
+        found = run_directory.find_start(config, directory, hooks.log)
+        if found is None:
+            return str(directory), ""
+        origin, data = found
+        if not origin.is_relative_to(directory):
+            # Copied, so that a run that stops before its first checkpoint can resume without the other run.
+            step = checkpoint.decode(data, str(origin))["step"]
+            checkpoint.write(directory / "checkpoints", step, data)
+        hooks.log(f"resuming from {origin}")
+        return str(directory), str(origin)
 
-    directory, origin = from_rank0(world, claim)
+    directory, origin = broadcast_from_main(world, open_directory)
     return Path(directory), origin, broadcast_bytes(data, world)
 
 
-class _LogFile(logging.FileHandler):
-    """On a full disk it stays behind; what must not be lost says so where it is written."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Say nothing: the standard library would print a traceback for each line."""
-
-    def close(self) -> None:
-        with suppress(OSError):  # what could not be written before is tried again
-            super().close()
-
-
-def _log_to(path: Path, stack: ExitStack) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = _LogFile(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    stack.callback(handler.close)
-    stack.callback(log.removeHandler, handler)
-    stack.push(_log_failure)
+def _build_trainer(
+    config: Config,
+    world: World,
+    precision: Precision,
+    stack: ExitStack,
+    data_dir: Path,
+    split: Split,
+    directory: Path,
+    hooks: RunHooks,
+) -> Trainer:
+    open_loader = partial(BetonLoader, data_dir / "train.beton", world.device, config.data.num_workers)
+    loader = stack.enter_context(run_and_sync_errors(world, open_loader))
+    train_step = TrainStep(config, world, precision)
+    fit_whitening([train_step.model, train_step.scored_model], loader, bn_samples(split, config.eval), world)
+    set_phase(Phase("the start of training", limit_s=SLOW_S))
+    return Trainer(config, train_step, split, loader, directory / "checkpoints", hooks)
 
 
-def _log_failure(kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-    if error is not None:
-        log.error("stopped by %s", kind, exc_info=error)
-
-
-def _introduce(config: Config, trainer: Trainer, devices: list[str], directory: Path, reporter: Reporter) -> None:
-    order, schedule = trainer.order, trainer.schedule
+def _describe(config: Config, trainer: Trainer, devices: list[str], directory: Path) -> str:
+    order, schedule, train_step = trainer.order, trainer.schedule, trainer.train_step
     kinds = ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))
-    num = num_parameters(trainer.stepper.scored_model)
-    reporter.say(
+    return (
         f"{config.model.name} ({config.model.stem} stem, width {config.model.width:g}), "
-        f"{num:,} parameters, {trainer.stepper.number_format.name}, on {kinds}\n"
+        f"{num_parameters(train_step.scored_model):,} parameters, {train_step.precision.name}, on {kinds}\n"
         f"{len(order.samples):,} training samples in {schedule.steps_per_epoch} steps of {config.train.batch_size} "
-        f"({config.train.micro_batch_size} x {trainer.world.size} x {trainer.stepper.accumulation} accumulated); "
+        f"({config.train.micro_batch_size} x {trainer.world.size} x {train_step.accumulation} accumulated); "
         f"{order.dropped_per_epoch} samples dropped per epoch\n"
         f"steps {trainer.progress.step} to {schedule.total_steps}; run directory {directory}"
     )
 
 
-def _finish(
-    config: Config, trainer: Trainer, data_dir: Path, devices: list[str], directory: Path, reporter: Reporter
+def _write_config(config: Config, directory: Path, hooks: RunHooks) -> None:
+    hooks.before_write()
+    write_text_atomic(directory / "config.yaml", to_yaml(config))
+
+
+def _start_tracking(config: Config, trainer: Trainer, directory: Path, stack: ExitStack, hooks: RunHooks) -> None:
+    hooks.before_write()
+    values, steps = yaml.safe_load(to_yaml(config)), (trainer.schedule.total_steps, trainer.progress.step)
+    name = run_directory.name(config, directory)
+    hooks.tracker = stack.enter_context(Tracker(directory, config.track, values, *steps, name))
+
+
+def _test_and_summarize(
+    config: Config, trainer: Trainer, data_dir: Path, devices: list[str], directory: Path, hooks: RunHooks
 ) -> None:
-    """Read the test set, once, and write what the run leaves."""
-    go(Place("the final test", limit_s=SLOW_S))
+    """Score the test set once, and write summary.json and curves.png."""
+    set_phase(Phase("the final test", limit_s=SLOW_S))
     samples = scored_samples(config.eval, data_dir, trainer.world)
     with trainer.loader.of(data_dir / "test.beton") as loader:
-        test = trainer.score(loader, samples, config.eval.tta)
-    go(Place("writing the results", limit_s=SLOW_S))
-    figures = {"test/accuracy": test.accuracy, "test/accuracy_tta": test.accuracy_tta, "test/n": test.n}
-    reporter.report(trainer.progress.step, figures)
+        test = trainer.evaluator.score(loader, samples, config.eval.tta)
+    set_phase(Phase("writing the results", limit_s=SLOW_S))
+    metrics = {"test/accuracy": test.accuracy, "test/accuracy_tta": test.accuracy_tta, "test/n": test.n}
+    hooks.log_metrics(trainer.progress.step, metrics)
     summary = summarize(config, trainer, test, devices)
-    name = _name(config, directory)
-    together(trainer.world, lambda: _leave(directory, name, summary, reporter), at_work=reporter.tracker is not None)
+    write = partial(_write_results, directory, run_directory.name(config, directory), summary, hooks)
+    run_and_sync_errors(trainer.world, write, only_if=hooks.tracker is not None)
     views = {"flip": "flip", "six": "six views"}.get(config.eval.tta)
     tta = "" if test.accuracy_tta is None else f", {test.accuracy_tta:.2%} with {views}"
     part = "" if test.n == NUM_TEST else f" of {NUM_TEST} (eval.test_subset)"
-    reporter.say(
+    hooks.log(
         f"test accuracy {test.accuracy:.2%}{tta} on {test.n}{part} images; "
         f"{trainer.progress.train_seconds:.0f} s of training; see {directory}/summary.json and curves.png"
     )
 
 
-def _leave(directory: Path, name: str, summary: dict[str, Any], reporter: Reporter) -> None:
-    assert reporter.tracker is not None
-    reporter.guard()
+def _write_results(directory: Path, name: str, summary: dict[str, Any], hooks: RunHooks) -> None:
+    assert hooks.tracker is not None
+    hooks.before_write()
     draw_curves(directory / "metrics.jsonl", directory / "curves.png", name)
-    # Last, since it says that the run is complete.
-    write_text_atomic(directory / "summary.json", to_json(summary))
-    # Not the command line, in which a user may have typed what is not for others.
-    plain = {key: v for key, v in summary.items() if isinstance(v, (int, float, str)) and key != "command"}
-    reporter.tracker.finish(plain)
+    write_json(directory / "summary.json", summary)  # last, since its existence means that the run is complete
+    # Without the command line, which may hold what is not for everybody at W&B.
+    values = {key: v for key, v in summary.items() if isinstance(v, (int, float, str)) and key != "command"}
+    hooks.tracker.finish(values)

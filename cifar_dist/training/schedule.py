@@ -1,37 +1,45 @@
-"""When things happen, counted in optimizer steps."""
+"""When things happen in a run, counted in optimizer steps, and the learning rate of each step."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from cifar_dist.config import Config
+from cifar_dist.config import Config, OptimConfig
 
-LOW_RESOLUTION = 24  # pixels on a side
+LOW_RESOLUTION = 24  # image size in pixels
 
 
 @dataclass(frozen=True)
 class Step:
-    """What an optimizer step does not share with all others."""
+    """What differs from one optimizer step to the next.
 
-    number: int  # from 0
-    lr_share: float  # of the peak learning rates
-    side: int | None = None  # of its images, in pixels; None: as they are
+    Args:
+        number: counts from 0.
+        lr_fraction: learning rate divided by its peak.
+        image_size: images are resized to this many pixels on a side; None: not resized.
+    """
+
+    number: int
+    lr_fraction: float
+    image_size: int | None = None
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Durations in steps; `done` is the number of steps done."""
+    """Intervals in optimizer steps. In the methods `done` is the number of finished steps."""
 
     steps_per_epoch: int
     total_steps: int
     log_every: int
-    checkpoint_every: int
+    checkpoint_every: int  # 0: at the end only
     validate_every: int  # 0: at the end only
     low_resolution_steps: int
+    optim: OptimConfig
 
-    def side(self, done: int) -> int | None:
-        """The side of the next step's images in pixels, None: as they are."""
-        return LOW_RESOLUTION if done < self.low_resolution_steps else None
+    def step(self, number: int) -> Step:
+        image_size = LOW_RESOLUTION if number < self.low_resolution_steps else None
+        return Step(number, lr_fraction(number, self.total_steps, self.optim), image_size)
 
     def ends_epoch(self, done: int) -> bool:
         return done % self.steps_per_epoch == 0
@@ -45,16 +53,38 @@ class Schedule:
     def should_log(self, done: int) -> bool:
         return done == self.total_steps or done % self.log_every == 0
 
-    def should_read(self, done: int) -> bool:
-        """Whether to wait for the device and read the metrics: to log, where an epoch ends, to close its receipt, and
-        before saving, to know that all losses were finite."""
+    def should_read_metrics(self, done: int) -> bool:
+        """Whether to wait for the device and copy the metrics to the host.
+
+        Needed for logging, for the data receipt at the end of an epoch, and before saving, when all losses must be
+        known to be finite.
+        """
         due = self.ends_epoch(done) or self.should_save(done) or self.should_validate(done)
         return due or self.should_log(done)
 
 
-def schedule_of(config: Config, steps_per_epoch: int) -> Schedule:
+def create_schedule(config: Config, steps_per_epoch: int) -> Schedule:
     train = config.train
     total = train.max_steps if train.max_steps is not None else train.epochs * steps_per_epoch
-    every = config.eval.every_epochs * steps_per_epoch
-    small = round(config.augment.low_resolution_share * total)
-    return Schedule(steps_per_epoch, total, train.log_every_steps, train.checkpoint_every_steps, every, small)
+    return Schedule(
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total,
+        log_every=train.log_every_steps,
+        checkpoint_every=train.checkpoint_every_steps,
+        validate_every=config.eval.every_epochs * steps_per_epoch,
+        low_resolution_steps=round(config.augment.low_resolution_share * total),
+        optim=config.optim,
+    )
+
+
+def lr_fraction(step: int, total_steps: int, config: OptimConfig) -> float:
+    """Learning rate of `step` (from 0) divided by its peak: linear warm-up, then linear or cosine decay to zero.
+
+    The warm-up takes `warmup_share` of all steps, but never rises faster than it would over `warmup_min_steps`. A run
+    shorter than that starts to decay before it reaches the peak.
+    """
+    warmup = round(config.warmup_share * total_steps)
+    rise = (step + 1) / max(1, warmup, config.warmup_min_steps)
+    progress = max(0.0, (step - warmup) / max(1, total_steps - warmup))
+    fall = (1 + math.cos(math.pi * progress)) / 2 if config.schedule == "cosine" else 1 - progress
+    return min(1.0, rise, fall)

@@ -1,9 +1,8 @@
-"""What is left of a run in numbers: summary.json."""
+"""summary.json: the results of a finished run, and everything that is needed to repeat it."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import platform
 import shlex
@@ -13,30 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from cifar_dist import bundled
 from cifar_dist.config import Config
-from cifar_dist.distributed import World
+from cifar_dist.files import read_sha256sums, sha256_of_file
 from cifar_dist.models.layers import num_parameters
 from cifar_dist.training.checkpoint import sha256_of_parameters
 from cifar_dist.training.evaluation import Score
 from cifar_dist.training.trainer import Trainer
 
 
-def device_names(world: World) -> list[str]:
-    """The name of each rank's device, in the order of ranks; a collective."""
-    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else _processor()
-    if world.size == 1:
-        return [name]
-    width = 96
-    mine = torch.tensor(list(name.encode()[:width].ljust(width, b" ")), dtype=torch.uint8)
-    all_names = [torch.empty_like(mine) for _ in range(world.size)]
-    dist.all_gather(all_names, mine)
-    return [bytes(row.tolist()).decode(errors="replace").strip() for row in all_names]
-
-
-def _processor() -> str:
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -54,15 +41,14 @@ def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return None  # run from a clone, in an environment of the user's own
+        return None  # not installed: run from a clone
 
 
 def git_commit() -> str | None:
-    """The commit of the code at work, with -dirty after changes; None outside a git checkout or a bundle."""
+    """The commit of this code, with -dirty after changes; None outside a git checkout and a bundle."""
     here = Path(__file__).parent
-    # First, since a bundle may lie inside some checkout.
-    bundle = bundled.commit(here.parents[1])
-    if bundle is not None:
+    bundle = bundle_commit(here.parents[1])
+    if bundle is not None:  # before asking git: a bundle may lie inside another checkout
         return bundle
     command = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
@@ -72,11 +58,22 @@ def git_commit() -> str | None:
     return result.stdout.strip() or None
 
 
+def bundle_commit(folder: Path) -> str | None:
+    """The commit of the bundle (see offline.bundle) in `folder`, with -dirty after changes; None: it is no bundle."""
+    try:
+        commit = (folder / "COMMIT").read_text(encoding="utf-8").strip()
+        code = {name: sha for name, sha in read_sha256sums(folder).items() if name.startswith("cifar_dist/")}
+    except OSError:
+        return None
+    unchanged = all((folder / name).is_file() and sha256_of_file(folder / name) == sha for name, sha in code.items())
+    return commit if unchanged or commit.endswith("-dirty") else f"{commit}-dirty"
+
+
 def summarize(config: Config, trainer: Trainer, test: Score, devices: list[str]) -> dict[str, Any]:
-    """All figures of a finished run; accuracies are shares of 1, `*_n` how many samples they are over."""
+    """Values of summary.json. Accuracies are fractions; `*_n` are the numbers of samples that they are over."""
     order, schedule = trainer.order, trainer.schedule
     images = schedule.total_steps * config.train.batch_size
-    stepper, progress = trainer.stepper, trainer.progress
+    train_step, progress = trainer.train_step, trainer.progress
     validation = progress.last_validation
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
@@ -86,14 +83,14 @@ def summarize(config: Config, trainer: Trainer, test: Score, devices: list[str])
         "world_size": trainer.world.size,
         "num_nodes": trainer.world.num_nodes,
         "model": config.model.name,
-        "params": num_parameters(stepper.scored_model),
+        "params": num_parameters(train_step.scored_model),
         "seed": config.run.seed,
         "steps": schedule.total_steps,
         "epochs": schedule.total_steps / order.steps_per_epoch,
         "batch_size": config.train.batch_size,
         "micro_batch_size": config.train.micro_batch_size,
-        "accumulation": stepper.accumulation,
-        "precision": stepper.number_format.name,
+        "accumulation": train_step.accumulation,
+        "precision": train_step.precision.name,
         "train_n": len(order.samples),
         "samples_dropped_per_epoch": order.dropped_per_epoch,
         "train_seconds": progress.train_seconds,
@@ -110,11 +107,5 @@ def summarize(config: Config, trainer: Trainer, test: Score, devices: list[str])
         "test_class_accuracy": test.class_accuracy,
         "test_confusion": test.confusion,
         "data_receipt": trainer.metrics.receipt.digests(),
-        "model_sha256": sha256_of_parameters(stepper.model),
+        "model_sha256": sha256_of_parameters(train_step.model),
     }
-
-
-def to_json(values: dict[str, Any]) -> str:
-    """Strict JSON, one key a line, nested values on one line."""
-    lines = [f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in values.items()]
-    return "{\n" + ",\n".join(lines) + "\n}\n"

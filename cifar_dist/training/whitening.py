@@ -1,6 +1,8 @@
-"""The filters of a whitening stem, from training images, the same on every rank."""
+"""Fits the filters of a whitening stem to training images, equally on every rank."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -9,29 +11,30 @@ from torch import Tensor, nn
 from cifar_dist.data.augment import normalize
 from cifar_dist.data.loader import BetonLoader
 from cifar_dist.data.order import Indices
-from cifar_dist.distributed import World, together
+from cifar_dist.distributed import World, run_and_sync_errors
 from cifar_dist.models.stems import WhiteningConv, whitening_filters
-from cifar_dist.place import SLOW_S, Place, go
+from cifar_dist.phase import SLOW_S, Phase, set_phase
 from cifar_dist.training.precision import reproducible
 
-_FILTERS = Place("the filters of the stem", limit_s=SLOW_S, memory="eval.bn_samples")
+_FIT = Phase("the filters of the stem", limit_s=SLOW_S, memory="eval.bn_samples")
 
 
 @torch.no_grad()
 def fit_whitening(models: list[nn.Module], loader: BetonLoader, samples: Indices, world: World) -> None:
-    """Give the whitening convolutions in `models` the filters that whiten the patches of `samples` (N,).
+    """Set the filters of the whitening convolutions in `models` so that they whiten the patches of `samples` (N,).
 
-    Rank 0 computes them, on its CPU and one thread, so that neither devices nor thread counts show in the filters.
-    Models without such a convolution are left alone.
+    Rank 0 computes them on its CPU with one thread, so the filters depend on neither device nor thread count. Models
+    without a whitening convolution stay as they are.
 
     Raises:
-        DataError: on every rank, when rank 0 cannot read the samples.
+        DataError: on every rank; rank 0 cannot read the samples.
     """
     stems = [module for model in models for module in model.modules() if isinstance(module, WhiteningConv)]
     if not stems:
         return
-    go(_FILTERS)
-    computed = together(world, lambda: _filters(loader, samples, stems[0].kernel_size), at_work=world.rank == 0)
+    set_phase(_FIT)
+    fit = partial(_filters, loader, samples, stems[0].kernel_size)
+    computed = run_and_sync_errors(world, fit, only_if=world.is_main)
     filters = torch.empty(stems[0].weight.shape, dtype=torch.float64) if computed is None else computed
     filters = filters.to(world.device)
     if world.size > 1:

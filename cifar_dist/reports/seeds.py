@@ -1,0 +1,178 @@
+"""Mean, standard deviation and confidence interval over runs that differ only in the seed, as a table and as figures.
+
+Does not import torch, so that a table appears at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from cifar_dist.files import write_json
+from cifar_dist.reports.finished_runs import FinishedRun, read_comparable, shared_settings
+
+CONFIDENCE = 0.95
+# Title and number format of each column. Accuracies are shown in percent.
+COLUMNS: Mapping[str, tuple[str, str]] = {
+    "val_accuracy": ("validation", ".2f"),
+    "test_accuracy": ("test", ".2f"),
+    "test_accuracy_tta": ("test, TTA", ".2f"),
+    "train_seconds": ("train seconds", ",.1f"),
+    "images_per_second": ("images/s", ",.0f"),
+}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of one value per run. With one run there is neither a standard deviation nor an interval."""
+
+    mean: float
+    standard_deviation: float | None  # divides by n - 1
+    interval_95: tuple[float, float] | None  # of the mean
+
+
+def t_quantile(n: int) -> float:
+    """Half the width of the 95 % interval of a mean over `n` runs, in standard errors of the mean."""
+    from scipy.special import stdtrit  # importing it takes as long as everything else here
+
+    return float(stdtrit(n - 1, (1 + CONFIDENCE) / 2))
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean, standard deviation and 95 % interval (Student's t) of one value per run."""
+    n, mean = len(values), statistics.fmean(values)
+    if n == 1:
+        return Spread(mean, None, None)
+    deviation = statistics.stdev(values)
+    half = t_quantile(n) * deviation / math.sqrt(n)
+    return Spread(mean, deviation, (mean - half, mean + half))
+
+
+def spreads(runs: Sequence[FinishedRun]) -> dict[str, Spread | None]:
+    """The spread of each column, in the units of summary.json; None for a figure that the runs do not have."""
+    values = {name: [run.figures[name] for run in runs] for name in COLUMNS}
+    return {name: None if None in column else spread(column) for name, column in values.items()}
+
+
+def report(runs: Sequence[FinishedRun]) -> dict[str, Any]:
+    """All figures for JSON; accuracies are fractions."""
+    first = runs[0]
+    return {
+        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "config": shared_settings(first.config),
+        "num_runs": len(runs),
+        "test_n": first.figures["test_n"],
+        "val_n": first.figures["val_n"],
+        "t_quantile": t_quantile(len(runs)) if len(runs) > 1 else None,
+        **{name: value and asdict(value) for name, value in spreads(runs).items()},
+        "runs": [{"summary": str((run.directory / "summary.json").resolve()), **run.figures} for run in runs],
+    }
+
+
+def table(runs: Sequence[FinishedRun]) -> str:
+    """One line per seed, then mean, standard deviation and interval."""
+    tta = runs[0].config.eval.tta
+    titles = [title.replace("TTA", "TTA" if tta == "none" else tta) for title, _ in COLUMNS.values()]
+    rows = [["", *titles, "commit"]]
+    for run in runs:
+        commit, dash, dirty = (run.figures["git_commit"] or "-").partition("-")
+        cells = [_cell(name, run.figures[name]) for name in COLUMNS]
+        rows.append([f"seed {run.figures['seed']}", *cells, commit[:7] + dash + dirty])
+    rows += [[], _statistic("mean", "mean", runs)]
+    if len(runs) > 1:
+        rows.append(_statistic("standard deviation", "standard_deviation", runs))
+        rows.append(_statistic(f"{CONFIDENCE:.0%} interval of the mean", "interval_95", runs))
+    return "\n".join([*_heading(runs), "", *_align(rows), "", *_notes(runs)])
+
+
+def compare(groups: Mapping[str, Path], output: Path) -> str:
+    """The table of a sweep, whose figures are also written to `output`.
+
+    Args:
+        groups: folder of runs by the settings that these runs have in common. With one group: the table of its seeds.
+
+    Raises:
+        UserError: runs are missing, unfinished or damaged, or differ in more than the seed within one folder.
+    """
+    found = {name: read_comparable([folder]) for name, folder in groups.items()}
+    reports = {name: report(runs) for name, runs in found.items()}
+    write_json(output, next(iter(reports.values())) if len(reports) == 1 else {"settings": reports})
+    if len(found) == 1:
+        return table(next(iter(found.values())))
+    rows = [["settings", "runs", *(title for title, _ in COLUMNS.values())]]
+    for name, runs in found.items():
+        rows.append([name, str(len(runs)), *(_mean_and_deviation(*column) for column in spreads(runs).items())])
+    return "\n".join([*_align(rows), "", "mean +- standard deviation over the seeds; accuracies in percent"])
+
+
+def _statistic(label: str, name: str, runs: Sequence[FinishedRun]) -> list[str]:
+    """A row with the field `name` of each column's `Spread`."""
+    return [label, *(_cell(column, getattr(value, name, None)) for column, value in spreads(runs).items())]
+
+
+def _mean_and_deviation(column: str, value: Spread | None) -> str:
+    if value is None or value.standard_deviation is None:
+        return _cell(column, None if value is None else value.mean)
+    return f"{_cell(column, value.mean)} +- {_cell(column, value.standard_deviation)}"
+
+
+def _align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with the first column left-aligned and the others right-aligned; rows may be short."""
+    widths = [max(len(row[k]) for row in rows if len(row) > k) for k in range(len(rows[0]))]
+    lines = ("   ".join(f"{cell:{'>' if k else '<'}{widths[k]}}" for k, cell in enumerate(row)) for row in rows)
+    return [line.rstrip() for line in lines]
+
+
+def _heading(runs: Sequence[FinishedRun]) -> list[str]:
+    figures, name = runs[0].figures, runs[0].config.model.name
+    val_n, devices, versions = figures["val_n"], figures["device_names"], figures["versions"]
+    validation = "none, trained on all" if val_n is None else f"n = {val_n:,} images held out from training"
+    lines = [
+        f"{len(runs)} run{'s that differ only in the seed' if len(runs) > 1 else ''}: {name}, "
+        f"{figures['params']:,} parameters, {figures['epochs']:g} epochs of batch {figures['batch_size']}, "
+        f"{figures['precision']}",
+        f"test accuracy, last epoch, n = {figures['test_n']:,} images; validation accuracy: {validation}; in percent",
+    ]
+    if _num_different(runs, "device_names") == _num_different(runs, "versions") == 1:
+        kinds = ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))
+        packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "ffcv", "python") if name in versions)
+        lines.append(f"on {kinds}; {packages}")
+    return lines
+
+
+def _notes(runs: Sequence[FinishedRun]) -> list[str]:
+    """How standard deviation and interval are computed, and what differs between the runs beside the seed."""
+    n = len(runs)
+    if n == 1:
+        notes = ["one run has no standard deviation and no interval"]
+    else:
+        notes = [
+            f"standard deviation over {n} runs, dividing by {n - 1}; interval: mean +- {t_quantile(n):.3f} (Student's "
+            f"t, {n - 1} degree{'s' if n > 2 else ''} of freedom) x standard deviation / sqrt({n})"
+        ]
+    for name, kind in (("git_commit", "commits of the code"), ("versions", "sets of packages"),
+                       ("device_names", "sets of devices")):  # fmt: skip
+        if _num_different(runs, name) > 1:
+            notes.append(f"note: these runs used {_num_different(runs, name)} {kind}")
+    return notes
+
+
+def _num_different(runs: Sequence[FinishedRun], name: str) -> int:
+    return len({json.dumps(run.figures[name], sort_keys=True) for run in runs})
+
+
+def _cell(column: str, value: float | Sequence[float] | None) -> str:
+    """A number, or the ends of an interval, in the format of `column`."""
+    if value is None:
+        return "-"
+    ends = value if isinstance(value, Sequence) else [value]
+    return "..".join(format(100 * end if "accuracy" in column else end, COLUMNS[column][1]) for end in ends)

@@ -1,0 +1,126 @@
+"""metrics.jsonl: one line of strict JSON per record, `{"step": 340, "train/loss": 1.412, ...}`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from cifar_dist.errors import UserError
+from cifar_dist.files import write_bytes_atomic
+
+Value = float | int | str | None
+Record = dict[str, Value]
+
+
+def read_records(path: Path) -> list[Record]:
+    """All records of a metrics.jsonl in file order; a line torn by a crash is skipped.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read the metrics {path}: {error.strerror or error}.") from error
+    return [record for line in lines if (record := _parse(line)) is not None]
+
+
+def number(value: Value) -> float | None:
+    """The value as a float, "nan", "inf" and "-inf" turned back; None for what is no number."""
+    if value is None or (isinstance(value, str) and value not in ("nan", "inf", "-inf")):
+        return None
+    return float(value)
+
+
+def _parse(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # also UnicodeDecodeError: a torn line may end inside a character
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _strict(value: Value) -> Value:
+    # JSON knows no NaN. A string, and not null, tells a diverged loss from one that was not measured.
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class RecordFile:
+    """Appends records to metrics.jsonl, first cut to the lines up to `start_step`.
+
+    Each line is handed to the operating system at once, so that kill -9 loses none that was written.
+
+    Args:
+        path: the file; its folder must exist.
+        start_step: optimizer steps already done; later lines come from a run that was stopped after its last
+            checkpoint, and will be written again.
+
+    Raises:
+        UserError: the file cannot be read or written.
+    """
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        self.path = path
+        self.num_dropped = 0
+        try:
+            if path.is_file():
+                self._cut(start_step)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise self._error(error) from error
+
+    def _cut(self, start_step: int) -> None:
+        before = self.path.read_bytes()
+        lines = before.splitlines()
+        # A final test whose run was not completed comes again.
+        records = ((line, _parse(line)) for line in lines)
+        kept = [line for line, record in records if record and _step(record) <= start_step and "test/n" not in record]
+        after = b"".join(line + b"\n" for line in kept)
+        self.num_dropped = len(lines) - len(kept)
+        if after != before:
+            write_bytes_atomic(self.path, after)
+
+    def append(self, step: int, metrics: Mapping[str, Value]) -> None:
+        """Write one line.
+
+        Raises:
+            UserError: the disk is full or the file cannot be written.
+        """
+        record = {"step": step, **{key: _strict(value) for key, value in metrics.items()}}
+        rest = memoryview(json.dumps(record, allow_nan=False).encode() + b"\n")
+        try:
+            while rest:  # a nearly full disk takes a part of a line and refuses the next
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise self._error(error) from error
+
+    def close(self) -> None:
+        """Sync to disk and close; a second call does nothing.
+
+        Raises:
+            UserError: the disk is full or failed.
+        """
+        if self._file.closed:
+            return
+        try:
+            if self.path.is_file():  # a pipe or a device cannot be synced
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._error(error) from error
+        finally:
+            self._file.close()
+
+    def _error(self, error: OSError) -> UserError:
+        return UserError(
+            f"cannot write the metrics {self.path}: {error.strerror or error}. "
+            f"Make room or choose another run.dir, then resume with --run.resume auto."
+        )
+
+
+def _step(record: Record) -> int:
+    step = record["step"]
+    assert isinstance(step, int)  # _parse saw to it
+    return step

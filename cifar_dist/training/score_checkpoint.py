@@ -1,0 +1,86 @@
+"""Scores a checkpoint outside its run: the work of `python -m cifar_dist.evaluate`."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cifar_dist.config import NUM_TEST
+from cifar_dist.data.dataset import prepared_folder, read_split
+from cifar_dist.data.loader import BetonLoader
+from cifar_dist.distributed import World, broadcast_bytes, run_and_sync_errors
+from cifar_dist.errors import UserError
+from cifar_dist.files import to_json, write_json
+from cifar_dist.models.architectures import create_model
+from cifar_dist.models.network import main_weights
+from cifar_dist.training import checkpoint
+from cifar_dist.training.evaluation import Evaluator, bn_samples
+from cifar_dist.training.optim import build_ema
+from cifar_dist.training.precision import choose_precision, set_backends
+from cifar_dist.training.run_directory import config_of
+
+
+def score_checkpoint(path: Path, world: World, validation: bool, data_dir: Path | None, json_path: Path | None) -> None:
+    """Score the model in the file `path` on all ranks; rank 0 prints the result as JSON and writes it to `json_path`.
+
+    Batch-norm statistics are computed anew from training images, as at the end of training, so checkpoints from the
+    middle of a run are scored in the same way.
+
+    Raises:
+        UserError: the checkpoint, the data or the split cannot be used.
+    """
+
+    def log(text: str) -> None:
+        if world.is_main:
+            print(text, file=sys.stderr, flush=True)  # stdout is for the result
+
+    if json_path and not json_path.parent.is_dir():
+        raise UserError(f"--json {json_path}: there is no folder {json_path.parent}.", on_all_ranks=True)
+    data = run_and_sync_errors(world, lambda: checkpoint.read_verified(path, need_digest=False), only_if=world.is_main)
+    data = broadcast_bytes(data or b"", world)
+    state = run_and_sync_errors(world, lambda: checkpoint.decode(data, str(path)))
+    config = run_and_sync_errors(world, lambda: config_of(state["config"], str(path)))
+    if validation and config.data.train_on == "all":
+        text = f"{path} was trained on all 50,000 images (data.train_on all): no validation split."
+        raise UserError(text, on_all_ranks=True)
+    folder = prepared_folder(replace(config.data, dir=data_dir or config.data.dir, stage_dir=None), world, log)
+    split = read_split(config.data, folder, world)
+    precision = run_and_sync_errors(world, lambda: choose_precision(config.train.precision, world.device))
+    set_backends(config.train, config.run.deterministic, world.device)
+    # Auxiliary heads only help training.
+    model = create_model(replace(config.model, auxiliary=False)).to(world.device, precision.parameters)
+    if config.train.channels_last:
+        model.to(memory_format=torch.channels_last)
+    ema = build_ema(model, config.optim)
+    target, weights = (model, main_weights(state["model"])) if ema is None else (ema, state["ema"])
+    run_and_sync_errors(world, lambda: checkpoint.load_weights(target, weights, str(path)))
+    evaluator = Evaluator(model if ema is None else ema.module, config.eval, precision, world)
+    with BetonLoader(folder / "train.beton", world.device) as loader:
+        evaluator.recalibrate(loader, bn_samples(split, config.eval))
+        if validation:
+            result = evaluator.score(loader, split.validation, config.eval.tta)
+        else:
+            with loader.of(folder / "test.beton") as test_loader:
+                result = evaluator.score(test_loader, np.arange(NUM_TEST), config.eval.tta)
+    if world.is_main:
+        values = {
+            "checkpoint": str(path),
+            "step": state["step"],
+            "split": "validation" if validation else "test",
+            "n": result.n,
+            "accuracy": result.accuracy,
+            "accuracy_tta": result.accuracy_tta,
+            "loss": result.loss if math.isfinite(result.loss) else None,
+            "class_accuracy": result.class_accuracy,
+            "confusion": result.confusion,
+            "confusion_tta": result.confusion_tta,
+            "world_size": world.size,
+        }
+        print(to_json(values), end="")
+        if json_path:
+            write_json(json_path, values)

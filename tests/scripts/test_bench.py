@@ -1,0 +1,316 @@
+"""`python -m cifar_dist.bench` with little work: tables, JSON, comparison, refusals."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cifar_dist import cli
+from cifar_dist.benchmarks import baselines, report, scaling, step
+from cifar_dist.benchmarks.measure import Cost, Row, Table, cost_of, interleaved
+from cifar_dist.benchmarks.settings import PARTS, BenchConfig, as_arguments
+from cifar_dist.config import ModelConfig
+from cifar_dist.models.layers import num_parameters
+from cifar_dist.training.precision import Precision
+from tests.support.runs import ON_ONE_CPU, REPOSITORY
+
+FP32 = Precision("fp32", "cpu")
+
+
+def bench(*args: str | Path, timeout_s: float = 250) -> subprocess.CompletedProcess[str]:
+    command = [*ON_ONE_CPU, sys.executable, "-m", "cifar_dist.bench", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, cwd=REPOSITORY)
+
+
+def test_cases_are_interleaved() -> None:
+    calls: list[str] = []
+
+    def work(name: str, seconds: float) -> float:
+        calls.append(name)
+        time.sleep(seconds)
+        return 100.0
+
+    fast, slow = interleaved({"a": lambda: work("a", 0.02), "b": lambda: work("b", 0.05)}, repeats=3, seconds=0.05)
+    # Three calls to warm up, one to find out how many fit into 0.05 s; then that many, interleaved.
+    assert calls[:8] == ["a"] * 4 + ["b"] * 4
+    num = calls[8:].index("b")
+    assert 2 <= num <= 3
+    assert calls[8:] == [*["a"] * num, "b"] * 3
+    assert len(fast.values) == len(slow.values) == len(fast.busy) == 3
+    assert all(rate <= 100 / 0.02 for rate in fast.values)
+    assert all(rate <= 100 / 0.05 for rate in slow.values)
+    assert all(0 <= share < 0.9 for share in fast.busy)  # asleep most of the time
+
+
+def test_ratios_are_of_medians_and_more_is_better() -> None:
+    rows = [Row("mine", [30.0, 10.0, 20.0]), Row("theirs", [5.0, 4.0, 6.0])]
+    assert [Table("rates", "images/s", rows, "theirs").ratio(row) for row in rows] == [4.0, 1.0]
+    assert Table("times", "s", rows, "theirs", lower_is_better=True).ratio(rows[0]) == 0.25
+    assert Table("alone", "s", rows).ratio(rows[0]) is None
+
+
+LITTLE_WORK = ("--repeats", "2", "--width", "0.0625", "--micro_batch_size", "16", "--compile", "off")
+
+
+def measured(part: str, data_dir: Path, file: Path, *args: str) -> dict[str, Any]:
+    """The JSON of a benchmark with little work; checks that it prints the same figures."""
+    result = bench(part, "--data.dir", data_dir, *LITTLE_WORK, *args, "--json", file, timeout_s=540)
+    assert result.returncode == 0, result.stdout + result.stderr
+    figures = report.read(file)
+    for content in figures["parts"].values():
+        assert content["tables"]
+        for table in content["tables"]:
+            for row in table["rows"]:
+                assert row["median"] == statistics.median(row["values"])
+                assert 0 < row["median"] < float("inf")
+    printed = result.stdout
+    assert printed == report.text(figures) + "\n"
+    assert figures["hardware"] in printed
+    assert f"ffcv {figures['versions']['ffcv']}" in printed
+    return figures
+
+
+@pytest.mark.data
+@pytest.mark.run
+def test_step(data_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    figures = measured("step", data_dir, file, "--seconds", "0.02")
+    assert list(figures["parts"]) == ["step"]
+    _check_step(figures)
+    compared = bench("compare", file, file)
+    assert compared.returncode == 0
+    assert re.search(r"^0 of \d+ rows changed by more than their spread.$", compared.stdout, flags=re.M)
+
+
+@pytest.mark.slow
+@pytest.mark.data
+@pytest.mark.run
+@pytest.mark.timeout(600)
+def test_all(data_dir: Path, tmp_path: Path) -> None:
+    figures = measured("all", data_dir, tmp_path / "figures.json", "--seconds", "0.05")
+    assert list(figures["parts"]) == list(PARTS)
+    one_core = figures["parts"]["loader"]["tables"][0]
+    _check_loader(one_core)
+    _check_step(figures)
+    (training,) = figures["parts"]["train"]["tables"]
+    names = ["training, end to end", "the same, images from memory", "bare step"]
+    assert [row["name"] for row in training["rows"]] == names
+    assert 0 <= training["rows"][0]["% data wait"] < 100
+    simulated = figures["parts"]["scaling"]["tables"][-1]
+    assert simulated["title"].startswith("simulated")
+    assert simulated["notes"][0].startswith("SIMULATION")
+
+
+def _check_loader(one_core: dict[str, Any]) -> None:
+    """Far below what a quiet machine gives, but far above what a mistake would leave."""
+    rates = {row["name"]: row["median"] for row in one_core["rows"]}
+    assert rates["this project, uint8"] > 10 * rates["torchvision v2 + DataLoader"]
+    assert rates["this project, uint8"] > rates["this project, augmented"] > 3 * rates["torchvision v2 + DataLoader"]
+    assert all(busy <= 1.05 for row in one_core["rows"] for busy in row["busy"])
+
+
+def _check_step(figures: dict[str, Any]) -> None:
+    *limits, augmentation, steps, parts = figures["parts"]["step"]["tables"]
+    assert [table["unit"] for table in limits] == ["TFLOP/s", "GB/s"]
+    assert [row["name"] for row in augmentation["rows"]] == ["eager", "normalised only"]
+    assert [row["name"] for row in steps["rows"]] == ["V1, plain", "V1, 1x1 merged", "V2, plain", "V2, 1x1 merged"]
+    plain, merged = (row["operations"] for row in steps["rows"][:2])
+    assert merged < plain
+    assert all(0 < row["% of product"] < 100 for row in steps["rows"])
+    assert [row["name"] for row in parts["rows"]] == ["forward", "backward", "SGD", "Muon and SGD"]
+
+
+@pytest.mark.parametrize("words", [
+    ["loader"],
+    ["all", "--data.dir", "a folder", "--micro_batch_size", "16", "32", "--stem", "pooled", "cifar", "--json", "all"],
+    ["step", "--data.dir", "all", "--json=x", "--precision", "bf16", "--seconds", "0.25", "--limit_minutes", "3"],
+])  # fmt: skip
+def test_arguments_for_a_part_give_the_same_config(words: list[str]) -> None:
+    config = cli.parse(BenchConfig, words, "bench")
+    assert cli.parse(BenchConfig, as_arguments(config), "bench") == config
+
+
+@pytest.mark.data
+def test_parts_that_exceed_the_time_limit_are_left_out(data_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    result = bench("all", "--data.dir", data_dir, "--limit_minutes", "0.05", "--json", file)
+    assert result.returncode == 2
+    assert "loader, step, train, scaling could not be measured; see above." in result.stderr
+    assert result.stdout.count("FAILED: not measured: the time was up (--limit_minutes)") == len(PARTS)
+    assert list(report.read(file)["parts"]) == list(PARTS)
+
+
+def test_other_networks_are_measured_after_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    build_step = baselines.project_step
+
+    def build(config: ModelConfig, *arguments: Any, **named: Any) -> baselines.BareStep:
+        if config.name == "inception_v2":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        return build_step(config, *arguments, **named)
+
+    monkeypatch.setattr(baselines, "project_step", build)
+    config = BenchConfig("step", repeats=1, seconds=0.01, width=0.0625, micro_batch_size=(4,), device="cpu")
+    table = step.measure(config)[-2]
+    assert [row.name for row in table.rows] == ["V1, plain", "V1, 1x1 merged"]
+    assert (
+        table.notes[0] == "V2, plain: not measured: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+    )
+
+
+@pytest.mark.parametrize("stem", ["cifar", "pooled", "strided"])
+def test_torchvision_googlenet_has_as_many_parameters(stem: Any) -> None:
+    """It has the stem of this project, and 3x3 in place of 5x5."""
+    network = baselines.torchvision_googlenet(stem)
+    own = baselines.project_step(ModelConfig(stem=stem, branch5x5="3x3"), 2, FP32).model
+    assert num_parameters(network) == num_parameters(own)
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_torchvision_googlenet_does_as_many_operations() -> None:
+    """Flop of forward and backward agree, so the feature maps have the same sizes."""
+    own = ModelConfig(stem="strided", branch5x5="3x3", merge_1x1="off")
+    steps = baselines.torchvision_step("strided", 2, FP32), baselines.project_step(own, 2, FP32)
+    first, second = (cost_of(one).flops for one in steps)
+    assert first == second > 0
+
+
+def test_bare_step_trains() -> None:
+    bare = baselines.project_step(ModelConfig(stem="strided", width=0.125), 16, FP32)
+    for group in bare.optimizer.param_groups:
+        group["lr"] = 0.05
+    first = bare.loss().item()
+    for _ in range(10):
+        assert bare() == 16
+    assert bare.loss().item() < 0.7 * first
+    assert min(bare.seconds_by_part(lambda: None)) > 0
+
+
+def test_cost_of_a_known_operation() -> None:
+    a, b = torch.ones(64, 32), torch.ones(32, 16)
+    cost = cost_of(lambda: (a @ b).view(-1))
+    assert cost == Cost(flops=2 * 64 * 32 * 16, bytes=4 * (64 * 32 + 32 * 16 + 64 * 16), num_operations=1)
+
+
+def test_simulated_exchange() -> None:
+    cluster = scaling.Cluster(8, inner_bandwidth=100e9, inner_latency=0, outer_bandwidth=10e9, outer_latency=1e-3)
+    assert scaling.exchange_seconds(80e6, 1, cluster) == 0
+    # 2 x 7/8 of 80 MB at 100 GB/s.
+    assert scaling.exchange_seconds(80e6, 8, cluster) == pytest.approx(1.4e-3)
+    # And then 2 x 3/4 of an eighth of it at 10 GB/s, and 6 messages.
+    assert scaling.exchange_seconds(80e6, 32, cluster) == pytest.approx(1.4e-3 + 1.5e-3 + 6e-3)
+    # A backward pass of a second hides all but the last bucket; one of nothing hides nothing.
+    hiding, open_ = (replace(cluster, backward_fraction=fraction, bucket_bytes=10e6) for fraction in (0.5, 0.0))
+    last = scaling.exchange_seconds(10e6, 8, cluster)
+    assert scaling.step_seconds(2.0, 80e6, 8, hiding) == pytest.approx(2.0 + last)
+    assert scaling.step_seconds(2.0, 80e6, 8, open_) == pytest.approx(2.0 + 1.4e-3)
+    assert "50%" in hiding.describe()
+
+
+def test_scaling_of_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables from the seconds of each case: 16 images per process and step, gradients of 1 MB."""
+    monkeypatch.setattr(scaling, "num_devices", lambda _: 2)
+    seconds = {"strong 1": 0.2, "weak 1": 0.1, "strong 2": 0.16, "weak 2": 0.16, "no exchange 2": 0.12}
+    seconds |= {"exchange 2": 0.05, "torchvision": 0.32}
+    strong, weak, exchange, simulated = scaling._tables("V1", 16, True, {k: [v] for k, v in seconds.items()}, 10**6)
+    assert [row.median for row in strong.rows] == pytest.approx([160, 200])
+    assert [row.median for row in weak.rows] == pytest.approx([160, 200, 100])
+    assert exchange.rows[0].median == pytest.approx(50)
+    assert exchange.rows[0].more == pytest.approx({"% of step, not hidden": 25, "GB/s": 0.02})
+    assert simulated.rows[0].median == pytest.approx(160)
+
+
+def _report(**rates: list[float]) -> report.Report:
+    table = Table("one core", "images/s", [Row(name, values) for name, values in rates.items()])
+    seconds = Table("start", "s", [Row("warm", [3.0, 3.1])], lower_is_better=True)
+    return {**report.header(), "parts": {"loader": {"seconds": 1.0, "tables": [table.to_json(), seconds.to_json()]}}}
+
+
+def test_compare_marks_changes_beyond_the_spread() -> None:
+    old = _report(same=[10.0, 12.0], up=[10.0, 12.0], down=[10.0, 12.0], gone=[1.0])
+    new = _report(same=[11.9, 14.0], up=[12.1, 14.0], down=[9.9, 9.0], come=[1.0])
+    new["parts"]["loader"]["tables"][1]["rows"][0] |= {"values": [3.2, 3.3], "median": 3.25}
+    text = report.compare(old, new)
+    words = [line.split() for line in text.splitlines() if line.startswith("  loader / ")]
+    marks = {line[line.index("/", 3) + 1]: line[-1] for line in words}
+    assert marks["up"] == "faster"
+    assert marks["down"] == marks["warm"] == "slower"
+    assert marks["same"] not in ("slower", "faster")
+    assert "3 of 4 rows changed by more than their spread." in text
+    assert "In one file only: loader / one core / gone" in text
+    assert "In one file only: loader / one core / come" in text
+
+
+def test_compare_does_not_mark_single_values() -> None:
+    assert "0 of 2 rows" in report.compare(_report(a=[1.0]), _report(a=[9.0]))
+
+
+def test_compare_reports_different_hardware() -> None:
+    old, new = _report(a=[1.0]), _report(a=[1.0])
+    new["hardware"] = "another"
+    assert "The hardware differs" in report.compare(old, new)
+    assert "The hardware differs" not in report.compare(old, old)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "No such file"),
+        ("{", "is not JSON"),
+        ("{}", "was not written by bench --json"),
+        ('{"format": "cifar_dist bench, format 1"}', "is damaged"),
+        ('{"format": "cifar_dist bench, format 1", "date": "", "hardware": "", "parts": {"a": {"tables": [{"title": "",'
+         ' "lower_is_better": false, "rows": [{"name": "x", "median": "1", "values": []}]}]}}}', "is damaged"),
+    ],
+)  # fmt: skip
+def test_compare_refuses_other_files(text: str | None, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    if text is not None:
+        file.write_text(text)
+    result = bench("compare", file, file)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["loadr"], 2, "loadr"),
+        ([], 2, "loader"),
+        (["loader", "--repeat", "5"], 2, "--repeats"),
+        (["loader", "--repeats", "0"], 2, "repeats is 0; valid: 1 or more."),
+        (["step", "--seconds", "-1"], 2, "seconds is -1.0; valid: above 0, at most 600."),
+        (["loader", "--json", "/nowhere/a.json"], 2, "the folder /nowhere does not exist"),
+        (["loader", "--data.dir", "/nowhere"], 3, "/nowhere/test.beton"),
+        (["train", "--data.dir", "/nowhere"], 3, "/nowhere/test.beton"),
+        (["all", "--data.dir", "/nowhere"], 3, "cifar_dist.prepare --data.dir /nowhere"),
+        (["step", "--device", "cuda"], 2, "torch finds no GPU here"),
+        (["scaling", "--device", "cuda"], 2, "device is cuda, but torch finds no GPU here"),
+        (["scaling", "--limit_minutes", "0"], 2, "limit_minutes is 0.0; valid: above 0."),
+        (["compare", "a.json"], 2, "NEW"),
+    ],
+)
+def test_wrong_arguments_are_refused(args: list[str], code: int, message: str) -> None:
+    result = bench(*args)
+    assert result.returncode == code
+    assert message in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys; sys.argv[1:] = ['--help']\nfrom cifar_dist import bench\ntry:\n    bench.main()\nfinally:\n    "
+    code += "print(*(name for name in ('torch', 'numpy', 'ffcv') if name in sys.modules), file=sys.stderr)"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=REPOSITORY)
+    assert result.returncode == 0
+    assert "--micro_batch_size" in result.stdout
+    assert result.stderr == "\n"

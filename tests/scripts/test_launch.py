@@ -1,0 +1,213 @@
+"""The scripts that a person types, as they are typed, and every command of the README."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cifar_dist.cli import load_config
+from tests.support import runs
+from tests.support.runs import free_port
+
+pytestmark = pytest.mark.run
+LAUNCH = runs.REPOSITORY / "launch"
+TINY = ("--config", str(runs.REPOSITORY / "configs/quickstart.yaml"), "--model.width", "0.0625", "--data.subset", "256",
+        "--train.max_steps", "2", "--eval.tta", "none", "--eval.bn_samples", "250",
+        "--track.wandb", "disabled")  # fmt: skip
+
+
+def start(script: str, *arguments: str | Path, cpu: str = "", **environment: str) -> subprocess.Popen[str]:
+    """Start a script; `cpu` keeps it to one processor, as machines of their own do not share any."""
+    pinned = ["taskset", "-c", cpu] if cpu else []
+    return subprocess.Popen(
+        [*pinned, str(LAUNCH / script), *map(str, arguments)],
+        cwd=runs.REPOSITORY,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.xdist_group("clock")
+def test_setup_with_nothing_to_do_is_quick() -> None:
+    runs.finish(start("setup"))
+    started = time.monotonic()
+    output = runs.finish(start("setup"))
+    assert time.monotonic() - started < 2
+    assert output == ""
+
+
+def test_setup_names_what_is_missing(tmp_path: Path) -> None:
+    """On a machine without compiler, headers, apt and root: a copy of the script, with almost nothing on PATH."""
+    for name in ("launch/setup", "launch/installing.sh", "pyproject.toml", "uv.lock"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((runs.REPOSITORY / name).read_bytes())
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "cat", "dirname", "sha256sum", "cut", "id", "env"):
+        (tools / tool).symlink_to(subprocess.check_output(["which", tool], text=True).strip())
+    result = subprocess.run(
+        ["bash", str(tmp_path / "launch/setup")], env={"PATH": str(tools)}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    for part in ("C++ compiler", "OpenCV 4", "TurboJPEG", "apt-get install", "conda install", "--ffcv-wheel"):
+        assert part in result.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_test_explains_its_arguments() -> None:
+    """Before it installs or runs anything."""
+    help_text = runs.finish(start("test", "--help"))
+    for line in ("launch/test ", "launch/test --all ", "launch/test [--all] -- ARGS "):
+        assert f"\n  {line}" in help_text
+    mistaken = runs.finish(start("test", "--everything", "tests/unit/data/test_order.py"), expected=2)
+    assert mistaken == "error: launch/test knows no argument --everything; valid: --all, -- ARGS OF PYTEST, --help.\n"
+    assert "knows no argument tests/unit/data/test_order.py" in runs.finish(
+        start("test", "--all", "tests/unit/data/test_order.py"), 2
+    )
+
+
+@pytest.mark.data
+def test_quickstart_trains_and_goes_on(data_dir: Path, tmp_path: Path) -> None:
+    arguments = (*TINY[2:], "--data.dir", data_dir, "--run.dir", tmp_path / "my run")
+    output = runs.finish(start("quickstart", *arguments))
+    assert re.search(r"test accuracy [\d.]+% on 10000 images", output)
+    figures = runs.summary(tmp_path / "my run")
+    assert figures["world_size"] == min(2, os.cpu_count() or 1)
+    assert (figures["steps"], figures["train_n"]) == (2, 256)
+    assert "this run is complete" in runs.finish(start("quickstart", *arguments))
+
+
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_two_machines_meet(rendezvous: str) -> None:
+    """Two launchers on this machine stand for two machines; rank 0 alone answers."""
+    common = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "NPROC_PER_NODE": "2"}
+    places = [{"NODE_RANK": rank} if rendezvous == "static" else {} for rank in ("0", "1")]
+    sizes = ("--train.batch_size", "64", "--train.micro_batch_size", "16", "--print-config")
+    nodes = [start("multinode", *sizes, **common, **place) for place in places]
+    outputs = [runs.finish(node) for node in nodes]
+    assert sum("micro_batch_size: 16" in output for output in outputs) == 1
+
+
+@pytest.mark.data
+def test_two_machines_train(data_dir: Path, tmp_path: Path) -> None:
+    common = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "NPROC_PER_NODE": "1"}
+    arguments = (*TINY, "--eval.test_subset", "500", "--data.dir", data_dir, "--run.dir", tmp_path / "run")
+    cpus = [str(cpu) for cpu in sorted(os.sched_getaffinity(0))]
+    nodes = [
+        start("multinode", *arguments, cpu=cpus[rank % len(cpus)], **common, NODE_RANK=str(rank)) for rank in (0, 1)
+    ]
+    for node in nodes:
+        runs.finish(node)
+    assert runs.summary(tmp_path / "run")["world_size"] == 2
+    assert runs.children_with(str(tmp_path)) == []
+
+
+def test_machines_without_an_address() -> None:
+    output = runs.finish(start("multinode", NNODES="2", MASTER_ADDR=""), expected=2)
+    assert "MASTER_ADDR" in output
+
+
+def readme_commands() -> list[str]:
+    """All indented command lines of the README and the pages in docs/."""
+    pages = [runs.REPOSITORY / "README.md", *sorted((runs.REPOSITORY / "docs").glob("*.md"))]
+    lines = [line for page in pages for line in re.findall(r"^    (.+)$", page.read_text(), flags=re.M)]
+    return [
+        line.split("#")[0].strip()
+        for line in lines
+        if re.match(r"\./|\.venv/|python |torchrun |sbatch |[A-Z_]+=|git |source ", line)
+    ]
+
+
+# The README's commands, and the test that runs each as it stands or with smaller numbers.
+TESTED = {
+    "git clone <this repository> && cd cifar_dist": "CI runs in a fresh clone",
+    "source .venv/bin/activate": "runs.command uses the same environment",
+    "./launch/quickstart": "test_quickstart_trains_and_goes_on",
+    "./launch/build-ffcv-wheel": "test_wheel.py: test_built_again_it_has_the_same_bytes",
+    "./launch/setup --ffcv-wheel PATH": "test_wheel.py: test_setup_from_the_wheel_on_a_bare_machine",
+    "./launch/test": "CI",
+    "./launch/node --config configs/googlenet.yaml": "test_elastic.py and test_stopping.py, with smaller numbers",
+    "./launch/test --all": "CI",
+    "./launch/test -- tests/unit/data/test_order.py -k tail": "test_launch_test_explains_itself; the rest is CI",
+    ".venv/bin/python -m pytest tests/unit/data/test_order.py": "launch/test itself",
+    ".venv/bin/python -m pytest -m '' tests/scripts/test_wheel.py -k container": "launch/test itself",
+    ".venv/bin/python -m tests.support.mutants": "by hand",
+    "torchrun --nproc_per_node=8 -m cifar_dist.train --config configs/googlenet.yaml": "test_eight_ranks_start",
+    "NNODES=2 NODE_RANK=0 MASTER_ADDR=node-a ./launch/multinode --config configs/googlenet.yaml": "test_two_machines_*",
+    "MAX_RESTARTS=2 ./launch/node --config configs/googlenet.yaml --run.name mine --run.resume auto": "test_elastic.py",
+    "./launch/debug": "test_debug.py",
+    "python -m cifar_dist.train --config configs/quickstart.yaml --run.name mine --run.resume auto": "test_resume.py",
+    "python -m cifar_dist.evaluate --checkpoint runs/mine/checkpoints/step-00002730.pt": "test_world_size.py",
+    "./launch/seeds configs/quickstart.yaml 3 --run.name exp": "test_seeds.py: test_stopped_and_gone_on",
+    "python -m cifar_dist.seeds runs/exp --json exp.json": "test_seeds.py: test_table_and_json",
+    "python -m cifar_dist.bench all --json bench.json": "test_bench.py: test_all",
+    "python -m cifar_dist.bench compare old.json new.json": "test_bench.py: test_step",
+    "./launch/setup": "test_setup_with_nothing_to_do_is_quick",
+    "sbatch slurm/train.sh --config configs/googlenet.yaml": "test_slurm.py: test_bounded_requeues",
+    "sbatch --nodes=2 --gpus-per-node=4 slurm/train.sh --config configs/googlenet.yaml":
+        "test_slurm.py: test_two_nodes_feed_what_one_process_feeds; without GPUs",
+    "sbatch --oversubscribe --gpus-per-node=1 --cpus-per-task=8 --mem=32G slurm/train.sh "
+    "--config configs/googlenet.yaml":
+        "test_slurm.py: test_two_jobs_share_the_nodes; without GPUs",
+    "sbatch --array=0-2 slurm/sweep.sh --config configs/quickstart.yaml":
+        "test_slurm.py: test_array_of_seeds_ends_with_one_table",
+    "sbatch --array=0-5 slurm/sweep.sh --grid grid.txt --config configs/quickstart.yaml":
+        "test_slurm.py: test_array_over_a_grid",
+    "sbatch slurm/evaluate.sh --checkpoint runs/job-17/checkpoints/step-00002730.pt --json score.json":
+        "test_slurm.py: test_evaluate",
+    "./launch/rehearse --world-size 8 configs/googlenet.yaml --steps 20": "test_rehearse.py",
+    "./launch/bundle": "test_bundle.py, without torch; whole by hand",
+    "./launch/bundle --system-torch": "test_bundle.py",
+    "./launch/measure": "test_bundle.py: test_measures_without_network; test_measure.py",
+    "./launch/measure --bench none --configs configs/cpu-84.yaml": "test_measure.py",
+}  # fmt: skip
+QUICK = ("--help", "--print-config", "cifar_dist.prepare", "cifar_dist.models", "cifar_dist.plan")
+
+
+def test_readme_commands_are_all_known() -> None:
+    commands = readme_commands()
+    assert len(commands) >= 10
+    quick = (*QUICK, "CHANGE")  # of the latter see test_recipe_commands_are_valid
+    unknown = [line for line in commands if line not in TESTED and not any(part in line for part in quick)]
+    assert unknown == []
+    assert [line for line in TESTED if line not in commands] == []
+
+
+@pytest.mark.data
+@pytest.mark.usefixtures("data_dir")
+@pytest.mark.parametrize("line", [line for line in readme_commands() if any(part in line for part in QUICK)])
+def test_quick_readme_commands(line: str) -> None:
+    words = shlex.split(line)
+    assert words[0] == "python"
+    output = runs.run(1, *words[3:], module=words[2].removeprefix("cifar_dist."))
+    assert output
+
+
+def test_recipe_commands_are_valid() -> None:
+    """Each change that docs/recipe.md lists, with the command above its table, gives a configuration."""
+    text = (runs.REPOSITORY / "docs/recipe.md").read_text(encoding="utf-8")
+    sections = [part for part in text.split("\n## ") if "CHANGE" in part]
+    tried = 0
+    for section in sections:
+        command = re.findall(r"^    python -m cifar_dist.train (.+) CHANGE$", section, flags=re.M)
+        assert len(command) == 1
+        for change in re.findall(r"^\|[^|]*`(--[^`]+)`", section, flags=re.M):
+            load_config(shlex.split(f"{command[0]} {change}"))
+            tried += 1
+    assert tried >= 15
+
+
+def test_eight_ranks_start() -> None:
+    """The README's torchrun line, up to where eight devices would be needed."""
+    output = runs.run(8, "--config", "configs/googlenet.yaml", "--print-config")
+    assert yaml.safe_load(output[output.index("run:") :])["train"]["batch_size"] == 1024

@@ -1,0 +1,130 @@
+"""cifar_dist.train with a fault planted in one rank: `torchrun ... tests/support/faulty.py KIND:RANK:STEP SETTINGS`.
+
+STEP counts from 1; with a RANK of "all" every rank has it. The kinds are the functions of `FAULTS`.
+"""
+
+from __future__ import annotations
+
+import os
+import pdb  # noqa: T100 - one of the faults
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cifar_dist import train
+from cifar_dist.training import checkpoint, evaluation
+from cifar_dist.training.train_step import TrainStep
+
+HOARD: list[torch.Tensor] = []
+
+
+def hang_reading(_: TrainStep, batches: Iterator[Any]) -> Iterator[Any]:
+    """The next batch never comes."""
+
+    def hanging() -> Iterator[Any]:
+        time.sleep(3600)
+        yield from batches
+
+    return hanging()
+
+
+def stop(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def flip_bit(train_step: Any, *_: Any) -> None:
+    """One bit of one weight of the last layer; not the lowest, which the rounding of the next steps may swallow."""
+    name, parameter = [item for item in train_step.model.named_parameters() if item[0].endswith("weight")][-1]
+    with torch.no_grad():
+        bits = parameter.view(torch.int64 if parameter.dtype == torch.float64 else torch.int32)
+        bits[3, 1] ^= 2**18
+    print(f"planted in {name}", flush=True)
+
+
+def nan_loss(train_step: Any, *_: Any) -> None:
+    """In this step only."""
+    good = train_step._loss
+
+    def bad(*arguments: Any) -> Any:
+        train_step._loss = good
+        return good(*arguments) * float("nan")
+
+    train_step._loss = bad
+
+
+def no_memory(*_: Any) -> None:
+    """From now on this process has some 16 MB more, and no more: what it had freed and kept is taken.
+
+    Tensors have to be larger, so that what does not fit is the first of them, and megabytes stay free at any time: a
+    thread ends the process where it finds no room for its thread-local data.
+    """
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 12 * 2**20, resource.RLIM_INFINITY))
+    for megabytes in (64, 8):
+        with suppress(RuntimeError):
+            while True:
+                HOARD.append(torch.empty(megabytes * 2**20, dtype=torch.uint8))
+    resource.setrlimit(resource.RLIMIT_AS, (used + 24 * 2**20, resource.RLIM_INFINITY))
+
+
+def no_memory_to_score(*_: Any) -> None:
+    """The same, where an evaluation has its first images."""
+    module: Any = evaluation
+    good = module.normalize
+
+    def bad(*arguments: Any) -> Any:
+        no_memory()
+        return good(*arguments)
+
+    module.normalize = bad
+
+
+def debugger(*_: Any) -> None:
+    pdb.Pdb(nosigint=True).set_trace()
+
+
+def fail(*_: Any) -> None:
+    raise RuntimeError("a mistake in the program")
+
+
+def slow_disk(*_: Any) -> None:
+    """Writing a checkpoint takes ten seconds more."""
+    module: Any = checkpoint
+    good = module.write
+
+    def slow(*arguments: Any) -> Path:
+        time.sleep(10)
+        result: Path = good(*arguments)
+        return result
+
+    module.write = slow
+
+
+FAULTS: dict[str, Callable[..., Iterator[Any] | None]] = {
+    function.__name__: function
+    for function in (hang_reading, stop, debugger, flip_bit, nan_loss, no_memory, no_memory_to_score, fail, slow_disk)
+}
+
+
+def plant(kind: str, rank: str, number: int) -> None:
+    good = TrainStep.run
+
+    def step(self: TrainStep, step: Any, batches: Iterator[Any], metrics: Any) -> None:
+        if step.number + 1 == number and rank in ("all", os.environ.get("RANK", "0")):
+            batches = FAULTS[kind](self, batches) or batches
+        good(self, step, batches, metrics)
+
+    TrainStep.run = step  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    kind, rank, number = sys.argv.pop(1).split(":")
+    plant(kind, rank, int(number))
+    train.main()

@@ -1,0 +1,200 @@
+"""Faults that were once put into the product by hand, one at a time, and the tests that notice each of them.
+
+    python -m tests.support.mutants [NAME...]     all, which takes three minutes, or those
+
+Run by hand, from the repository. Each mutant is applied to a copy of the checkout, in which the named tests must fail;
+they are about the very line that is changed. Without a mutant they must pass.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).parents[2]
+COPIED = ("cifar_dist", "tests", "configs", "pyproject.toml")
+TIMEOUT_S = 300
+
+
+class Mutant(NamedTuple):
+    """`old` occurs once in the file `path` below cifar_dist, and becomes `new`; each of `tests` then fails."""
+
+    name: str
+    path: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+IN_PLACE = (
+    '    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")\n'
+    "    try:\n"
+    '        with temporary.open("xb") as file:\n',
+    '    temporary = path\n    try:\n        with temporary.open("wb") as file:\n',
+)
+RETAINED = "[] if progress.best_step is None else [progress.best_step]"
+
+MUTANTS = (
+    # Gradients and the loss.
+    Mutant("no division by the accumulation steps", "training/train_step.py", "total / self.accumulation)", "total)",
+           ("test_train_step.py::test_small_micro_batches_step_like_one_large",)),
+    Mutant("label smoothing ignored", "training/train_step.py", "label_smoothing=smoothing)", "label_smoothing=0.0)",
+           ("test_train_step.py::test_label_smoothing_by_hand[0.2]",)),
+    Mutant("gradient not clipped", "training/train_step.py", "self.config.optim.grad_clip)", "1e9)",
+           ("test_train_step.py::test_gradient_is_clipped",)),
+    Mutant("weight decay on norm scales", "training/optim.py",
+           '{"params": scales, "weight_decay": 0.0,', '{"params": scales, "weight_decay": config.weight_decay,',
+           ("test_optim.py::test_groups_of_parameters",)),
+    Mutant("learning rate one step late", "training/trainer.py",
+           "schedule.step(progress.step)", "schedule.step(max(0, progress.step - 1))",
+           ("test_trainer.py::test_each_step_has_its_own_learning_rate",)),
+    Mutant("momentum not restored", "training/train_step.py",
+           'self.optimizer.load_state_dict(state["optimizer"])', "pass",
+           ("test_train_step.py::test_a_restored_step_goes_on_with_the_momentum",)),
+    # Which samples, in which order.
+    Mutant("permutation of the next epoch", "data/order.py", '"order", epoch)', '"order", epoch + 1)',
+           ("test_order.py::test_first_indices_are_pinned",)),
+    Mutant("slice of the neighbour", "data/order.py", "batches[first:, rank]",
+           "batches[first:, (rank + 1) % world_size]", ("test_order.py::test_ranks_together_read_the_global_batch",)),
+    Mutant("first step after a resume skipped", "data/order.py", "batches[first:, rank]",
+           "batches[first + (first > 0) :, rank]", ("test_order.py::test_rest_of_epoch_is_its_tail",)),
+    Mutant("one test image twice, one never", "training/evaluation.py", "loader.read(np.concatenate(chunks), ",
+           "loader.read(np.concatenate([chunks[0][:1], *chunks])[:-1], ",
+           ("test_evaluation.py::test_score_counts_each_sample_once",)),
+    Mutant("another data set taken for CIFAR-10", "data/dataset.py", "if found != right.sha256:", "if not found:",
+           ("test_dataset.py::test_damage_is_refused[flipped pixel]",
+            "test_dataset.py::test_damage_is_refused[swapped labels]")),
+    # Augmentation.
+    Mutant("flip upside down", "data/augment.py", "images.flip(3).permute", "images.flip(2).permute",
+           ("test_augment.py::test_every_pixel_equals_plain_numpy",)),
+    Mutant("alternating flip does not alternate", "data/augment.py", ">> 31 != epoch & 1", ">> 31 != 1",
+           ("test_augment.py::test_alternating_flip_alternates",)),
+    Mutant("mean of channels exchanged", "data/augment.py", "in cifar10.MEAN)", "in cifar10.MEAN[::-1])",
+           ("test_augment.py::test_normalize_centres_the_training_set",)),
+    Mutant("standard deviation 1 % too large", "data/augment.py", "STD = tuple(255 *", "STD = tuple(1.01 * 255 *",
+           ("test_augment.py::test_normalize_centres_the_training_set",)),
+    # Scoring.
+    Mutant("scored in training mode", "training/evaluation.py", "        self.model.eval()\n", "",
+           ("test_evaluation.py::test_scoring_is_in_evaluation_mode[in training]",)),
+    Mutant("no recalibration", "training/trainer.py",
+           "self.evaluator.recalibrate(self.loader, bn_samples(self.split, self.config.eval))", "pass",
+           ("test_trainer.py::test_what_is_validated_and_saved_has_the_statistics_of_its_weights",)),
+    # Files.
+    Mutant("no fsync of the file", "files.py", "            os.fsync(file.fileno())\n", "",
+           ("test_files.py::test_all_bytes_are_on_the_disk_before_the_rename_and_the_rename_at_the_end",)),
+    Mutant("no fsync of the folder", "files.py", "    sync_directory(path.parent)\n", "",
+           ("test_files.py::test_all_bytes_are_on_the_disk_before_the_rename_and_the_rename_at_the_end",)),
+    Mutant("written in place", "files.py", *IN_PLACE,
+           ("test_files.py::test_failed_write_keeps_the_old_file_and_leaves_nothing",)),
+    Mutant("best checkpoint not kept", "training/trainer.py", RETAINED, "[]",
+           ("test_trainer.py::test_the_newest_checkpoint_and_the_best_stay",
+            "test_trainer.py::test_the_best_checkpoint_is_kept_over_a_restart")),
+    Mutant("worst checkpoint kept for the best", "training/trainer.py",
+           "result.accuracy > progress.best_accuracy", "result.accuracy < progress.best_accuracy",
+           ("test_trainer.py::test_the_newest_checkpoint_and_the_best_stay",)),
+    # Signals and W&B.
+    Mutant("SIGUSR1 not handled", "process.py", "STOP_SIGNALS = (signal.SIGUSR1, ", "STOP_SIGNALS = (",
+           ("test_trainer.py::test_a_signal_in_the_training_loop_is_a_wish[SIGUSR1]",)),
+    Mutant("id of the W&B run not kept", "tracking/wandb_run.py",
+           'write_text_atomic(path, run_id + "\\n")', "pass", ("test_tracker.py::test_wandb_offline",)),
+)  # fmt: skip
+
+
+def copy_of_checkout(folder: Path) -> Path:
+    """A copy without what was compiled from the original."""
+    for name in COPIED:
+        source = REPOSITORY / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    return folder
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """In which `folder` comes before the installed package, which is this checkout."""
+    kept = {name: value for name, value in os.environ.items() if name != "CIFAR_DIST_TEST_SESSION"}
+    data = os.environ.get("CIFAR_DIST_TEST_DATA", str(REPOSITORY / "data"))
+    ours = {"PYTHONPATH": str(folder), "CIFAR_DIST_TEST_DATA": data, "OMP_NUM_THREADS": "1"}
+    return kept | ours | {"PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def path_of(test: str) -> str:
+    """With the folder of the file that `test` names."""
+    file, _, name = test.partition("::")
+    (path,) = (REPOSITORY / "tests").rglob(file)
+    return f"{path.relative_to(REPOSITORY)}::{name}"
+
+
+def failed_tests(folder: Path, tests: tuple[str, ...]) -> tuple[int, set[str], str]:
+    """Run `tests` in the copy: pytest's exit code, the ids of the tests that failed, and its output."""
+    words = [sys.executable, "-m", "pytest", "-m", "", "-q", "--tb=short", "-rf", "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        [*words, *(str(path_of(test)) for test in tests)], cwd=folder, env=environment(folder), capture_output=True,
+        text=True, timeout=TIMEOUT_S, check=False,
+    )  # fmt: skip
+    lines = [line.split(" - ")[0] for line in result.stdout.splitlines() if line.startswith("FAILED ")]
+    return result.returncode, {line.rpartition("/")[2] for line in lines}, result.stdout + result.stderr
+
+
+def changed(mutant: Mutant) -> str:
+    """The file of `mutant`, with the one place changed."""
+    text = (REPOSITORY / "cifar_dist" / mutant.path).read_text()
+    if text.count(mutant.old) != 1:
+        raise SystemExit(f"error: {mutant.name}: {mutant.path} has its text {text.count(mutant.old)} times, not once")
+    return text.replace(mutant.old, mutant.new)
+
+
+def lived(mutant: Mutant) -> bool:
+    """Apply it, say which tests noticed it, and tell if one of those that should did not."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = copy_of_checkout(Path(scratch))
+        (folder / "cifar_dist" / mutant.path).write_text(changed(mutant))
+        code, failed, output = failed_tests(folder, mutant.tests)
+    # A test without brackets stands for all its parametrisations, of which one is enough.
+    missed = [test for test in mutant.tests if not any(name == test or name.startswith(f"{test}[") for name in failed)]
+    if code != 1 or missed:
+        print(f"{mutant.name}: LIVED, not noticed by {', '.join(missed)}\n{output[-2000:]}", flush=True)
+        return True
+    print(f"{mutant.name}: caught by {', '.join(mutant.tests)}", flush=True)
+    return False
+
+
+def check_unchanged(mutants: list[Mutant]) -> None:
+    """Each mutant can be applied, the copy is what is imported, and without a mutant all tests pass."""
+    for mutant in mutants:
+        changed(mutant)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = copy_of_checkout(Path(scratch))
+        where = [sys.executable, "-c", "import cifar_dist; print(cifar_dist.__file__)"]
+        imported = subprocess.check_output(where, cwd=folder, env=environment(folder), text=True).strip()
+        if imported != str(folder / "cifar_dist" / "__init__.py"):
+            raise SystemExit(f"error: {imported} would be tested, not the copy in {folder}")
+        tests = tuple(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
+        code, _, output = failed_tests(folder, tests)
+    if code != 0:
+        raise SystemExit(f"error: without a mutant these tests must pass:\n{output}")
+    print(f"without a mutant: {output.strip().splitlines()[-1]}", flush=True)
+
+
+def main(names: list[str]) -> int:
+    unknown = set(names) - {mutant.name for mutant in MUTANTS}
+    if unknown:
+        known = "\n".join(f"  {mutant.name}" for mutant in MUTANTS)
+        raise SystemExit(f"error: no mutant is called {', '.join(sorted(unknown))}; there are:\n{known}")
+    mutants = [mutant for mutant in MUTANTS if not names or mutant.name in names]
+    check_unchanged(mutants)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        num_lived = sum(pool.map(lived, mutants))
+    print(f"{len(mutants) - num_lived} of {len(mutants)} mutants caught")
+    return int(num_lived > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,74 @@
+"""Checksums that no difference escapes, and who is outvoted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cifar_dist.config import Config, TrainConfig
+from cifar_dist.fault_tolerance.health import checksums, odd_ranks
+from cifar_dist.fault_tolerance.out_of_memory import advice
+
+FORMATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
+
+
+def tensors(dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    filters = torch.randn(4, 3, 5, 5, generator=generator).to(memory_format=torch.channels_last)
+    return [(tensor * 100).to(dtype) for tensor in (filters, torch.randn(7, generator=generator), torch.tensor(1.5))]
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_one_bit_shows_in_its_tensor_alone(dtype: torch.dtype) -> None:
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
+    expected = checksums(tensors(dtype))
+    assert torch.equal(checksums(tensors(dtype)), expected)
+    for which in range(3):
+        for bit in (0, 5, 8 * dtype.itemsize - 1):
+            changed = tensors(dtype)
+            flat = changed[which].reshape(-1).clone()
+            flat.view(bits)[len(flat) // 2] ^= -(2**bit) if bit == 8 * dtype.itemsize - 1 else 2**bit
+            changed[which] = flat.reshape(changed[which].shape)
+            assert (checksums(changed) != expected).tolist() == [k == which for k in range(3)]
+
+
+def test_nan_is_a_number_like_any_other() -> None:
+    values = [torch.tensor([1.0, float("nan"), float("-inf")]), torch.zeros(2)]
+    assert torch.equal(checksums(values), checksums(values))
+    assert checksums([torch.tensor([0.0])]) != checksums([torch.tensor([-0.0])])
+
+
+def test_order_in_memory_is_of_no_matter() -> None:
+    values = torch.randn(4, 3, 5, 5)
+    assert torch.equal(checksums([values]), checksums([values.to(memory_format=torch.channels_last)]))
+
+
+def test_formats_side_by_side() -> None:
+    mixed = [tensors(dtype)[1] for dtype in FORMATS]
+    changed = [tensor.clone() for tensor in mixed]
+    changed[2][3] += 1
+    assert (checksums(mixed) != checksums(changed)).tolist() == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("sums", "expected"),
+    [([5, 5, 6], [2]), ([6, 5, 5, 5], [0]), ([5, 6], None), ([5, 5, 6, 6], None), ([1, 2, 3], None)],
+)
+def test_majority(sums: list[int], expected: list[int] | None) -> None:
+    assert odd_ranks(sums) == expected
+
+
+@pytest.mark.parametrize(
+    ("micro", "world_size", "said"),
+    [
+        (480, 2, "on 2 processes is 240: --train.micro_batch_size 240"),
+        (120, 8, "on 8 processes is 60: --train.micro_batch_size 60"),
+        (2, 1, "no lower one is possible"),
+    ],
+)
+def test_what_to_lower(micro: int, world_size: int, said: str) -> None:
+    config = Config(train=TrainConfig(batch_size=960, micro_batch_size=micro))
+    text = advice(config, "train.micro_batch_size", world_size)
+    assert f"train.micro_batch_size is {micro}" in text
+    assert said in text
+    assert "--eval.batch_size 250" in advice(config, "eval.batch_size", world_size)

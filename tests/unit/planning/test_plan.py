@@ -1,0 +1,331 @@
+"""The plan against a real run, its refusals, and its page and figures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cifar_dist.cli import load_config
+from cifar_dist.config import Config
+from cifar_dist.errors import UserError
+from cifar_dist.planning import duration
+from cifar_dist.planning.arguments import parse, time_limit_seconds
+from cifar_dist.planning.duration import StepTime
+from cifar_dist.planning.plan import Findings, Plan, check, make_plan
+from cifar_dist.planning.report import figures, page
+from cifar_dist.training.checkpoint import path_of
+from cifar_dist.training.train_step import TrainStep
+from tests.support import runs
+
+CONFIG = str(runs.REPOSITORY / "configs/quickstart.yaml")
+# 24 steps of 1,000 samples in batches of 96, a tail of 40 in each epoch, a validation after each.
+SETTINGS = (
+    "--model.width", "0.0625", "--train.device", "cpu", "--data.train_on", "train", "--data.subset", "1000",
+    "--train.batch_size", "96", "--train.micro_batch_size", "16", "--train.max_steps", "24", "--eval.tta", "none",
+    "--eval.every_epochs", "1", "--eval.bn_samples", "500", "--train.checkpoint_every_steps", "7",
+    "--train.log_every_steps", "1", "--optim.ema_decay", "0.9",
+)  # fmt: skip
+
+
+def plan(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [*runs.ON_ONE_CPU, sys.executable, "-m", "cifar_dist.plan", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, cwd=runs.REPOSITORY)
+
+
+@pytest.fixture(scope="module")
+def config(data_dir: Path) -> Config:
+    return load_config(["--config", CONFIG, *SETTINGS, "--data.dir", str(data_dir)])
+
+
+@pytest.fixture(scope="module")
+def planned(config: Config) -> Plan:
+    """For three devices."""
+    return make_plan(config, 1, 3)
+
+
+# Against a real run
+
+
+@pytest.fixture(scope="module")
+def run_dir(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is planned, run by one process."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    options = ("--config", CONFIG, *SETTINGS, "--data.dir", data_dir, "--track.wandb", "disabled")
+    runs.run(1, *options, "--run.dir", folder)
+    return folder
+
+
+@pytest.mark.run
+@pytest.mark.data
+def test_agrees_with_a_real_run(planned: Plan, config: Config, run_dir: Path) -> None:
+    summary, alone = runs.summary(run_dir), make_plan(config, 1, 1)
+    expected = figures(alone, None, Findings())
+    for name in ("steps", "epochs", "params", "train_n", "samples_dropped_per_epoch", "accumulation", "val_n",
+                 "batch_size", "micro_batch_size", "model", "world_size", "precision"):  # fmt: skip
+        assert expected[name] == summary[name], name
+    assert (planned.accumulation, alone.accumulation) == (2, 6)
+    records = runs.records(run_dir)
+    assert [record["step"] for record in records if "val/accuracy" in record] == alone.validations == [10, 20, 24]
+    rates = {record["step"]: record["lr"] for record in records if "lr" in record}
+    assert len(rates) == 24
+    assert {step: alone.lr_peaks["SGD"] * alone.lr_fraction(step) for step in rates} == pytest.approx(rates)
+    for point in expected["learning_rate"].values():
+        assert point["SGD"] == pytest.approx(rates[point["step"]])
+
+
+@pytest.mark.run
+@pytest.mark.data
+def test_checkpoints_of_a_real_run(planned: Plan, run_dir: Path) -> None:
+    there = sorted((run_dir / "checkpoints").glob("step-*.pt"))
+    low, high = planned.checkpoints.kept
+    assert low <= len(there) <= high == 3
+    assert path_of(run_dir / "checkpoints", 24).stat().st_size == pytest.approx(
+        planned.checkpoints.size_bytes, rel=0.01
+    )
+    assert planned.saves == [7, 14, 21, 24]
+    # Steps 10 and 20 are validated and otherwise not saved; that of 10, being the first, is the best for then.
+    assert planned.checkpoints.written == (5, 6)
+    assert planned.checkpoints.disk_bytes == 4 * planned.checkpoints.size_bytes
+    assert sum(path.stat().st_size for path in there) <= planned.checkpoints.disk_bytes
+
+
+@pytest.mark.run
+@pytest.mark.data
+def test_time_like_a_real_run(planned: Plan, run_dir: Path, data_dir: Path) -> None:
+    summary, like = runs.summary(run_dir), duration.from_run(run_dir, planned)
+    # Three devices are assumed to be three times as fast.
+    assert like.training_seconds(planned) == pytest.approx(summary["train_seconds"] / 3)
+    assert like.startup_seconds == summary["first_step_seconds"]
+    result = plan(CONFIG, *SETTINGS, "--data.dir", data_dir, "--like", run_dir, "--time-limit", "10")
+    assert result.returncode == 0, result.stderr
+    text = " ".join(result.stdout.split())
+    assert f"time training {duration.clock(summary['train_seconds'])} ({run_dir}: " in text
+    assert "time limit 10:00; 0" in text
+    assert "are assumed to be" not in text
+    wider = plan(CONFIG, *SETTINGS, "--data.dir", data_dir, "--like", run_dir, "--model.width", "0.125")
+    assert wider.returncode == 2
+    assert "model.width was 0.0625, is 0.125" in wider.stderr
+
+
+def test_without_validation() -> None:
+    settings = ("--train.epochs", "2", "--train.checkpoint_every_steps", "0", "--model.width", "0.0625")
+    found = make_plan(load_config(["--config", CONFIG, *settings]), 1, 1)
+    assert (found.schedule.total_steps, found.dropped_per_epoch, found.validations) == (780, 80, [])
+    assert (found.checkpoints.written, found.checkpoints.kept) == ((1, 1), (1, 1))
+    assert found.checkpoints.disk_bytes == found.checkpoints.size_bytes
+    assert found.schedule.low_resolution_steps == 390
+    assert [found.lr_peaks[name] for name in ("SGD", "SGD (biases)", "Muon")] == pytest.approx([0.1, 3.2, 0.03])
+
+
+@pytest.mark.parametrize(("settings", "points"), [
+    ((), {"start": 1, "half": 3, "peak": 5, "half again": 16, "end": 24}),
+    (("--optim.warmup_min_steps", "50"), {"start": 1, "half": 9, "peak": 18, "half again": 22, "end": 24}),
+    (("--train.max_steps", "1"), {"start": 1, "half": 1, "peak": 1, "end": 1}),
+])  # fmt: skip
+def test_steps_at_which_the_learning_rate_is_shown(settings: tuple[str, ...], points: dict[str, int]) -> None:
+    changed = load_config(["--config", CONFIG, *SETTINGS, "--optim.warmup_min_steps", "0", *settings])
+    assert make_plan(changed, 1, 1).lr_points() == points
+
+
+# Time
+
+
+@pytest.mark.parametrize(("text", "seconds"), [
+    ("90", 5400), ("1:30", 90), ("01:00:00", 3600), ("48:00:00", 172_800), ("2-3", 183_600), ("1-02:30", 95_400),
+    ("0-00:00:10", 10), ("1-00:00:01", 86_401), ("90:00", 5400),
+])  # fmt: skip
+def test_time_limits(text: str, seconds: int) -> None:
+    assert time_limit_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "1h", "-5", "1:2:3:4", "1-", "1-1:1:1:1", "1:", ":30", "1.5", "٣", "0", "00:00"])
+def test_no_time_limits(text: str) -> None:
+    with pytest.raises(UserError, match=f"time_limit is {text}[;,]"):
+        time_limit_seconds(text)
+
+
+def time_limit(plan: Plan, step_time: StepTime | None, limit_seconds: int) -> Findings:
+    findings = Findings()
+    duration.check_time_limit(plan, step_time, limit_seconds, findings)
+    return findings
+
+
+@pytest.mark.parametrize(("limit", "text"), [
+    (120 + 20 + 24, "02:44; 0 s are left"), (120 + 20 + 30, "02:50; 6 s are left"),
+    (120 + 20 + 23, "2 allocations (1 requeues). One allocation has room for 2 of 2.4 epochs."),
+    (120 + 20 + 10, "3 allocations (2 requeues). One allocation has room for 1 of 2.4 epochs."),
+    (120 + 20 + 1, "24 allocations (23 requeues). One allocation has room for 0 of 2.4 epochs."),
+    (120 + 20, "too short for start-up and one step (00:21); start-up and training need 00:44. Raise the limit."),
+    (60, "too short for start-up and one step"),
+])  # fmt: skip
+def test_allocations_of_a_time_limit(limit: int, text: str, planned: Plan) -> None:
+    """24 steps of a second each, after 20 s of start-up in each allocation."""
+    resumed = changed(planned, run={"resume": "auto", "name": "a"})
+    found = time_limit(resumed, StepTime(1.0, 1.0, 20.0, ""), limit)
+    (message,) = [*found.refusals, *found.warnings, *filter(None, [found.time_limit])]
+    assert text in message
+    assert bool(found.refusals) == ("one step" in text)
+    assert bool(found.time_limit) == ("left" in text)
+
+
+def test_a_time_limit_that_needs_requeues_without_resume(planned: Plan) -> None:
+    (text,) = time_limit(planned, StepTime(1.0, 1.0, 20.0, ""), 150).refusals
+    assert "One allocation has room for 1 of 2.4 epochs. With --run.name NAME --run.resume auto the run takes" in text
+    assert "3 allocations (2 requeues)" in text
+
+
+def test_a_time_limit_without_a_training_speed(planned: Plan) -> None:
+    (text,) = time_limit(planned, None, 60).warnings
+    assert text == "the time limit is not checked, because the training speed is not known."
+
+
+def test_steps_at_low_resolution_have_their_own_time(planned: Plan) -> None:
+    assert planned.schedule.low_resolution_steps == 12
+    assert StepTime(2.0, 1.0, None, "").training_seconds(planned) == 12 * 1 + 12 * 2
+    given = duration.from_speed(32.0, planned)  # a step of 96 images, on three devices
+    assert (given.seconds, given.low_resolution_seconds) == (1.0, 1.0)
+
+
+def test_clock() -> None:
+    seconds = (0.034, 9.94, 59.2, 3600, 90_061)
+    assert list(map(duration.clock, seconds)) == ["0.034 s", "9.9 s", "01:00", "1:00:00", "25:01:01"]
+
+
+# Refusals and warnings
+
+
+def test_a_sound_run_has_no_findings(planned: Plan, tmp_path: Path) -> None:
+    sound = changed(planned, run={"dir": tmp_path / "new" / "run"})
+    optim = replace(planned.config.optim, warmup_min_steps=0, warmup_share=0.25)
+    sound = replace(sound, schedule=replace(planned.schedule, optim=optim))
+    assert check(sound) == Findings()
+    assert not (tmp_path / "new").exists()
+
+
+def changed(of: Plan, **sections: dict[str, Any]) -> Plan:
+    parts = {name: replace(getattr(of.config, name), **values) for name, values in sections.items()}
+    return replace(of, config=replace(of.config, **parts))
+
+
+def test_no_room_on_the_disk(planned: Plan, tmp_path: Path) -> None:
+    small = changed(planned, run={"dir": tmp_path / "new" / "run"})
+    assert check(small).refusals == []
+    (text,) = check(replace(small, checkpoints=replace(small.checkpoints, disk_bytes=10**18))).refusals
+    assert text.startswith(f"{tmp_path} has ")
+    assert "but the checkpoints need 1,000,000,000,000 MB" in text
+
+
+def test_a_run_directory_that_cannot_be_used(planned: Plan, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    (tmp_path / "file").touch()
+    refusals: Callable[..., list[str]] = lambda **run: check(changed(planned, run=run)).refusals  # noqa: E731
+    assert "already holds a run" in refusals(dir=tmp_path / "run")[0]
+    assert refusals(dir=tmp_path / "run", resume="auto") == []
+    assert "cannot be used" in refusals(dir=tmp_path / "file" / "run")[0]
+
+
+def test_warnings(planned: Plan, tmp_path: Path) -> None:
+    warm_up, dataset = check(changed(planned, data={"dir": tmp_path})).warnings
+    assert f"python -m cifar_dist.prepare --data.dir {tmp_path}" in dataset
+    assert "(train.beton, test.beton missing)" in dataset
+    assert warm_up.startswith(f"the learning rate reaches only {planned.lr_fraction(18):.0%} of its peak")
+
+
+# The command
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ((CONFIG, "--gpus", "5"), "multiple of train.micro_batch_size 64 x 5 processes = 320.\n"
+                              "Nearest valid choices: train.batch_size 320; or 1 or 2 processes."),
+    ((CONFIG, "--nodes", "0"), "nodes is 0; valid: 1 or more."),
+    ((CONFIG, "--time-limit", "1h"), "time_limit is 1h; valid are Slurm's forms"),
+    ((CONFIG, "--images-per-second", "0"), "images_per_second is 0.0; valid: above 0."),
+    ((CONFIG, "--measure", "--like", "runs/a"), "the training speed has one source"),
+    ((CONFIG, "--json", "/nowhere/a.json"), "the folder /nowhere does not exist"),
+    ((CONFIG, "--train.epoch", "3"), "--train.epochs"),
+    ((CONFIG, "--optim.lr", "-1"), "optim.lr is -1.0; valid: above 0"),
+    (("/nowhere.yaml",), "/nowhere.yaml: No such file"),
+    (("--gpus", "2"), "CONFIG"),
+])  # fmt: skip
+def test_wrong_arguments_are_refused_without_importing_torch(arguments: tuple[str, ...], message: str) -> None:
+    code = (
+        f"import sys; sys.argv[1:] = {list(arguments)}\nfrom cifar_dist import plan\ntry:\n    plan.main()\n"
+        "finally:\n    print(*(name for name in ('torch', 'numpy', 'ffcv') if name in sys.modules), '.')"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=runs.REPOSITORY)
+    assert result.returncode == 2
+    assert message in result.stdout + result.stderr
+    assert result.stdout.splitlines()[-1] == "."
+    assert "Traceback" not in result.stderr
+
+
+def test_command_line_over_file_over_defaults() -> None:
+    arguments = parse(["--gpus", "2", CONFIG, "--train.epochs", "3", "--measure", "--nodes=4"])
+    assert (arguments.nodes, arguments.gpus, arguments.measure, arguments.config) == (4, 2, True, Path(CONFIG))
+    assert (arguments.settings.train.epochs, arguments.settings.train.batch_size) == (3, 128)
+    assert arguments.settings.optim.momentum == 0.9
+    assert not parse([CONFIG, "--measure", "False"]).measure
+
+
+@pytest.mark.data
+def test_measured_on_a_screen_and_as_json(data_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    result = plan(CONFIG, *SETTINGS, "--data.dir", data_dir, "--nodes", "3", "--gpus", "2", "--measure", "--time-limit",
+                  "4:00:00", "--json", out)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) <= 30
+    assert max(map(len, lines)) <= 110
+    assert "devices       6 (3 nodes x 2); batch of 96 = 16 x 6 x 1 (micro-batch x devices x accumulation)" in lines
+    text = " ".join(result.stdout.split())
+    assert "(measured here, " in text
+    assert "6 devices are assumed to be 6 times as fast as one" in text
+    values = json.loads(out.read_text())
+    assert values.keys() == {
+        "model", "params", "precision", "nodes", "world_size", "batch_size", "micro_batch_size", "accumulation",
+        "train_n", "steps", "steps_per_epoch", "epochs", "samples_dropped_per_epoch", "low_resolution_steps",
+        "learning_rate", "memory_bytes", "time", "checkpoints", "validations", "val_n", "warnings", "refusals",
+    }  # fmt: skip
+    assert f"{values['params']:,} parameters" in lines[0]
+    time = values["time"]
+    assert 0 < time["step_seconds"] < 60
+    assert 0 < time["low_resolution_step_seconds"] < 60
+    assert time["train_seconds"] == pytest.approx(12 * (time["step_seconds"] + time["low_resolution_step_seconds"]))
+    assert values["memory_bytes"] is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json"]
+
+
+@pytest.mark.gpu
+def test_memory_is_measured_on_a_gpu(tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    result = plan(CONFIG, "--train.compile", "off", "--measure", "--json", out)
+    assert result.returncode == 0, result.stderr
+    assert "torch.cuda.max_memory_allocated" in result.stdout
+    assert json.loads(out.read_text())["memory_bytes"]["peak"] > 10**6
+
+
+def test_too_little_memory_is_refused_while_measuring(planned: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(TrainStep, "run", run)
+    with pytest.raises(UserError, match=r"the next lower one for train\.batch_size 96 on 3 processes is 8"):
+        duration.measure(planned)
+
+
+def test_page_without_a_training_speed(planned: Plan) -> None:
+    text = page(planned, None, Findings(warnings=["look"]))
+    assert "time          unknown; give --images-per-second SPEED (per device), --like runs/NAME, or --measure" in text
+    assert text.splitlines()[-1] == "warning:      look"
+    assert "memory" not in text
+    assert text.isascii()

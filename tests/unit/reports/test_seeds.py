@@ -1,0 +1,354 @@
+"""Mean, standard deviation and interval over seeds; refused runs; and launch/seeds as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cifar_dist import seeds as command
+from cifar_dist.config import Config, EvalConfig, to_yaml
+from cifar_dist.reports.finished_runs import FIGURES
+from cifar_dist.reports.seeds import Spread, spread
+from cifar_dist.training.checkpoint import all_steps
+from tests.scripts.test_launch import TINY, start
+from tests.support import runs
+
+CONFIG = Config(eval=EvalConfig(tta="flip"))
+FIGURES_OF_A_RUN = {
+    "val_accuracy": 0.85, "val_n": 5000, "test_accuracy": 0.86, "test_accuracy_tta": 0.87, "test_n": 10_000,
+    "train_seconds": 100.0, "images_per_second": 27_000.0, "steps": 2580, "epochs": 60.0, "batch_size": 1024,
+    "micro_batch_size": 128, "params": 5_000_000, "precision": "bf16", "git_commit": "0123456789abcdef-dirty",
+    "data_receipt": ["aa", "bb"], "world_size": 2, "device_names": ["a", "a"], "versions": {"torch": "2.15.0"},
+    "command": "python -m cifar_dist.train",
+}  # fmt: skip
+
+
+def leave_run(folder: Path, seed: int, config: Config = CONFIG, /, **figures: Any) -> Path:
+    """Write the files of a finished run, with these figures."""
+    directory = folder / f"seed-{seed}"
+    directory.mkdir(parents=True)
+    config = replace(config, run=replace(config.run, seed=seed, dir=directory))
+    (directory / "config.yaml").write_text(to_yaml(config))
+    values = FIGURES_OF_A_RUN | {"seed": seed, "model_sha256": f"model {seed}"} | figures
+    (directory / "summary.json").write_text(json.dumps(values))
+    return directory
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["seeds", *map(str, arguments)])
+    command.main()
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The message with which the command refuses `arguments`."""
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, *arguments)
+    assert end.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) <= 20
+    return captured.err
+
+
+# By hand, with Student's t from a printed table: 12.7062 (1 degree of freedom), 4.30265 (2) and 2.77645 (4).
+@pytest.mark.parametrize(
+    ("values", "mean", "deviation", "half"),
+    [
+        ([0.86, 0.88], 0.87, 0.0141421, 0.127062),
+        ([0.1, 0.2, 0.3], 0.2, 0.1, 0.248414),
+        ([0.83, 0.81, 0.85, 0.82, 0.84], 0.83, 0.0158114, 0.0196324),
+    ],
+)
+def test_spread_by_hand(values: list[float], mean: float, deviation: float, half: float) -> None:
+    got = spread(values)
+    assert got.interval_95 is not None
+    assert got.mean == pytest.approx(mean, rel=1e-12)
+    assert got.standard_deviation == pytest.approx(deviation, rel=5e-6)
+    assert got.interval_95 == pytest.approx((mean - half, mean + half), rel=5e-6)
+
+
+def test_one_run_has_no_spread() -> None:
+    assert spread([0.5]) == Spread(0.5, None, None)
+
+
+def test_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "exp"
+    for seed, accuracy in ((10, 0.86), (2, 0.88)):  # by number, not by name
+        leave_run(folder, seed, test_accuracy=accuracy, val_accuracy=accuracy - 0.01)
+    call(monkeypatch, folder, "--json", tmp_path / "out.json")
+    lines = capsys.readouterr().out.splitlines()
+    assert "test accuracy, last epoch, n = 10,000 images; validation accuracy: n = 5,000" in lines[1]
+    assert lines[2] == "on 2 x a; torch 2.15.0"
+    rows = [line.split() for line in lines[5:]]
+    assert rows[0] == ["seed", "2", "87.00", "88.00", "87.00", "100.0", "27,000", "0123456-dirty"]
+    assert rows[1][:4] == ["seed", "10", "85.00", "86.00"]
+    assert rows[3][:3] == ["mean", "86.00", "87.00"]
+    assert rows[4][:4] == ["standard", "deviation", "1.41", "1.41"]
+    assert rows[5][-5:-2] == ["73.29..98.71", "74.29..99.71", "87.00..87.00"]
+
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert figures["test_accuracy"]["mean"] == pytest.approx(0.87)
+    assert figures["test_accuracy"]["interval_95"] == pytest.approx([0.742938, 0.997062], abs=1e-6)
+    assert figures["test_accuracy_tta"] == {
+        "mean": 0.87, "standard_deviation": 0.0, "interval_95": [0.87, 0.87]
+    }  # fmt: skip
+    assert (figures["num_runs"], figures["test_n"], figures["val_n"]) == (2, 10_000, 5000)
+    assert figures["t_quantile"] == pytest.approx(12.7062, rel=1e-5)
+    assert figures["config"]["optim"]["lr"] == CONFIG.optim.lr
+    assert "seed" not in figures["config"]["run"]
+    assert [run["seed"] for run in figures["runs"]] == [2, 10]
+    for run in figures["runs"]:
+        assert run.keys() == {"summary", *FIGURES}
+        assert json.loads(Path(run["summary"]).read_text())["model_sha256"] == run["model_sha256"]
+    assert [path.name for path in tmp_path.iterdir()] in (["exp", "out.json"], ["out.json", "exp"])
+
+
+def test_one_run_without_validation_and_tta(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(CONFIG, data=replace(CONFIG.data, train_on="all"), eval=replace(CONFIG.eval, tta="none"))
+    run = leave_run(tmp_path, 3, config, val_accuracy=None, val_n=None, test_accuracy_tta=None, git_commit=None)
+    call(monkeypatch, run / "summary.json", "--json", tmp_path / "out.json")
+    output = capsys.readouterr().out
+    assert "validation accuracy: none, trained on all" in output
+    assert "one run has no standard deviation and no interval" in output
+    rows = [line.split() for line in output.splitlines()]
+    assert ["seed", "3", "-", "86.00", "-", "100.0", "27,000", "-"] in rows
+    assert ["mean", "-", "86.00", "-", "100.0", "27,000"] in rows
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert figures["val_accuracy"] is figures["test_accuracy_tta"] is figures["t_quantile"] is None
+    assert figures["test_accuracy"] == {"mean": 0.86, "standard_deviation": None, "interval_95": None}
+
+
+def test_other_differences_are_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = replace(CONFIG, data=replace(CONFIG.data, dir=Path("/elsewhere")))
+    other = replace(other, track=replace(CONFIG.track, wandb="disabled"))
+    leave_run(tmp_path, 0)
+    leave_run(tmp_path, 1, other, git_commit="fedcba9876543210", device_names=["b", "b"])
+    call(monkeypatch, tmp_path)
+    output = capsys.readouterr().out
+    assert "2 commits of the code" in output
+    assert "2 sets of devices" in output
+    assert "sets of packages" not in output
+
+
+def test_missing_and_unfinished_runs_are_all_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_run(tmp_path, 0)
+    for seed in (1, 2):
+        (leave_run(tmp_path, seed) / "summary.json").unlink()
+    message = refusal(monkeypatch, capsys, tmp_path, tmp_path / "seed-7")
+    for part in ("seed-1 is not finished", "seed-2 is not finished", "seed-7 does not exist", "--run.resume auto"):
+        assert part in message
+    assert "seed-0" not in message
+    (tmp_path / "empty").mkdir()
+    assert "holds no run" in refusal(monkeypatch, capsys, tmp_path / "seed-0" / "..", tmp_path / "empty")
+    assert "no run is given" in refusal(monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("", "is damaged"),
+        ('{"seed": 0, ', "is damaged"),
+        ("[1, 2]", "no keys and values"),
+        ("{}", "seed is missing"),
+        ("\udcff", "is damaged"),
+    ],
+)
+def test_damaged_summaries_are_refused(
+    text: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = leave_run(tmp_path, 0) / "summary.json"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    message = refusal(monkeypatch, capsys, tmp_path)
+    assert str(path) in message
+    assert part in message
+
+
+@pytest.mark.parametrize(
+    ("figures", "part"),
+    [
+        ({"test_accuracy": 86.0}, "test_accuracy is 86.0"),
+        ({"test_accuracy": None}, "test_accuracy is None"),
+        ({"test_accuracy": True}, "test_accuracy is True"),
+        ({"test_accuracy": "0.86"}, "test_accuracy is 0.86"),
+        ({"test_accuracy": math.nan}, "test_accuracy is nan"),
+        ({"train_seconds": math.inf}, "train_seconds is inf"),
+        ({"test_n": 1e4}, "test_n is 10000.0"),
+        ({"train_seconds": -1.0}, "train_seconds is -1.0"),
+        ({"seed": 5}, "seed is 5, but run.seed 0"),
+        ({"batch_size": 512}, "batch_size is 512, but train.batch_size 1024"),
+        ({"test_accuracy_tta": None}, "test_accuracy_tta is None, but eval.tta flip"),
+        ({"val_accuracy": None, "val_n": None}, "val_accuracy is None, but data.train_on train"),
+    ],
+)
+def test_impossible_figures_are_refused(
+    figures: dict[str, Any],
+    part: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    leave_run(tmp_path, 0, **figures)
+    assert part in refusal(monkeypatch, capsys, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "run: [", "nonsense: {}", "optim: {lr: fast}", None])
+def test_damaged_configs_are_refused(
+    text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = leave_run(tmp_path, 0) / "config.yaml"
+    path.unlink() if text is None else path.write_text(text)
+    assert str(path) in refusal(monkeypatch, capsys, tmp_path)
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_run(tmp_path, 0)
+    leave_run(tmp_path, 1, replace(CONFIG, optim=replace(CONFIG.optim, lr=0.5), model=replace(CONFIG.model, width=0.5)))
+    message = refusal(monkeypatch, capsys, tmp_path)
+    assert "optim.lr is 0.05 in the first, 0.5 in the second" in message
+    assert "model.width is 1.0 in the first, 0.5 in the second" in message
+
+
+@pytest.mark.parametrize(
+    ("figures", "part"),
+    [
+        ({"val_n": 4_000}, "val_n is 5000 and 4000"),
+        (
+            {"test_n": 500},
+            "has the score of 500 of the 10,000 test images (eval.test_subset), which does not belong in a table",
+        ),
+        ({"precision": "fp32"}, "precision is bf16 and fp32"),
+        ({"model_sha256": "model 0"}, "copy"),
+    ],
+)
+def test_runs_that_did_not_do_the_same_are_refused(
+    figures: dict[str, Any],
+    part: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    leave_run(tmp_path, 0)
+    leave_run(tmp_path, 1, **figures)
+    assert part in refusal(monkeypatch, capsys, tmp_path)
+
+
+def test_a_seed_counts_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_run(tmp_path / "a", 0)
+    leave_run(tmp_path / "b", 0, model_sha256="another")
+    assert "both have seed 0" in refusal(monkeypatch, capsys, tmp_path / "a", tmp_path / "b")
+
+
+def test_check_refuses_directories_with_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = tmp_path / "asked.yaml"
+    asked.write_text(to_yaml(CONFIG))
+    finished, begun = leave_run(tmp_path, 0), leave_run(tmp_path, 1)
+    (begun / "summary.json").unlink()
+    directories = (finished, begun, tmp_path / "seed-2")
+    call(monkeypatch, *directories, "--check", asked)
+    assert capsys.readouterr().out == ""
+    asked.write_text(to_yaml(replace(CONFIG, eval=replace(CONFIG.eval, test_subset=500))))
+    assert "eval.test_subset is for trials" in refusal(monkeypatch, capsys, tmp_path / "seed-2", "--check", asked)
+    asked.write_text(to_yaml(replace(CONFIG, eval=replace(CONFIG.eval, tta="none"))))
+    for directory in (finished, begun):
+        assert "eval.tta was flip, is now none" in refusal(monkeypatch, capsys, directory, "--check", asked)
+
+
+def test_json_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_run(tmp_path / "exp", 0)
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, tmp_path / "exp", "--json", tmp_path / "nowhere" / "out.json")
+    assert end.value.code == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_no_torch_is_imported() -> None:
+    code = "import sys, cifar_dist.seeds; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=runs.REPOSITORY, check=False).returncode == 0
+
+
+@pytest.mark.run
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("configs/quickstart.yaml",), "launch/seeds CONFIG N"),
+        (("configs/quickstart.yaml", "0"), "number of seeds is 0"),
+        (("configs/quickstart.yaml", "two"), "number of seeds is two"),
+        (("--run.name", "x"), "first argument is the configuration"),
+        (("configs/quickstart.yaml", "2", "--run.seed", "4"), "--first-seed"),
+        (("configs/quickstart.yaml", "2", "--first-seed=-1"), "--first-seed is -1"),
+        (("configs/quickstart.yaml", "2", "--run.name", "a/b"), "a name without /"),
+        (("configs/quickstart.yaml", "2", "--run.name"), "--run.name needs a value"),
+        (("configs/nowhere.yaml", "2"), "nowhere.yaml"),
+        (("configs/quickstart.yaml", "2", "--optim.lrr", "1"), "optim.lr"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_training(arguments: tuple[str, ...], part: str) -> None:
+    assert part in runs.finish(start("seeds", *arguments), expected=2)
+
+
+@pytest.mark.run
+@pytest.mark.data
+@pytest.mark.timeout(600)  # three trainings one after another, on a machine that may be busy
+def test_stopped_and_gone_on(data_dir: Path, tmp_path: Path) -> None:
+    """Two seeds: stopped during the first, resumed to the end, repeated, and repeated with another setting."""
+    folder = tmp_path / "my runs"
+    arguments = (*TINY[1:2], "2", *TINY[2:], "--train.max_steps", "6", "--train.checkpoint_every_steps", "1",
+                 "--data.dir", data_dir, "--run.dir", folder)  # fmt: skip
+    process = start("seeds", *arguments, cpu=runs.ON_ONE_CPU[-1], NPROC_PER_NODE="1")
+    while not all_steps(folder / "seed-0/checkpoints"):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.terminate()
+    assert "stopped; the same command" in runs.finish(process, expected=143)
+    assert runs.children_with(str(folder)) == []
+    assert not (folder / "seed-0/summary.json").exists()
+
+    output = runs.finish(start("seeds", *arguments, cpu=runs.ON_ONE_CPU[-1], NPROC_PER_NODE="1"), timeout_s=400)
+    assert f"resuming from {folder}/seed-0/checkpoints/step-" in output
+    assert "2 runs that differ only in the seed" in output
+    assert "Student's t, 1 degree of freedom" in output
+    summaries = [runs.summary(folder / f"seed-{seed}") for seed in (0, 1)]
+    assert [(s["seed"], s["steps"], s["world_size"]) for s in summaries] == [(0, 6, 1), (1, 6, 1)]
+    figures = json.loads((folder / "seeds.json").read_text())
+    accuracies = [s["test_accuracy"] for s in summaries]
+    assert figures["test_accuracy"]["mean"] == pytest.approx(sum(accuracies) / 2)
+    assert [run["model_sha256"] for run in figures["runs"]] == [s["model_sha256"] for s in summaries]
+    assert yaml.safe_load((folder / "seed-1/config.yaml").read_text())["run"]["name"] == "quickstart-seeds-seed-1"
+
+    before = times_of(folder)
+    again = runs.finish(start("seeds", *arguments))
+    assert [f"seed {seed} is complete" in again for seed in (0, 1)] == [True, True]
+    assert again.splitlines()[-9:] == output.splitlines()[-9:]
+    assert times_of(folder) == before
+
+    refused = runs.finish(start("seeds", *arguments, "--eval.tta", "flip"), expected=2)
+    assert "eval.tta was none, is now flip" in refused
+    assert times_of(folder) == before
+
+
+def times_of(folder: Path) -> dict[Path, int]:
+    """When each file of the runs was last written."""
+    return {path: path.stat().st_mtime_ns for path in folder.glob("seed-*/**/*") if path.is_file()}

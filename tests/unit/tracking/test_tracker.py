@@ -1,0 +1,315 @@
+"""The tracker with real files, a real terminal and W&B's real process."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from cifar_dist.config import TrackConfig
+from cifar_dist.errors import UserError
+from cifar_dist.tracking import wandb_run
+from cifar_dist.tracking.console import describe
+from cifar_dist.tracking.metrics_file import Record, read_records
+from cifar_dist.tracking.tracker import Tracker
+from cifar_dist.tracking.wandb_login import resolve_mode
+
+OFF = TrackConfig(wandb="disabled")
+SECRET_KEY = "0123456789abcdef0123456789abcdef01234567"
+SECRETS = {"WANDB_API_KEY": SECRET_KEY, "MY_TOKEN": "secret-in-my-token", "SLURM_JWT": "secret-in-slurm-jwt"}
+
+# run directory, W&B mode, start step, what happens at step 60
+RUN = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from cifar_dist.config import TrackConfig
+from cifar_dist.errors import exit_on_error
+from cifar_dist.tracking import wandb_run
+from cifar_dist.tracking.tracker import Tracker
+
+wandb_run.INIT_TIMEOUT_S = float(os.environ.get("TEST_INIT_TIMEOUT_S", wandb_run.INIT_TIMEOUT_S))
+directory, mode, start, event = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+track, run_config = TrackConfig(wandb=mode), {"optim": {"lr": 0.05}}
+with exit_on_error(), Tracker(directory, track, run_config, 100, start, "test") as tracker:
+    for step in range(start + 1, 101):
+        tracker.progress(step)
+        if step % 20 == 0:
+            tracker.log_metrics(step, {
+                "epoch": step / 40, "train/loss": 1.412, "train/accuracy": 0.612, "lr": 0.143,
+                "images_per_second": 512.4, "seconds": 0.1 * step,
+            })
+        if step == 60:
+            tracker.log_metrics(step, {"epoch": 1.5, "val/loss": 0.9, "val/accuracy": 0.7, "val/n": 5000})
+            if event == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if event == "wandb dies":
+                subprocess.run(["pkill", "-9", "-P", str(os.getpid()), "wandb-core"], check=True)
+                time.sleep(0.5)
+            if event == "error":
+                raise KeyError("step 60")
+            if event == "slow":
+                time.sleep(0.5)
+    tracker.log_metrics(100, {"test/accuracy": 0.94, "test/accuracy_tta": 0.945, "test/n": 10000})
+    tracker.finish({"test/accuracy": 0.94})
+print("wandb loaded:", "wandb" in sys.modules)
+"""  # fmt: skip
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    """This process's, without any W&B login."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB") and k not in ("NETRC", "HOME")}
+    return {**kept, "HOME": str(home), **more}
+
+
+def command(directory: Path, mode: str, start: int = 0, event: str = "") -> list[str]:
+    return [sys.executable, "-c", RUN, str(directory), mode, str(start), event]
+
+
+def start(
+    directory: Path, mode: str, start: int = 0, event: str = "", env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    home = directory.parent / "home"
+    home.mkdir(exist_ok=True)
+    return subprocess.run(
+        command(directory, mode, start, event), env=environment(home, **(env or {})),
+        capture_output=True, text=True, timeout=80, check=False,
+    )  # fmt: skip
+
+
+def strict_lines(directory: Path) -> list[Record]:
+    def refuse(constant: str) -> float:
+        raise AssertionError(f"{constant} is no strict JSON")
+
+    text = (directory / "metrics.jsonl").read_text()
+    assert text == "" or text.endswith("\n")
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+@pytest.fixture
+def _no_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB")] + ["NETRC"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_records_are_strict_json(tmp_path: Path) -> None:
+    with Tracker(tmp_path / "run", OFF, {}, 100, 0, "name") as tracker:
+        tracker.log_metrics(20, {"train/loss": 1.25, "lr": 0.1, "note": 'a "quoted" ü', "val/loss": None, "val/n": 7})
+        assert strict_lines(tmp_path / "run") == [
+            {"step": 20, "train/loss": 1.25, "lr": 0.1, "note": 'a "quoted" ü', "val/loss": None, "val/n": 7}
+        ]  # already there before anything is closed
+        tracker.log_metrics(40, {"a": float("nan"), "b": float("inf"), "c": float("-inf")}, to_console=False)
+        tracker.finish({})
+    assert strict_lines(tmp_path / "run")[1] == {"step": 40, "a": "nan", "b": "inf", "c": "-inf"}
+
+
+def test_resume_cuts_later_and_torn_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Tracker(tmp_path, OFF, {}, 100, 0, "name") as tracker:
+        for step in (20, 40, 60, 60, 80):
+            tracker.log_metrics(step, {"train/loss": 1 / step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 100, "train/lo')
+    capsys.readouterr()
+    with Tracker(tmp_path, OFF, {}, 100, 60, "name") as tracker:
+        assert "dropped 2 lines after step 60" in capsys.readouterr().out
+        tracker.log_metrics(80, {"train/loss": 0.5})
+    records = strict_lines(tmp_path)
+    assert [record["step"] for record in records] == [20, 40, 60, 60, 80]
+    assert [record["train/loss"] for record in records] == [1 / 20, 1 / 40, 1 / 60, 1 / 60, 0.5]
+    with Tracker(tmp_path, OFF, {}, 100, 0, "name"):
+        assert strict_lines(tmp_path) == []
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_complete_file_is_not_rewritten(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 20, "lr": 0.1}\n')
+    before = path.stat().st_ino
+    with Tracker(tmp_path, OFF, {}, 100, 20, "name"):
+        pass
+    assert path.stat().st_ino == before
+    assert read_records(path) == [{"step": 20, "lr": 0.1}]
+
+
+def test_kill_loses_no_line_and_resume_writes_none_twice(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert start(run, "disabled", event="killed").returncode == -signal.SIGKILL
+    assert [record["step"] for record in strict_lines(run)] == [20, 40, 60, 60]
+    result = start(run, "disabled", start=50)  # the last checkpoint was older than the last line
+    assert result.returncode == 0, result.stderr
+    assert [record["step"] for record in strict_lines(run)] == [20, 40, 60, 60, 80, 100, 100]
+    assert "wandb loaded: False" in result.stdout
+    assert sorted(file.name for file in run.iterdir()) == ["metrics.jsonl"]
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with (
+        pytest.raises(UserError, match=r"cannot write the metrics .*metrics\.jsonl: No space left on device"),
+        Tracker(tmp_path, OFF, {}, 100, 0, "name") as tracker,
+    ):
+        tracker.log_metrics(20, {"train/loss": 1.0})
+
+
+def test_run_directory_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot make the run directory .*: Not a directory"):
+        Tracker(tmp_path / "file" / "run", OFF, {}, 100, 0, "name")
+
+
+def test_plain_lines(tmp_path: Path) -> None:
+    result = start(tmp_path / "run", "disabled", event="slow")
+    lines = result.stdout.splitlines()
+    assert "%|" not in result.stderr
+    assert lines[0].startswith("step 20/100  epoch 0.50  loss 1.412  accuracy 61.2 %  lr 0.143  512 images/s  00:0")
+    assert lines[0].endswith(" left")
+    assert lines[3] == "step 60/100  epoch 1.50  validation loss 0.900  validation accuracy 70.00 %  n 5000"
+    assert lines[5] == "step 100/100  epoch 2.50  loss 1.412  accuracy 61.2 %  lr 0.143  512 images/s"
+    assert lines[6] == "step 100/100  test accuracy 94.00 %  with further views 94.50 %  n 10000"
+
+
+def test_words() -> None:
+    assert describe({"train/loss": "nan", "lr": 1e-05, "val/loss": None, "other": 3}) == "loss nan  lr 1e-05"
+
+
+def test_bar_on_a_terminal(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    process = subprocess.Popen(
+        command(tmp_path / "run", "disabled", event="slow"), env=environment(tmp_path),
+        stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, start_new_session=True,
+    )  # fmt: skip
+    os.close(theirs)
+    output = b""
+    try:
+        while chunk := os.read(ours, 65536):
+            output += chunk
+    except OSError:
+        pass  # Linux's way of saying that the other end is closed
+    finally:
+        os.close(ours)
+    assert process.wait(timeout=60) == 0
+    text = output.decode()
+    assert re.search(r"\r 60%\|█+. *\| 60/100, loss 1.412  accuracy 61.2 %  512 images/s", text)
+    assert re.search(r"\r100%\|█+\| 100/100, loss 1.412", text)
+    assert all(len(line) <= 100 for line in re.split(r"[\r\n]+", text))
+    lines = text.replace("\r\n", "\n").split("\n")
+    validation = "step 60/100  epoch 1.50  validation loss 0.900  validation accuracy 70.00 %  n 5000"
+    assert [line.rpartition("\r")[2] for line in lines].count(validation) == 1
+    assert "step 20/100" not in text  # training metrics are in the bar, not in lines
+
+
+def test_wandb_offline(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = start(run, "offline", env=SECRETS)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("W&B offline: `wandb sync ")
+    assert result.stderr == ""
+    run_id = (run / "wandb_id.txt").read_text().strip()
+    result = start(run, "offline", start=50, event="error", env=SECRETS)
+    assert (run / "wandb_id.txt").read_text().strip() == run_id
+    assert "KeyError: 'step 60'" in result.stderr
+    logs = sorted(path for path in run.glob("wandb/offline-run-*/*.wandb"))
+    assert [path.name for path in logs] == [f"run-{run_id}.wandb"] * 2
+    for key in (b"train/loss", b"val/accuracy", b"images_per_second", b"step", b"optim"):
+        assert key in logs[0].read_bytes()
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert len(files) > 6
+    for path in files:
+        content = path.read_bytes()
+        assert not [name for name, value in SECRETS.items() if value.encode() in content], path
+
+
+def test_wandb_process_dies(tmp_path: Path) -> None:
+    asked_for = start(tmp_path / "a", "offline", event="wandb dies")
+    assert asked_for.returncode == 2
+    assert "W&B stopped at step 80" in asked_for.stdout
+    assert "error: W&B stopped at step 80" in asked_for.stderr
+    assert "Traceback" not in asked_for.stderr
+    auto = start(tmp_path / "b", "auto", event="wandb dies")
+    assert (auto.returncode, auto.stderr) == (0, "")
+    for name in ("a", "b"):
+        assert [record["step"] for record in strict_lines(tmp_path / name)] == [20, 40, 60, 60, 80, 100, 100]
+
+
+def test_wandb_online_without_login(tmp_path: Path) -> None:
+    online = start(tmp_path / "run", "online")
+    assert online.returncode == 2
+    assert "there is no login for api.wandb.ai" in online.stderr
+    assert "--track.wandb offline or --track.wandb disabled" in online.stderr
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+def test_wandb_dead_server(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    login = {"WANDB_BASE_URL": url, "WANDB_API_KEY": SECRET_KEY, "TEST_INIT_TIMEOUT_S": "3"}
+    (tmp_path / "home").mkdir()
+    named = subprocess.Popen(  # beside the other one: each waits for the same time-out
+        command(tmp_path / "a", "online"), env=environment(tmp_path / "home", **login),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    began = time.monotonic()
+    auto = start(tmp_path / "b", "auto", env=login)
+    assert time.monotonic() - began < wandb_run.INIT_TIMEOUT_S  # so it is the time-out that decides; W&B's own is 90 s
+    assert auto.returncode == 0, auto.stderr
+    assert re.search(r"W&B online failed, so it works offline now: .*connection refused", auto.stdout)
+    assert len(list(tmp_path.glob("b/wandb/offline-run-*/*.wandb"))) == 1
+    assert len(strict_lines(tmp_path / "b")) == 7
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and SECRET_KEY in path.read_text("latin-1")]
+    _, message = named.communicate(timeout=40)
+    assert named.returncode == 2
+    assert "W&B online was asked for and failed" in message
+    assert "--track.wandb offline or disabled" in message
+
+
+def test_wandb_bad_key(tmp_path: Path) -> None:
+    login = {"WANDB_API_KEY": "too-short", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    auto = start(tmp_path / "run", "auto", env=login)
+    assert auto.returncode == 0, auto.stderr
+    assert "W&B online failed, so it works offline now: WANDB_API_KEY invalid" in auto.stdout
+
+
+def test_wandb_id_file_is_checked(tmp_path: Path) -> None:
+    (tmp_path / "wandb_id.txt").write_text("not/an id\n")
+    with pytest.raises(UserError, match=r"wandb_id\.txt holds no W&B run id"):
+        Tracker(tmp_path, TrackConfig(wandb="offline"), {}, 100, 0, "name")
+
+
+@pytest.mark.usefixtures("_no_login")
+def test_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_mode("auto") == ("offline", False)
+    assert resolve_mode("disabled") == ("disabled", True)
+    netrc = tmp_path / ".netrc"
+    netrc.write_text("machine api.forge.coreweave.com login user password " + SECRET_KEY + "\n")
+    netrc.chmod(0o600)
+    assert resolve_mode("auto") == ("online", False)
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert resolve_mode("auto") == ("offline", False)
+    netrc.write_text("machine wandb.example.org login user password " + SECRET_KEY + "\n")
+    assert resolve_mode("auto") == ("online", False)
+    assert resolve_mode("online") == ("online", True)
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text("[default]\nmode = offline\n")
+    assert resolve_mode("auto") == ("offline", False)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert resolve_mode("auto") == ("online", True)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert resolve_mode("auto") == ("disabled", True)
+    assert resolve_mode("offline") == ("offline", True)
+    monkeypatch.setenv("WANDB_MODE", "on")
+    with pytest.raises(UserError, match=r"WANDB_MODE is 'on'; valid: online, run, offline"):
+        resolve_mode("auto")

@@ -1,0 +1,97 @@
+"""Compiled training: one graph each for augmentation and network, compiled before the first step and never again."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.exc import RecompileError
+from torch._dynamo.utils import counters
+
+from cifar_dist.config import AugmentConfig, Config, EvalConfig, ModelConfig, OptimConfig, TrainConfig
+from cifar_dist.data.loader import BetonLoader
+from cifar_dist.data.order import Split
+from cifar_dist.distributed import World
+from cifar_dist.models import architectures
+from cifar_dist.models.inception import Inception
+from cifar_dist.training import schedule
+from cifar_dist.training.precision import Precision
+from cifar_dist.training.train_step import TrainStep
+from cifar_dist.training.trainer import Trainer
+
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+# Half the epochs with small images, a validation after each whose last chunk is short, accumulation.
+CONFIG = Config(
+    model=ModelConfig(stem="strided", width=0.0625, dropout=0.2),
+    train=TrainConfig(
+        batch_size=16, micro_batch_size=8, epochs=4, precision="bf16", compile="on", log_every_steps=2,
+        checkpoint_every_steps=3,
+    ),
+    optim=OptimConfig(ema_decay=0.9),
+    augment=AugmentConfig(low_resolution_share=0.5),
+    eval=EvalConfig(every_epochs=1, batch_size=32, bn_samples=64, tta="flip"),
+)  # fmt: skip
+SAMPLES = Split(train=np.arange(90), validation=np.arange(200, 250))  # 5 steps an epoch, and a rest
+
+
+@pytest.fixture(autouse=True)
+def _few_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind once, and without code generation: it is the tracing that breaks a graph or starts again."""
+    for table, kept in (("V1", ("3a", "pool3", "4a")), ("V2", ("3a", "3c", "5b"))):
+        rows = getattr(architectures, table)
+        monkeypatch.setattr(architectures, table, {name: rows[name] for name in kept})
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def trainer_of(config: Config, loader: BetonLoader, directory: Path) -> Trainer:
+    train_step = TrainStep(config, ALONE, Precision("bf16", "cpu"))
+    return Trainer(config, train_step, SAMPLES, loader, directory)
+
+
+def num_graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.parametrize(("name", "merge"), [("inception_v1", "off"), ("inception_v2", "on")])
+def test_compiled_once(name: Any, merge: Any, data_dir: Path, tmp_path: Path) -> None:
+    """Augmentation and network for two sizes: four graphs, all there before the first step."""
+    config = replace(CONFIG, model=replace(CONFIG.model, name=name, merge_1x1=merge))
+    with BetonLoader(data_dir / "train.beton", ALONE.device) as loader:
+        trainer = trainer_of(config, loader, tmp_path)
+        assert num_graphs() == 4
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            trainer.train()
+    assert trainer.progress.step == 20
+    assert trainer.progress.last_validation is not None
+    assert num_graphs() == 4
+    assert not counters["graph_break"]
+
+
+def test_a_break_is_seen(monkeypatch: pytest.MonkeyPatch, data_dir: Path, tmp_path: Path) -> None:
+    forward = Inception.forward
+
+    def broken(self: Inception, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return forward(self, x)
+
+    monkeypatch.setattr(Inception, "forward", broken)
+    with BetonLoader(data_dir / "train.beton", ALONE.device) as loader:
+        trainer_of(CONFIG, loader, tmp_path)
+    assert num_graphs() > 4
+    assert counters["graph_break"]
+
+
+def test_a_recompilation_is_seen(monkeypatch: pytest.MonkeyPatch, data_dir: Path, tmp_path: Path) -> None:
+    """Images of a size that the start did not see."""
+    with BetonLoader(data_dir / "train.beton", ALONE.device) as loader:
+        trainer = trainer_of(CONFIG, loader, tmp_path)
+        monkeypatch.setattr(schedule, "LOW_RESOLUTION", 28)
+        with torch._dynamo.config.patch(error_on_recompile=True), pytest.raises(RecompileError):
+            trainer.train()

@@ -1,0 +1,129 @@
+"""Between two log steps nothing waits for the device.
+
+On a CPU nothing waits, but what would make a GPU be waited for shows there, too: whatever reads the numbers in a
+tensor. Copies between host and device only show on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cifar_dist.config import AugmentConfig, Config, EvalConfig, ModelConfig, OptimConfig, TrainConfig
+from cifar_dist.data.loader import BetonLoader
+from cifar_dist.data.order import Split
+from cifar_dist.distributed import World
+from cifar_dist.training.precision import Precision
+from cifar_dist.training.train_step import TrainStep
+from cifar_dist.training.trainer import Trainer
+from tests.support.counting import CpuReads, Wait, Waits
+
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+GPU = replace(ALONE, device=torch.device("cuda", 0))
+SAMPLES = Split(train=np.arange(100), validation=np.arange(200, 250))  # 8 steps an epoch
+SMALL = Config(
+    model=ModelConfig(stem="whiten", width=0.0625),
+    train=TrainConfig(
+        batch_size=12, micro_batch_size=12, precision="bf16", compile="off", log_every_steps=5, max_steps=10,
+        checkpoint_every_steps=6,
+    ),
+    eval=EvalConfig(every_epochs=1, batch_size=20, bn_samples=40, tta="none"),
+)  # fmt: skip
+ALL_PARTS = OptimConfig(name="muon", grad_clip=1.0, ema_decay=0.9, norm_scales="fixed")
+CONFIGS = {
+    "muon": SMALL,
+    "sgd, fp16": replace(SMALL, train=replace(SMALL.train, precision="fp16"), optim=OptimConfig(name="sgd")),
+    "sgd, clipping, fp16": replace(
+        SMALL, train=replace(SMALL.train, precision="fp16"), optim=OptimConfig(name="sgd", grad_clip=1.0)
+    ),
+    "all parts": replace(
+        SMALL,
+        model=ModelConfig(stem="pooled", width=0.0625, dropout=0.2, auxiliary=True, merge_1x1="on"),
+        train=replace(SMALL.train, batch_size=24),
+        optim=ALL_PARTS,
+        augment=AugmentConfig(flip="random", cutout=8),
+    ),
+    "inception_v2": replace(SMALL, model=ModelConfig(name="inception_v2", width=0.0625, stem="strided")),
+}
+
+
+def waits_of(trainer: Trainer) -> list[Wait]:
+    """What waits while `trainer` trains. The count of a moving average's updates is on the CPU always."""
+    ema = trainer.train_step.ema
+    waits = Waits(*([] if ema is None else [ema.n_averaged]))
+    with waits, CpuReads(waits):
+        trainer.train()
+    # FFCV makes the buffers of a reading as tensors in host memory, and looks at them as arrays.
+    return [wait for wait in waits.seen if not (wait.operation == "numpy" and wait.place.startswith("reading"))]
+
+
+def trainer_of(config: Config, loader: BetonLoader, directory: Path) -> Trainer:
+    train_step = TrainStep(config, ALONE, Precision(config.train.precision, "cpu"))  # type: ignore[arg-type]
+    return Trainer(config, train_step, SAMPLES, loader, directory)
+
+
+@pytest.fixture(scope="module")
+def loader(data_dir: Path) -> Iterator[BetonLoader]:
+    with BetonLoader(data_dir / "train.beton", ALONE.device) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_numbers_are_read_at_log_steps_only(name: str, loader: BetonLoader, tmp_path: Path) -> None:
+    """The real loop, over an epoch's end, with validations and checkpoints."""
+    trainer = trainer_of(CONFIGS[name], loader, tmp_path)
+    seen = waits_of(trainer)
+    by_place = Counter(wait.place for wait in seen)
+    assert by_place.pop("the sums over a log window") == num_read_steps(trainer)
+    assert {place.split(",")[0] for place in by_place} <= {"evaluation", "writing the checkpoint"}, seen
+    assert any(place.startswith("evaluation") for place in by_place)
+
+
+def test_muon_in_fp16_waits_once_a_step(loader: BetonLoader, tmp_path: Path) -> None:
+    """The only wait there is, known: whether gradients are finite decides on the host if Muon steps at all."""
+    trainer = trainer_of(replace(SMALL, train=replace(SMALL.train, precision="fp16")), loader, tmp_path)
+    in_steps = Counter(wait for wait in waits_of(trainer) if wait.place == "the update of the weights")
+    assert in_steps == {Wait("_local_scalar_dense", "the update of the weights"): 10}
+
+
+READS: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda x: x.sum().item(),
+    "bool": lambda x: bool(x.sum() > 0),
+    "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 0],
+    "equal": lambda x: torch.equal(x, x + 1),
+    "to the host": lambda x: x.cpu(),
+    "list": lambda x: x.tolist(),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_wait_in_a_step_is_seen(read: str, loader: BetonLoader, tmp_path: Path) -> None:
+    trainer = trainer_of(replace(SMALL, train=replace(SMALL.train, max_steps=2)), loader, tmp_path)
+    trainer.train_step.model.classifier.register_forward_hook(lambda *arguments: (READS[read](arguments[2]), None)[1])
+    assert Counter(wait.place for wait in waits_of(trainer))["a forward or backward pass"] >= 2
+
+
+@pytest.mark.gpu
+def test_a_real_gpu_is_waited_for_at_log_steps_only(data_dir: Path) -> None:
+    """Elsewhere CUDA itself raises an error."""
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    words = [sys.executable, "-m", "tests.support.real_gpu", str(data_dir / "train.beton")]
+    subprocess.run(words, cwd=Path(__file__).parents[3], env=environment, check=True)
+
+
+def num_read_steps(trainer: Trainer) -> int:
+    """To log, where an epoch ends, and to save."""
+    schedule = trainer.schedule
+    return sum(schedule.should_read_metrics(step) for step in range(1, schedule.total_steps + 1))

@@ -1,0 +1,87 @@
+"""Parameter groups, their learning rates, SGD, and the moving average."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from cifar_dist.config import OptimConfig
+from cifar_dist.models.architectures import inception_v1
+from cifar_dist.training import optim
+from cifar_dist.training.precision import Precision
+
+
+def test_peak_learning_rates() -> None:
+    layer = nn.Conv2d(3, 4, 3)
+    sgd, muon = OptimConfig(name="sgd", lr=0.1), OptimConfig(name="muon", lr=0.1, muon_lr=0.03)
+    # SGD's is for a batch of 128, Muon's for any.
+    assert [g["peak_lr"] for g in optim.build_optimizer(layer, sgd, 256).param_groups] == [0.2] * 3
+    assert [g["peak_lr"] for g in optim.build_optimizer(layer, muon, 256).param_groups] == [0.2, 0.2, 0.2, 0.03]
+
+
+def test_groups_of_parameters() -> None:
+    """No weight decay on norms and biases; the rate of biases is raised; fixed scales are in no group."""
+    model = inception_v1(stem="strided", width=0.125)
+    config = OptimConfig(name="sgd", lr=0.1, bias_lr_factor=8)
+    decayed, scales, biases = optim.build_optimizer(model, config, 128).param_groups
+    assert [group["weight_decay"] for group in (decayed, scales, biases)] == [5e-4, 0.0, 0.0]
+    assert [group["peak_lr"] for group in (decayed, scales, biases)] == pytest.approx([0.1, 0.1, 0.8])
+    assert {p.ndim for p in decayed["params"]} == {2, 4}
+    assert len(scales["params"]) == len(biases["params"]) - 1 == 55  # one norm per convolution, and the classifier
+    assert sum(len(group["params"]) for group in (decayed, scales, biases)) == len(list(model.parameters()))
+    optim.freeze_bn_scales(model)
+    decayed, scales, biases = optim.build_optimizer(model, config, 128).param_groups
+    assert scales["params"] == []
+    assert len(biases["params"]) == 56
+
+
+def test_sgd_is_nesterov_as_sutskever_wrote_it() -> None:
+    """Three steps on one weight against the recurrence, done by hand."""
+    weight = nn.Parameter(torch.tensor([[2.0]], dtype=torch.float64))
+    layer = nn.Linear(1, 1, bias=False)
+    layer.weight = weight
+    optimizer = optim.build_optimizer(layer, OptimConfig(name="sgd", momentum=0.9, weight_decay=0.1), 128)
+    expected, velocity = 2.0, 0.0
+    for rate in (0.1, 0.2, 0.05):
+        optimizer.param_groups[0]["lr"] = rate
+        weight.grad = 3 * weight.detach()
+        gradient = 3 * expected + 0.1 * expected
+        velocity = 0.9 * velocity + gradient
+        expected -= rate * (gradient + 0.9 * velocity)
+        optimizer.step()
+    assert weight.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("config", [OptimConfig(name="sgd"), OptimConfig(name="muon")])
+def test_first_fp16_step_may_be_skipped(config: OptimConfig) -> None:
+    """An overflow in the very first step: the scaler skips it, and what follows is as if it had not been."""
+    results = []
+    for overflow in (False, True):
+        layer = nn.Conv2d(64, 64, 1, bias=False)
+        nn.init.constant_(layer.weight, 0.5)
+        optimizer = optim.build_optimizer(layer, config, 128)
+        scaler = Precision("fp16", "cpu").grad_scaler()
+        for gradient in ([float("inf")] if overflow else []) + [1.0, 2.0]:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1
+            layer.weight.grad = torch.full_like(layer.weight, gradient) * scaler.scale(torch.ones(()))
+            scaler.step(optimizer)
+            scaler.update()
+        results.append(layer.weight.detach().clone())
+    assert torch.equal(*results)
+
+
+def test_ema_follows_the_weights() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    ema = optim.build_ema(model, OptimConfig(ema_decay=0.2))
+    assert ema is not None
+    for value in (1.0, 2.0, 4.0):
+        model.weight.data.fill_(value)
+        ema.update_parameters(model)
+    (average,) = ema.module.parameters()
+    # The decay rises: 1/10, 2/11, then 0.2 instead of 3/12.
+    first = 0.9
+    second = 2 / 11 * first + 9 / 11 * 2
+    assert average.item() == pytest.approx(0.2 * second + 0.8 * 4)
