@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -20,8 +21,8 @@ SETTINGS = (
     "--eval.batch_size", "60",
 )  # fmt: skip
 Record = dict[str, Any]
-# Bytes an epoch that count as none: a digest per epoch, buffers that fill up slowly, and what replaces what was there
-# before it was measured. 6,000, 35,000 and 970,000 were seen, the most with two processes.
+# Bytes that the median epoch may add: a digest per epoch, buffers that fill up slowly. 6,000, 35,000 and 970,000 were
+# seen, the most with two processes. The median, as malloc and the kernel move up to 16 MB in one epoch now and then.
 SPARE_BYTES = {"Python bytes": 20_000, "malloc bytes": 150_000, "resident bytes": 3_000_000}
 
 
@@ -40,7 +41,7 @@ def measured(request: pytest.FixtureRequest, data_dir: Path, tmp_path_factory: p
 
 
 def grown(records: list[Record], first: int, last: int) -> dict[str, int]:
-    """What was more after each epoch than after the one before, from `first` to `last`, and how much in all."""
+    """What was more after each epoch than after the one before (bytes: after most), and how much in all."""
     chosen = [flat(record) for record in records if first <= record["epoch"] <= last]
     assert len(chosen) == last - first + 1
     steps = {
@@ -52,7 +53,7 @@ def grown(records: list[Record], first: int, last: int) -> dict[str, int]:
 
 def is_growth(name: str, changes: list[int]) -> bool:
     if name in SPARE_BYTES:
-        return sum(changes) > SPARE_BYTES[name] * len(changes)
+        return median(changes) > SPARE_BYTES[name]
     return min(changes) > 0
 
 
