@@ -29,10 +29,11 @@ def main() -> None:
     """Prepare or verify the dataset, and print where it is."""
     config = cli.parse(PrepareConfig, sys.argv[1:], "prepare", description="Get, check and write CIFAR-10.")
     with errors.exit_on_error():
-        from cifar_dist.data import cifar10, dataset
+        from cifar_dist.data import cifar10
+        from cifar_dist.data.prepare import install
 
         log = partial(print, flush=True)
-        dataset.ensure(config.data.dir, config.data.source, log, config.rebuild)
+        install.ensure(config.data.dir, config.data.source, log, config.rebuild)
         for name, file in cifar10.BETON_FILES.items():
             print(f"{(config.data.dir / name).absolute()}  {file.num_samples:,} samples  SHA-256 {file.sha256}")
         mean, std = (" ".join(f"{value:.4f}" for value in values) for values in (cifar10.MEAN, cifar10.STD))

@@ -31,10 +31,10 @@ def _train(config: Config) -> None:
     # torch is imported only now, so that --help and mistakes are answered at once.
     with quick_imports():
         from cifar_dist.distributed import init_distributed
-        from cifar_dist.training.run import run
+        from cifar_dist.training.run import Run
 
     with init_distributed(config.train.device) as world, ExitStack() as stack:
-        run(config, world, stack)
+        Run(config, world, stack).execute()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from cifar_dist.data import cifar10, dataset
-from cifar_dist.data.prepare import beton
+from cifar_dist.data.prepare import beton, install
 from tests.support import runs
 
 # Numbers are asserted for CPUs, several ranks on any machine; child processes inherit it.
@@ -109,7 +109,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callab
 def data_dir() -> Path:
     """The repository's data folder, or CIFAR_DIST_TEST_DATA; prepared when missing. Only to be read."""
     path = Path(os.environ.get("CIFAR_DIST_TEST_DATA", REPOSITORY / "data"))
-    dataset.ensure(path, "auto", print)
+    install.ensure(path, "auto", print)
     return path
 
 

@@ -10,24 +10,17 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
-import shutil
-import stat
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import filelock
 import numpy as np
 
 from cifar_dist.config import NUM_TEST, DataConfig, EvalConfig
-from cifar_dist.data.cifar10 import BETON_FILES, FFCV_VERSION
+from cifar_dist.data.cifar10 import BETON_FILES
 from cifar_dist.data.order import Indices, Split, split, stratified
 from cifar_dist.errors import DataError
-from cifar_dist.files import sync_directory
 
 if TYPE_CHECKING:
     from cifar_dist.distributed import World
@@ -36,10 +29,6 @@ Log = Callable[[str], None]
 
 TRAIN, TEST = "train.beton", "test.beton"
 _PREPARE_TIMEOUT_S = 7200  # one process downloads and writes the dataset while the others wait
-_SPARE_BYTES = 64_000_000  # left free on the disk of a copy
-
-
-# For a run: on every rank
 
 
 def prepared_folder(config: DataConfig, world: World, log: Log) -> Path:
@@ -50,6 +39,7 @@ def prepared_folder(config: DataConfig, world: World, log: Log) -> Path:
     Raises:
         DataError: on every rank; the dataset is damaged, or no source works.
     """
+    from cifar_dist.data.prepare.install import ensure, stage
     from cifar_dist.distributed import all_gather_text, run_and_sync_errors
 
     data_dir, stage_dir = config.dir, config.stage_dir
@@ -92,34 +82,6 @@ def _labels(path: Path, world: World) -> Indices:
     return np.frombuffer(broadcast_bytes(labels or b"", world), np.int64)
 
 
-# In one process: verify and prepare
-
-
-def ensure(data_dir: Path, source: str, log: Log, rebuild: bool = False) -> None:
-    """Verify the dataset in `data_dir`; prepare it from `source` (see prepare.sources.fetch) if a file is missing.
-
-    One process prepares while others wait. A complete folder is only read, even if it is damaged. `rebuild` prepares
-    the dataset in any case; the old files stay until the new ones are complete.
-
-    Raises:
-        DataError: the folder cannot be used, its content is damaged or not CIFAR-10, or no source works.
-    """
-    if rebuild or missing(data_dir):
-        try:
-            data_dir.mkdir(parents=True, exist_ok=True)
-            with _locked(data_dir, log):
-                if rebuild or missing(data_dir):  # else another process was faster
-                    _prepare(data_dir, source, log)
-                    return
-        except OSError as error:
-            reason = "it is a file" if data_dir.is_file() else error.strerror or str(error)
-            raise DataError(
-                f"data.dir {data_dir} cannot be prepared: {reason} ({error.filename or data_dir}).\n"
-                f"Choose a folder that can be written, with some 400 MB free: --data.dir DIR."
-            ) from None
-    verify(data_dir, log)
-
-
 def missing(data_dir: Path) -> list[str]:
     """The names of the files that are not in `data_dir`."""
     return [name for name in BETON_FILES if not os.path.lexists(data_dir / name)]
@@ -133,16 +95,15 @@ def verify(data_dir: Path, log: Log) -> None:
     """
     started = time.monotonic()
     for name in (TEST, TRAIN):  # the small one first: damage shows sooner
-        problem = _problem(data_dir / name)
-        if problem:
+        if wrong := problem(data_dir / name):
             raise DataError(
-                f"{data_dir / name} is not usable: {problem}.\nPut the right file back, or prepare the data anew:\n"
+                f"{data_dir / name} is not usable: {wrong}.\nPut the right file back, or prepare the data anew:\n"
                 f"  python -m cifar_dist.prepare --data.dir {shlex.quote(str(data_dir))} --rebuild True"
             )
-    log(f"dataset {data_dir}: verified {_total_bytes() / 1e6:.0f} MB in {time.monotonic() - started:.1f} s")
+    log(f"dataset {data_dir}: verified {total_bytes() / 1e6:.0f} MB in {time.monotonic() - started:.1f} s")
 
 
-def _problem(path: Path) -> str:
+def problem(path: Path) -> str:
     """Why the file is not the one that its name stands for, as the end of a sentence; empty if it is."""
     right = BETON_FILES[path.name]
     try:
@@ -158,131 +119,5 @@ def _problem(path: Path) -> str:
     return ""
 
 
-def _total_bytes() -> int:
+def total_bytes() -> int:
     return sum(file.num_bytes for file in BETON_FILES.values())
-
-
-@contextmanager
-def _locked(folder: Path, log: Log) -> Iterator[None]:
-    """One process at a time; the kernel releases the lock when its holder dies."""
-    lock = filelock.FileLock(folder / ".prepare.lock")
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            log(f"dataset {folder}: another process is preparing it; waiting")
-            lock.acquire()
-    except NotImplementedError:  # older filelock, on a file system without flock
-        raise DataError(
-            f"data.dir {folder} is on a file system without locks. Prepare it with one process first:\n"
-            f"  python -m cifar_dist.prepare --data.dir SOME_LOCAL_FOLDER, then copy that folder there."
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def _partial_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder in `folder`. Holders of the lock remove those of processes that were killed."""
-    for stale in folder.glob(".partial-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _prepare(data_dir: Path, source: str, log: Log) -> None:
-    """Write both files into a temporary folder, verify them, then rename them into place. Needs the lock."""
-    from cifar_dist.data.prepare import beton, sources
-
-    started = time.monotonic()
-    with _partial_folder(data_dir) as partial:
-        data = sources.fetch(source, log, scratch=partial)
-        train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
-        beton.write({partial / TRAIN: train, partial / TEST: test}, log)
-        for name in BETON_FILES:
-            problem = _problem(partial / name)
-            if problem:
-                raise DataError(
-                    f"{name}, just written, is wrong: {problem}.\nIs the disk full or faulty? The files are those of "
-                    f"ffcv {FFCV_VERSION}; ffcv {version('ffcv')} is installed."
-                )
-        if missing(data_dir):
-            _set_aside(data_dir, log)
-        _install(partial, data_dir)
-    log(f"dataset {data_dir}: prepared from {data.origin} in {time.monotonic() - started:.1f} s")
-
-
-def _set_aside(data_dir: Path, log: Log) -> None:
-    """Move a lone file that is not ours out of the way; a killed preparation leaves one that is."""
-    for name in BETON_FILES:
-        if os.path.lexists(data_dir / name) and _problem(data_dir / name):
-            aside = Path(tempfile.mkdtemp(prefix="set-aside-", dir=data_dir)) / name
-            (data_dir / name).rename(aside)
-            log(f"dataset {data_dir}: {name} was there, is not CIFAR-10's, and is moved to {aside}")
-
-
-def _install(partial: Path, folder: Path) -> None:
-    for name in BETON_FILES:
-        (partial / name).rename(folder / name)
-        sync_directory(folder)
-
-
-# In one process: a copy on the machine's own disk
-
-
-def stage(data_dir: Path, stage_dir: Path, source: str, log: Log) -> Path:
-    """The folder to read from on this machine: `stage_dir` with a verified copy, else `data_dir`, verified.
-
-    One process copies while others wait. A later run uses the copy again, without looking at `data_dir`. If `data_dir`
-    is empty, it is prepared from `source` first (see `ensure`). What prevents the copy is logged, and is no error.
-
-    Raises:
-        DataError: from `ensure`, about `data_dir`.
-    """
-    try:
-        stage_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = stage_dir.stat()
-        # Anybody can guess the name of a temporary folder.
-        if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise PermissionError(0, "others may write there")
-        with _locked(stage_dir, log):
-            if not _is_staged(stage_dir, log):
-                ensure(data_dir, source, log)
-                _copy(data_dir, stage_dir, log)
-            return stage_dir
-    except OSError as error:
-        log(f"dataset {data_dir}: read from there, not from a copy in {stage_dir}: {error.strerror or error}")
-    ensure(data_dir, source, log)
-    return data_dir
-
-
-def _is_staged(stage_dir: Path, log: Log) -> bool:
-    if missing(stage_dir):
-        return False
-    try:
-        verify(stage_dir, log)
-    except DataError as error:
-        log(f"dataset {stage_dir}: this copy is damaged, and made anew: {str(error).splitlines()[0]}")
-        return False
-    return True
-
-
-def _copy(data_dir: Path, stage_dir: Path, log: Log) -> None:
-    for name in BETON_FILES:
-        (stage_dir / name).unlink(missing_ok=True)  # a damaged copy, or one of a killed process
-    with _partial_folder(stage_dir) as partial:
-        if shutil.disk_usage(stage_dir).free < _total_bytes() + _SPARE_BYTES:
-            raise OSError(f"no room for {_total_bytes() / 1e6:.0f} MB")
-        for name in BETON_FILES:
-            shutil.copyfile(data_dir / name, partial / name)
-        _install(partial, stage_dir)
-    log(f"dataset {data_dir}: copied to {stage_dir}")
-    try:
-        verify(stage_dir, log)
-    except DataError as error:
-        raise OSError(f"the copy is damaged: {str(error).splitlines()[0]}") from None

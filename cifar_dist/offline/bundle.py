@@ -258,15 +258,17 @@ def run(command: Sequence[str], complaint: str, stdin: str = "", environment: Ma
 
 
 def copy_code_and_data(begun: Path, tracked: Sequence[str]) -> None:
-    from cifar_dist.data import dataset  # here, so that mistakes on the command line are refused before torch is loaded
+    # Here, so that mistakes on the command line are refused before torch is loaded.
+    from cifar_dist.data import dataset
     from cifar_dist.data.cifar10 import BETON_FILES
+    from cifar_dist.data.prepare import install
     from cifar_dist.training.summary import git_commit
 
     for name in tracked:
         (begun / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, begun / name, follow_symlinks=False)
     (begun / "COMMIT").write_text(f"{git_commit() or 'unknown'}\n", encoding="utf-8")
-    dataset.ensure(ROOT / "data", "auto", log)
+    install.ensure(ROOT / "data", "auto", log)
     (begun / "data").mkdir()
     for name in BETON_FILES:
         shutil.copyfile(ROOT / "data" / name, begun / "data" / name)

@@ -17,7 +17,7 @@ from cifar_dist.distributed import World
 from cifar_dist.models.layers import num_parameters
 from cifar_dist.training import checkpoint, run_directory
 from cifar_dist.training.precision import Precision, choose_precision
-from cifar_dist.training.schedule import Schedule, create_schedule
+from cifar_dist.training.schedule import Schedule
 from cifar_dist.training.train_step import TrainStep
 
 
@@ -87,7 +87,7 @@ def make_plan(config: Config, nodes: int, gpus: int) -> Plan:
     labels = np.arange(NUM_TRAIN, dtype=np.int64) % NUM_CLASSES
     samples = split(labels, config.data.train_on, config.data.subset)
     order = Order(samples.train, config.train.batch_size, config.run.seed)
-    schedule = create_schedule(config, order.steps_per_epoch)
+    schedule = Schedule(config, order.steps_per_epoch)
     steps = range(1, schedule.total_steps + 1)
     saves = [step for step in steps if schedule.should_save(step)]
     validations = [step for step in steps if len(samples.validation) and schedule.should_validate(step)]

@@ -33,15 +33,6 @@ def digest_path(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def save(directory: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write the checkpoint of `step`.
-
-    Raises:
-        CheckpointError: the disk is full or the directory not writable; the earlier checkpoints are untouched.
-    """
-    return write(directory, step, encode(step, state))
-
-
 def encode(step: int, state: dict[str, Any]) -> bytes:
     """The bytes of a checkpoint file."""
     buffer = io.BytesIO()
@@ -50,10 +41,10 @@ def encode(step: int, state: dict[str, Any]) -> bytes:
 
 
 def write(directory: Path, step: int, data: bytes) -> Path:
-    """Write the bytes of a checkpoint and their digest.
+    """Write the bytes of a checkpoint (from `encode`) and their digest.
 
     Raises:
-        CheckpointError: as from `save`.
+        CheckpointError: the disk is full or the directory not writable; the earlier checkpoints are untouched.
     """
     path = path_of(directory, step)
     digest = f"{hashlib.sha256(data).hexdigest()}  {path.name}\n"
@@ -151,8 +142,9 @@ def load_weights(model: nn.Module, weights: Any, origin: str) -> None:
     try:
         model.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:4]]
-        raise CheckpointError(f"{origin} holds another model: " + " ".join(lines)[:600]) from None
+        lines = str(error).splitlines()
+        detail = " ".join(line.strip() for line in lines[1:4] or lines)  # torch's first line has no details
+        raise CheckpointError(f"{origin} holds another model: {detail[:600]}") from None
 
 
 def sha256_of_parameters(model: nn.Module) -> str:

@@ -44,19 +44,142 @@ from cifar_dist.training.whitening import fit_whitening
 logger = logging.getLogger("cifar_dist")
 
 
-class RunHooks(Hooks):
-    """Connects the loop to logs, tracker, stop signals, the run lock and the checks of the state.
+class Run(Hooks):
+    """One rank's part of the run with `config`, and the hooks of its Trainer.
 
-    Rank 0 has `tracker` and `lock`; every rank has a log file.
+    Rank 0 has `tracker` and `lock`; every rank has a log file. `stack` closes what the run opens.
     """
 
-    def __init__(self, config: Config, world: World) -> None:
-        self.config, self.world = config, world
+    def __init__(self, config: Config, world: World, stack: ExitStack) -> None:
+        self.config, self.world, self.stack = config, world, stack
+        self.directory = Path()  # set by _open_directory
         self.tracker: Tracker | None = None
         self.lock: run_lock.RunLock | None = None
         self._stop = StopConsensus(world)
         self._tracking_error: UserError | None = None
         self._compared_step = 0
+
+    def execute(self) -> None:
+        """Do the whole run.
+
+        Raises:
+            UserError: see `errors` for the kinds.
+            StopError: a signal came, and the state is saved.
+        """
+        config, world = self.config, self.world
+        with watchdog(world, config.run.stall_timeout_s) as watch, report_lost_peers(world) as roll_call:
+            set_phase(Phase("preparing or verifying the dataset", limit_s=VERY_SLOW_S))
+            precision = run_and_sync_errors(world, lambda: choose_precision(config.train.precision, world.device))
+            set_backends(config.train, config.run.deterministic, world.device)
+            data_dir = prepared_folder(config.data, world, self.log)
+            split = read_split(config.data, data_dir, world)
+            set_phase(Phase("opening the run directory", limit_s=SLOW_S))
+            origin, start = self._open_directory()
+            watch.directory = self.directory
+            with (
+                status.status_file(self.directory, self.owns_directory),
+                watch.share_errors(),
+                explain_out_of_memory(config, world.rank, world.size),
+                # Again, inside the contexts above: they report a PeerError, not the RuntimeError of gloo or NCCL.
+                convert_peer_errors(world, roll_call),
+            ):
+                path = self.directory / "logs" / f"rank-{world.rank}.log"
+                run_and_sync_errors(world, lambda: self.stack.enter_context(rank_log(path)))
+                trainer = self._build_trainer(precision, data_dir, split)
+                if start:
+                    run_and_sync_errors(world, lambda: trainer.restore(checkpoint.decode(start, origin), origin))
+                self._train_and_test(trainer, data_dir)
+
+    def _open_directory(self) -> tuple[str, bytes]:
+        """Open the run directory. Name and bytes of the checkpoint to resume from, on every rank; empty: none."""
+        data = b""
+
+        def open_on_main() -> tuple[str, str]:
+            nonlocal data
+            directory = run_directory.path_of(self.config)
+            with run_directory.explain_unwritable(directory):
+                directory.mkdir(parents=True, exist_ok=True)
+                self.lock = run_lock.acquire(directory, self.config.run.resume == "auto", self.log)
+            self.stack.callback(self.lock.release)
+            run_directory.check(self.config, directory)
+            found = run_directory.find_start(self.config, directory, self.log)
+            if found is None:
+                return str(directory), ""
+            origin, data = found
+            if not origin.is_relative_to(directory):
+                # Copied, so that a run that stops before its first checkpoint can resume without the other run.
+                step = checkpoint.decode(data, str(origin))["step"]
+                checkpoint.write(directory / "checkpoints", step, data)
+            self.log(f"resuming from {origin}")
+            return str(directory), str(origin)
+
+        directory, origin = broadcast_from_main(self.world, open_on_main)
+        self.directory = Path(directory)
+        return origin, broadcast_bytes(data, self.world)
+
+    def _build_trainer(self, precision: Precision, data_dir: Path, split: Split) -> Trainer:
+        config, world = self.config, self.world
+        open_loader = partial(BetonLoader, data_dir / "train.beton", world.device, config.data.num_workers)
+        loader = self.stack.enter_context(run_and_sync_errors(world, open_loader))
+        train_step = TrainStep(config, world, precision)
+        fit_whitening([train_step.model, train_step.scored_model], loader, bn_samples(split, config.eval), world)
+        set_phase(Phase("the start of training", limit_s=SLOW_S))
+        return Trainer(config, train_step, split, loader, self.directory / "checkpoints", self)
+
+    def _train_and_test(self, trainer: Trainer, data_dir: Path) -> None:
+        config, world = self.config, self.world
+        devices = all_gather_text(device_name(world.device), world)
+        self.log(_describe(config, trainer, devices, self.directory))
+        summary = self.directory / "summary.json"
+        if broadcast_from_main(world, summary.exists) and trainer.progress.step == trainer.schedule.total_steps:
+            self.log(f"this run is complete; its results are in {summary}")
+            return
+        run_and_sync_errors(world, self._write_config, only_if=world.is_main)
+        set_phase(Phase("the self-check", limit_s=VERY_SLOW_S))
+        run_and_sync_errors(world, lambda: debug.check(config, trainer, self.log))
+        set_phase(Phase("the start of tracking", limit_s=SLOW_S))
+        run_and_sync_errors(world, lambda: self._start_tracking(trainer), only_if=world.is_main)
+        with signals.deferred():
+            trainer.train()
+        set_phase(Phase("the final test", limit_s=SLOW_S))
+        with trainer.loader.of(data_dir / "test.beton") as loader:
+            test = trainer.evaluator.score(loader, scored_samples(config.eval, data_dir, world), config.eval.tta)
+        set_phase(Phase("writing the results", limit_s=SLOW_S))
+        metrics = {"test/accuracy": test.accuracy, "test/accuracy_tta": test.accuracy_tta, "test/n": test.n}
+        self.log_metrics(trainer.progress.step, metrics)
+        results = summarize(config, trainer, test, devices)
+        run_and_sync_errors(world, lambda: self._write_results(results), only_if=world.is_main)
+        views = {"flip": "flip", "six": "six views"}.get(config.eval.tta)
+        tta = "" if test.accuracy_tta is None else f", {test.accuracy_tta:.2%} with {views}"
+        part = "" if test.n == NUM_TEST else f" of {NUM_TEST} (eval.test_subset)"
+        self.log(
+            f"test accuracy {test.accuracy:.2%}{tta} on {test.n}{part} images; "
+            f"{trainer.progress.train_seconds:.0f} s of training; see {summary} and curves.png"
+        )
+
+    def _write_config(self) -> None:
+        self.before_write()
+        write_text_atomic(self.directory / "config.yaml", to_yaml(self.config))
+
+    def _start_tracking(self, trainer: Trainer) -> None:
+        self.before_write()
+        values, steps = yaml.safe_load(to_yaml(self.config)), (trainer.schedule.total_steps, trainer.progress.step)
+        tracker = Tracker(self.directory, self.config.track, values, *steps, self.name)
+        self.tracker = self.stack.enter_context(tracker)
+
+    def _write_results(self, results: dict[str, Any]) -> None:
+        assert self.tracker is not None
+        self.before_write()
+        draw_curves(self.directory / "metrics.jsonl", self.directory / "curves.png", self.name)
+        write_json(self.directory / "summary.json", results)  # last, since its existence means: the run is complete
+        # Without the command line, which may hold what is not for everybody at W&B.
+        values = {key: v for key, v in results.items() if isinstance(v, (int, float, str)) and key != "command"}
+        self.tracker.finish(values)
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self.config.run.name or self.directory.resolve().name
 
     def log(self, text: str) -> None:
         """Print a line on rank 0; write it to the log file on every rank."""
@@ -114,98 +237,6 @@ class RunHooks(Hooks):
         self._compared_step = progress.step
 
 
-def run(config: Config, world: World, stack: ExitStack) -> None:
-    """Do the whole run; `stack` closes what it opens.
-
-    Raises:
-        UserError: see `errors` for the kinds.
-        StopError: a signal came, and the state is saved.
-    """
-    hooks = RunHooks(config, world)
-    with watchdog(world, config.run.stall_timeout_s) as watch, report_lost_peers(world) as roll_call:
-        set_phase(Phase("preparing or verifying the dataset", limit_s=VERY_SLOW_S))
-        precision = run_and_sync_errors(world, lambda: choose_precision(config.train.precision, world.device))
-        set_backends(config.train, config.run.deterministic, world.device)
-        data_dir = prepared_folder(config.data, world, hooks.log)
-        split = read_split(config.data, data_dir, world)
-        set_phase(Phase("opening the run directory", limit_s=SLOW_S))
-        directory, origin, start = _open_run_directory(config, world, stack, hooks)
-        watch.directory = directory
-        with (
-            status.status_file(directory, hooks.owns_directory),
-            watch.share_errors(),
-            explain_out_of_memory(config, world.rank, world.size),
-            # Again, inside the contexts above: they report a PeerError, not the RuntimeError of gloo or NCCL.
-            convert_peer_errors(world, roll_call),
-        ):
-            path = directory / "logs" / f"rank-{world.rank}.log"
-            run_and_sync_errors(world, lambda: stack.enter_context(rank_log(path)))
-            devices = all_gather_text(device_name(world.device), world)
-            trainer = _build_trainer(config, world, precision, stack, data_dir, split, directory, hooks)
-            if start:
-                run_and_sync_errors(world, lambda: trainer.restore(checkpoint.decode(start, origin), origin))
-            hooks.log(_describe(config, trainer, devices, directory))
-            summary = directory / "summary.json"
-            if broadcast_from_main(world, summary.exists) and trainer.progress.step == trainer.schedule.total_steps:
-                hooks.log(f"this run is complete; its results are in {summary}")
-                return
-            run_and_sync_errors(world, lambda: _write_config(config, directory, hooks), only_if=world.is_main)
-            set_phase(Phase("the self-check", limit_s=VERY_SLOW_S))
-            run_and_sync_errors(world, lambda: debug.check(config, trainer, hooks.log))
-            set_phase(Phase("the start of tracking", limit_s=SLOW_S))
-            start_tracking = partial(_start_tracking, config, trainer, directory, stack, hooks)
-            run_and_sync_errors(world, start_tracking, only_if=world.is_main)
-            with signals.deferred():
-                trainer.train()
-            _test_and_summarize(config, trainer, data_dir, devices, directory, hooks)
-
-
-def _open_run_directory(config: Config, world: World, stack: ExitStack, hooks: RunHooks) -> tuple[Path, str, bytes]:
-    """On every rank: the run directory, and name and bytes of the checkpoint to resume from (empty: none)."""
-    data = b""
-
-    def open_directory() -> tuple[str, str]:
-        nonlocal data
-        directory = run_directory.create(config)
-        try:
-            hooks.lock = run_lock.acquire(directory, config.run.resume == "auto", hooks.log)
-        except OSError as error:
-            raise run_directory.not_writable(directory, error) from None
-        stack.callback(hooks.lock.release)
-        run_directory.check(config, directory)
-        found = run_directory.find_start(config, directory, hooks.log)
-        if found is None:
-            return str(directory), ""
-        origin, data = found
-        if not origin.is_relative_to(directory):
-            # Copied, so that a run that stops before its first checkpoint can resume without the other run.
-            step = checkpoint.decode(data, str(origin))["step"]
-            checkpoint.write(directory / "checkpoints", step, data)
-        hooks.log(f"resuming from {origin}")
-        return str(directory), str(origin)
-
-    directory, origin = broadcast_from_main(world, open_directory)
-    return Path(directory), origin, broadcast_bytes(data, world)
-
-
-def _build_trainer(
-    config: Config,
-    world: World,
-    precision: Precision,
-    stack: ExitStack,
-    data_dir: Path,
-    split: Split,
-    directory: Path,
-    hooks: RunHooks,
-) -> Trainer:
-    open_loader = partial(BetonLoader, data_dir / "train.beton", world.device, config.data.num_workers)
-    loader = stack.enter_context(run_and_sync_errors(world, open_loader))
-    train_step = TrainStep(config, world, precision)
-    fit_whitening([train_step.model, train_step.scored_model], loader, bn_samples(split, config.eval), world)
-    set_phase(Phase("the start of training", limit_s=SLOW_S))
-    return Trainer(config, train_step, split, loader, directory / "checkpoints", hooks)
-
-
 def _describe(config: Config, trainer: Trainer, devices: list[str], directory: Path) -> str:
     order, schedule, train_step = trainer.order, trainer.schedule, trainer.train_step
     kinds = ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))
@@ -217,48 +248,3 @@ def _describe(config: Config, trainer: Trainer, devices: list[str], directory: P
         f"{order.dropped_per_epoch} samples dropped per epoch\n"
         f"steps {trainer.progress.step} to {schedule.total_steps}; run directory {directory}"
     )
-
-
-def _write_config(config: Config, directory: Path, hooks: RunHooks) -> None:
-    hooks.before_write()
-    write_text_atomic(directory / "config.yaml", to_yaml(config))
-
-
-def _start_tracking(config: Config, trainer: Trainer, directory: Path, stack: ExitStack, hooks: RunHooks) -> None:
-    hooks.before_write()
-    values, steps = yaml.safe_load(to_yaml(config)), (trainer.schedule.total_steps, trainer.progress.step)
-    name = run_directory.name(config, directory)
-    hooks.tracker = stack.enter_context(Tracker(directory, config.track, values, *steps, name))
-
-
-def _test_and_summarize(
-    config: Config, trainer: Trainer, data_dir: Path, devices: list[str], directory: Path, hooks: RunHooks
-) -> None:
-    """Score the test set once, and write summary.json and curves.png."""
-    set_phase(Phase("the final test", limit_s=SLOW_S))
-    samples = scored_samples(config.eval, data_dir, trainer.world)
-    with trainer.loader.of(data_dir / "test.beton") as loader:
-        test = trainer.evaluator.score(loader, samples, config.eval.tta)
-    set_phase(Phase("writing the results", limit_s=SLOW_S))
-    metrics = {"test/accuracy": test.accuracy, "test/accuracy_tta": test.accuracy_tta, "test/n": test.n}
-    hooks.log_metrics(trainer.progress.step, metrics)
-    summary = summarize(config, trainer, test, devices)
-    write = partial(_write_results, directory, run_directory.name(config, directory), summary, hooks)
-    run_and_sync_errors(trainer.world, write, only_if=hooks.tracker is not None)
-    views = {"flip": "flip", "six": "six views"}.get(config.eval.tta)
-    tta = "" if test.accuracy_tta is None else f", {test.accuracy_tta:.2%} with {views}"
-    part = "" if test.n == NUM_TEST else f" of {NUM_TEST} (eval.test_subset)"
-    hooks.log(
-        f"test accuracy {test.accuracy:.2%}{tta} on {test.n}{part} images; "
-        f"{trainer.progress.train_seconds:.0f} s of training; see {directory}/summary.json and curves.png"
-    )
-
-
-def _write_results(directory: Path, name: str, summary: dict[str, Any], hooks: RunHooks) -> None:
-    assert hooks.tracker is not None
-    hooks.before_write()
-    draw_curves(directory / "metrics.jsonl", directory / "curves.png", name)
-    write_json(directory / "summary.json", summary)  # last, since its existence means that the run is complete
-    # Without the command line, which may hold what is not for everybody at W&B.
-    values = {key: v for key, v in summary.items() if isinstance(v, (int, float, str)) and key != "command"}
-    hooks.tracker.finish(values)

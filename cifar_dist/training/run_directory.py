@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,13 @@ from cifar_dist.config import Config
 from cifar_dist.errors import CheckpointError, UserError
 from cifar_dist.training import checkpoint
 
-# Settings that decide which numbers a run computes. All others may change when it resumes.
-_DECISIVE = ("model", "optim", "augment")
-_DECISIVE_KEYS = {
+# Sections and settings that decide which numbers a run computes. The others may differ in a resumed run.
+_FIXED_SECTIONS = ("model", "optim", "augment")
+_FIXED_SETTINGS = {
     "run": ("seed",),
     "data": ("subset", "train_on"),
     "train": ("epochs", "max_steps", "batch_size", "micro_batch_size", "precision"),
 }
-
 _HOW_TO_CONTINUE = "Give the old values, or start a new run under another --run.name without --run.resume."
 
 
@@ -41,22 +40,14 @@ def path_of(config: Config) -> Path:
     return directory
 
 
-def create(config: Config) -> Path:
-    """Create the directory.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    directory = path_of(config)
+@contextmanager
+def explain_unwritable(directory: Path) -> Iterator[None]:
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        raise not_writable(directory, error) from None
-    return directory
-
-
-def not_writable(directory: Path, error: OSError) -> UserError:
-    return UserError(f"the run directory {directory} cannot be written: {error.strerror}. Choose another --run.dir.")
+        raise UserError(
+            f"the run directory {directory} cannot be written: {error.strerror}. Choose another --run.dir."
+        ) from None
 
 
 def check(config: Config, directory: Path) -> None:
@@ -81,11 +72,6 @@ def holds_run(directory: Path) -> bool:
     return (directory / "config.yaml").exists() or bool(checkpoint.all_steps(directory / "checkpoints"))
 
 
-def name(config: Config, directory: Path) -> str:
-    """The run's name for people."""
-    return config.run.name or directory.resolve().name
-
-
 def find_start(config: Config, directory: Path, log: Callable[[str], None]) -> tuple[Path, bytes] | None:
     """The checkpoint to resume from, with its bytes; None to start at step 0. `log` gets a line per skipped file.
 
@@ -95,7 +81,7 @@ def find_start(config: Config, directory: Path, log: Callable[[str], None]) -> t
     if config.run.resume == "never":
         return None
     if config.run.resume == "auto":
-        return newest_valid(directory / "checkpoints", log, partial(_difference, config))
+        return newest_valid(directory / "checkpoints", log, config)
     path = Path(config.run.resume)
     data = checkpoint.read_verified(path, need_digest=False)
     difference = _difference(config, checkpoint.decode(data, str(path)), path)
@@ -105,15 +91,15 @@ def find_start(config: Config, directory: Path, log: Callable[[str], None]) -> t
 
 
 def newest_valid(
-    directory: Path, warn: Callable[[str], None], differs: Callable[[dict[str, Any], Path], str] = lambda *_: ""
+    directory: Path, log: Callable[[str], None], config: Config | None = None
 ) -> tuple[Path, bytes] | None:
     """The newest checkpoint that is valid and belongs to this run, with its bytes; None if there are no checkpoints.
 
     Newer valid checkpoints of other runs are renamed, so that checkpoint.retain does not remove them.
 
     Args:
-        warn: gets a line about each skipped checkpoint.
-        differs: how a state differs from this run's settings, as the end of a sentence; empty if it does not.
+        log: gets a line about each skipped checkpoint.
+        config: of this run; None accepts the checkpoints of any run.
 
     Raises:
         CheckpointError: there are checkpoints, but none is valid, or none belongs to this run.
@@ -125,15 +111,14 @@ def newest_valid(
         try:
             data = checkpoint.read_verified(path)
         except CheckpointError as error:
-            warn(f"warning: skipped: {error}")
+            log(f"warning: skipped: {error}")
             continue
-        unfit = _unfit(data, step, path, differs)
-        if unfit:
-            others.append((path, unfit))
-            continue
-        for other, why in others:
-            warn(f"warning: skipped, and renamed to {_set_aside(other).name}: {other} {why}")
-        return path, data
+        reason = _why_unfit(data, step, path, config)
+        if not reason:
+            for other, why in others:
+                log(f"warning: skipped, and renamed to {_set_aside(other).name}: {other} {why}")
+            return path, data
+        others.append((path, reason))
     if others:
         raise CheckpointError(f"{others[0][0]} {others[0][1]}\n{_HOW_TO_CONTINUE}")
     if steps:
@@ -143,11 +128,11 @@ def newest_valid(
     return None
 
 
-def _unfit(data: bytes, step: int, path: Path, differs: Callable[[dict[str, Any], Path], str]) -> str:
+def _why_unfit(data: bytes, step: int, path: Path, config: Config | None) -> str:
     """Why a run cannot resume from these bytes, as the end of a sentence; empty if it can."""
     try:
         state = checkpoint.decode(data, str(path))
-        difference = differs(state, path)
+        difference = _difference(config, state, path) if config else ""
     except CheckpointError as error:
         return f"cannot be used: {error}"
     if not difference and state["step"] != step:
@@ -156,9 +141,13 @@ def _unfit(data: bytes, step: int, path: Path, differs: Callable[[dict[str, Any]
 
 
 def _set_aside(path: Path) -> Path:
+    suffix, n = ".other", 1
+    while path.with_name(path.name + suffix).exists():
+        n += 1
+        suffix = f".other{n}"
     for file in (checkpoint.digest_path(path), path):
-        file.rename(file.with_name(file.name + ".other"))
-    return path.with_name(path.name + ".other")
+        file.rename(file.with_name(file.name + suffix))
+    return path.with_name(path.name + suffix)
 
 
 def config_of(text: str, origin: str) -> Config:
@@ -174,8 +163,9 @@ def config_of(text: str, origin: str) -> Config:
 
 
 def _difference(config: Config, state: dict[str, Any], path: Path) -> str:
-    """How the checkpoint's decisive settings differ from `config`, as the end of a sentence; empty if they do not."""
+    """How the checkpoint's fixed settings differ from `config`, as the end of a sentence; empty if they do not."""
     old, new = asdict(config_of(state["config"], str(path))), asdict(config)
-    keys = [(s, k) for s in _DECISIVE for k in new[s]] + [(s, k) for s, names in _DECISIVE_KEYS.items() for k in names]
+    fixed = {**{section: tuple(new[section]) for section in _FIXED_SECTIONS}, **_FIXED_SETTINGS}
+    keys = [(section, key) for section, names in fixed.items() for key in names]
     changed = [f"\n  {s}.{k} was {old[s][k]}, is now {new[s][k]}" for s, k in keys if old[s][k] != new[s][k]]
     return "is of a run with other settings, so resuming would give neither run:" + "".join(changed) if changed else ""

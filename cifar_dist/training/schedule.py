@@ -27,31 +27,35 @@ class Step:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Intervals in optimizer steps. In the methods `done` is the number of finished steps."""
+    """The intervals of a run. In the methods `done` is the number of finished steps."""
 
+    config: Config
     steps_per_epoch: int
-    total_steps: int
-    log_every: int
-    checkpoint_every: int  # 0: at the end only
-    validate_every: int  # 0: at the end only
-    low_resolution_steps: int
-    optim: OptimConfig
+
+    @property
+    def total_steps(self) -> int:
+        train = self.config.train
+        return train.epochs * self.steps_per_epoch if train.max_steps is None else train.max_steps
+
+    @property
+    def low_resolution_steps(self) -> int:
+        return round(self.config.augment.low_resolution_share * self.total_steps)
 
     def step(self, number: int) -> Step:
         image_size = LOW_RESOLUTION if number < self.low_resolution_steps else None
-        return Step(number, lr_fraction(number, self.total_steps, self.optim), image_size)
+        return Step(number, lr_fraction(number, self.total_steps, self.config.optim), image_size)
 
     def ends_epoch(self, done: int) -> bool:
         return done % self.steps_per_epoch == 0
 
     def should_save(self, done: int) -> bool:
-        return done == self.total_steps or bool(self.checkpoint_every and done % self.checkpoint_every == 0)
+        return self._is_due(done, self.config.train.checkpoint_every_steps)
 
     def should_validate(self, done: int) -> bool:
-        return done == self.total_steps or bool(self.validate_every and done % self.validate_every == 0)
+        return self._is_due(done, self.config.eval.every_epochs * self.steps_per_epoch)
 
     def should_log(self, done: int) -> bool:
-        return done == self.total_steps or done % self.log_every == 0
+        return self._is_due(done, self.config.train.log_every_steps)
 
     def should_read_metrics(self, done: int) -> bool:
         """Whether to wait for the device and copy the metrics to the host.
@@ -62,26 +66,15 @@ class Schedule:
         due = self.ends_epoch(done) or self.should_save(done) or self.should_validate(done)
         return due or self.should_log(done)
 
-
-def create_schedule(config: Config, steps_per_epoch: int) -> Schedule:
-    train = config.train
-    total = train.max_steps if train.max_steps is not None else train.epochs * steps_per_epoch
-    return Schedule(
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total,
-        log_every=train.log_every_steps,
-        checkpoint_every=train.checkpoint_every_steps,
-        validate_every=config.eval.every_epochs * steps_per_epoch,
-        low_resolution_steps=round(config.augment.low_resolution_share * total),
-        optim=config.optim,
-    )
+    def _is_due(self, done: int, every: int) -> bool:
+        return done == self.total_steps or (every > 0 and done % every == 0)
 
 
 def lr_fraction(step: int, total_steps: int, config: OptimConfig) -> float:
     """Learning rate of `step` (from 0) divided by its peak: linear warm-up, then linear or cosine decay to zero.
 
-    The warm-up takes `warmup_share` of all steps, but never rises faster than it would over `warmup_min_steps`. A run
-    shorter than that starts to decay before it reaches the peak.
+    The warm-up ends after `warmup_share` of all steps. Its slope is at most 1 / `warmup_min_steps` per step, so a run
+    with a shorter warm-up starts to decay before it reaches the peak.
     """
     warmup = round(config.warmup_share * total_steps)
     rise = (step + 1) / max(1, warmup, config.warmup_min_steps)

@@ -21,7 +21,7 @@ from cifar_dist.phase import SLOW_S, Phase, current, end_startup, process_age_s,
 from cifar_dist.training import checkpoint
 from cifar_dist.training.evaluation import Evaluator, bn_samples
 from cifar_dist.training.metrics import Metrics, Receipt, Window
-from cifar_dist.training.schedule import create_schedule
+from cifar_dist.training.schedule import Schedule
 from cifar_dist.training.train_step import TrainStep
 
 _SAVE = Phase("writing the checkpoint", limit_s=SLOW_S)
@@ -96,7 +96,7 @@ class Trainer:
         self.split, self.loader, self.directory = split, loader, directory
         self.hooks = hooks or Hooks()
         self.order = Order(split.train, config.train.batch_size, config.run.seed)
-        self.schedule = create_schedule(config, self.order.steps_per_epoch)
+        self.schedule = Schedule(config, self.order.steps_per_epoch)
         self.metrics = Metrics(self.world)
         self.evaluator = Evaluator(train_step.scored_model, config.eval, train_step.precision, self.world)
         self.progress = Progress()
@@ -132,12 +132,12 @@ class Trainer:
                 # Slurm may kill the job before a validation ends; the resumed run starts with it.
                 progress.validation_due = schedule.should_validate(progress.step)
                 self.save()
-                raise self._stopped(stop_signal)
+                raise self._stop_error(stop_signal)
             self._validate_and_save()
             started = time.perf_counter()
         stop_signal = self.hooks.stop_requested(last_step=True)
         if stop_signal:
-            raise self._stopped(stop_signal)
+            raise self._stop_error(stop_signal)
 
     def _batches(self) -> Iterator[tuple[int, Batch]]:
         """Pairs (epoch, micro-batch) from the current step on: this rank's slice of each global batch, in order."""
@@ -184,8 +184,9 @@ class Trainer:
     def _validate_and_save(self) -> None:
         """Validate and save, if the current step is due for either. The best model so far is always saved."""
         progress = self.progress
+        # A late validation is saved, or a run killed before the next checkpoint would do and log it again.
+        save = self.schedule.should_save(progress.step) or progress.validation_due
         progress.validation_due = False
-        save = self.schedule.should_save(progress.step)
         validate = self.schedule.should_validate(progress.step) and len(self.split.validation) > 0
         if validate or progress.step == self.schedule.total_steps:
             self.evaluator.recalibrate(self.loader, bn_samples(self.split, self.config.eval))
@@ -214,11 +215,11 @@ class Trainer:
     def _write(self) -> None:
         self.hooks.before_write()
         progress = self.progress
-        checkpoint.save(self.directory, progress.step, self.state())
+        checkpoint.write(self.directory, progress.step, checkpoint.encode(progress.step, self.state()))
         best = [] if progress.best_step is None else [progress.best_step]
         checkpoint.retain(self.directory, progress.step, self.config.train.keep_checkpoints, best)
 
-    def _stopped(self, signal: Signals) -> StopError:
+    def _stop_error(self, signal: Signals) -> StopError:
         text = f"stopped by {signal.name} after step {self.progress.step}, which is saved in {self.directory}."
         return StopError(f"{text} The same command with --run.resume auto resumes it.")
 

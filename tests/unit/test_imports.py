@@ -133,7 +133,7 @@ def test_the_checker_sees_a_violation(module: str, line: str, wrong: str) -> Non
 def test_the_checker_allows_the_right_direction() -> None:
     assert violations("cifar_dist.training.run", "from cifar_dist.data import order\nimport torch") == set()
     assert violations("cifar_dist.data.order", "from cifar_dist import config, errors, hashing") == set()
-    assert violations("cifar_dist.train", "from cifar_dist.training.run import run") == set()
+    assert violations("cifar_dist.train", "from cifar_dist.training.run import Run") == set()
 
 
 def test_the_checker_sees_calls() -> None:

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from cifar_dist.data import dataset
-from cifar_dist.data.prepare import beton
+from cifar_dist.data.prepare import beton, install
 from cifar_dist.data.prepare.beton import METADATA, METADATA_START, PAGE_BYTES
 from cifar_dist.errors import DataError
 
@@ -46,7 +46,7 @@ def assert_refused(folder: Path, message: str) -> None:
     """Refused on one screen, with what to do, and nothing was touched."""
     before = state(folder)
     with pytest.raises(DataError, match=message) as error:
-        dataset.ensure(folder, "auto", print)
+        install.ensure(folder, "auto", print)
     assert state(folder) == before
     text = str(error.value)
     assert str(folder) in text
@@ -63,7 +63,7 @@ def edit_test_file(folder: Path, edit: Callable[[bytearray], None]) -> None:
 def test_prepared_data_verifies(data_dir: Path) -> None:
     lines: list[str] = []
     before = state(data_dir)
-    dataset.ensure(data_dir, "auto", lines.append)
+    install.ensure(data_dir, "auto", lines.append)
     assert state(data_dir) == before
     assert len(lines) == 1
     assert lines[0].startswith(f"dataset {data_dir}: verified 192 MB in ")
@@ -72,7 +72,7 @@ def test_prepared_data_verifies(data_dir: Path) -> None:
 def test_manifest_of_an_earlier_version_is_ignored(copy: Path) -> None:
     (copy / "manifest.json").write_text("{}")
     before = state(copy)
-    dataset.ensure(copy, "auto", print)
+    install.ensure(copy, "auto", print)
     assert state(copy) == before
 
 
@@ -123,17 +123,17 @@ def test_unreadable_file_is_refused(copy: Path) -> None:
     (copy / dataset.TEST).unlink()
     (copy / dataset.TEST).symlink_to(copy / "gone")
     with pytest.raises(DataError, match=r"test\.beton is not usable: it cannot be read: No such file"):
-        dataset.ensure(copy, "auto", print)
+        install.ensure(copy, "auto", print)
 
 
 def test_unusable_folders(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"mine")
     for path in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/cifar")):
         with pytest.raises(DataError, match=r"data\.dir .* cannot be prepared: (.|\n)*--data\.dir DIR"):
-            dataset.ensure(path, "auto", print)
+            install.ensure(path, "auto", print)
     assert (tmp_path / "file").read_bytes() == b"mine"
     with pytest.raises(DataError, match="does not exist"):
-        dataset.ensure(tmp_path / "new", str(tmp_path / "nowhere"), print)
+        install.ensure(tmp_path / "new", str(tmp_path / "nowhere"), print)
     assert names(tmp_path / "new") == [".prepare.lock"]
 
 
@@ -147,9 +147,9 @@ def read_only(copy: Path) -> Iterator[Path]:
 
 
 def test_read_only_folder(read_only: Path) -> None:
-    dataset.ensure(read_only, "auto", print)
+    install.ensure(read_only, "auto", print)
     with pytest.raises(DataError, match="Read-only file system"):
-        dataset.ensure(read_only, "auto", print, rebuild=True)
+        install.ensure(read_only, "auto", print, rebuild=True)
 
 
 @pytest.mark.slow
@@ -165,7 +165,7 @@ def test_another_version_of_ffcv_is_named(binary_dir: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(beton, "write", write_otherwise)
     with pytest.raises(DataError, match=r"train\.beton, just written, is wrong: its SHA-256 (.|\n)* of ffcv 1\.0\.2"):
-        dataset.ensure(tmp_path / "data", str(binary_dir), print)
+        install.ensure(tmp_path / "data", str(binary_dir), print)
     assert names(tmp_path / "data") == [".prepare.lock"]
 
 
@@ -236,7 +236,7 @@ def test_killed_then_two_at_once(binary_dir: Path, tmp_path: Path) -> None:
     assert (aside / dataset.TRAIN).read_bytes() == b"somebody's own"
     assert names(folder) == sorted([*COMPLETE, aside.name])
     assert writers(folder) == []
-    dataset.ensure(folder, "auto", print)
+    install.ensure(folder, "auto", print)
 
 
 def test_the_command_refuses_damage(copy: Path, binary_dir: Path) -> None:
@@ -253,7 +253,7 @@ def test_the_command_refuses_damage(copy: Path, binary_dir: Path) -> None:
 def test_a_killed_preparation_is_completed(copy: Path, binary_dir: Path) -> None:
     """Killed between the two renames: the file that is there is right, and is no reason to set it aside."""
     (copy / dataset.TEST).unlink()
-    dataset.ensure(copy, str(binary_dir), print)
+    install.ensure(copy, str(binary_dir), print)
     assert names(copy) == COMPLETE
 
 
@@ -264,7 +264,7 @@ def test_damaged_data_is_rebuilt(copy: Path, binary_dir: Path) -> None:
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (0, "")
     assert names(copy) == COMPLETE
-    dataset.ensure(copy, "auto", print)
+    install.ensure(copy, "auto", print)
 
 
 def test_interrupted_by_the_terminal(binary_dir: Path, tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_full_disk_leaves_nothing(binary_dir: Path, tmp_path: Path) -> None:
         pytest.skip("NOT TESTED: a full disk needs the right to mount a tmpfs")
     try:
         with pytest.raises(DataError, match=r"has 104\.9 MB free, the data needs 192\.3 MB"):
-            dataset.ensure(tmp_path / "data", str(binary_dir), print)
+            install.ensure(tmp_path / "data", str(binary_dir), print)
         assert names(tmp_path / "data") == [".prepare.lock"]
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)

@@ -12,7 +12,7 @@ import pytest
 
 from cifar_dist.data import dataset
 from cifar_dist.data.cifar10 import BETON_FILES
-from cifar_dist.data.dataset import stage
+from cifar_dist.data.prepare.install import stage
 
 pytestmark = pytest.mark.data
 
@@ -82,7 +82,7 @@ def test_several_processes_copy_once(data_dir: Path, tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from cifar_dist.data.dataset import stage
+from cifar_dist.data.prepare.install import stage
 source, copy = map(Path, sys.argv[1:])
 assert stage(source, copy, "auto", print) == copy
 """

@@ -203,9 +203,9 @@ def test_clock() -> None:
 
 
 def test_a_sound_run_has_no_findings(planned: Plan, tmp_path: Path) -> None:
-    sound = changed(planned, run={"dir": tmp_path / "new" / "run"})
-    optim = replace(planned.config.optim, warmup_min_steps=0, warmup_share=0.25)
-    sound = replace(sound, schedule=replace(planned.schedule, optim=optim))
+    warm_up = {"warmup_min_steps": 0, "warmup_share": 0.25}
+    sound = changed(planned, run={"dir": tmp_path / "new" / "run"}, optim=warm_up)
+    sound = replace(sound, schedule=replace(planned.schedule, config=sound.config))
     assert check(sound) == Findings()
     assert not (tmp_path / "new").exists()
 

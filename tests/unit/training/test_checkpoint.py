@@ -24,22 +24,26 @@ def state(value: float) -> dict[str, Any]:
     return {"model": {"weight": torch.full((1000,), value)}, "config": "run: {}"}
 
 
+def save(directory: Path, step: int, values: dict[str, Any]) -> Path:
+    return checkpoint.write(directory, step, checkpoint.encode(step, values))
+
+
 def test_checkpoints_keep_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in (1, 20, 3, 100_000_000, 7):
-        checkpoint.save(tmp_path, step, state(step))
+        save(tmp_path, step, state(step))
     assert checkpoint.all_steps(tmp_path) == [1, 3, 7, 20, 100_000_000]
     checkpoint.retain(tmp_path, current=100_000_000, num_newest=2, also=[3])
     assert checkpoint.all_steps(tmp_path) == [3, 20, 100_000_000]
     assert len(list(tmp_path.iterdir())) == 6
     # A later one was skipped as damaged: it must not push out the valid ones.
-    checkpoint.save(tmp_path, 30, state(30))
+    save(tmp_path, 30, state(30))
     checkpoint.retain(tmp_path, current=30, num_newest=2, also=[])
     assert checkpoint.all_steps(tmp_path) == [20, 30]
     subprocess.run(["sha256sum", "--quiet", "-c", "step-00000020.pt.sha256"], cwd=tmp_path, check=True)
 
 
 def test_sweep_removes_what_a_kill_left(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, 1, state(1.0))
+    save(tmp_path, 1, state(1.0))
     (tmp_path / ".step-00000002.pt.abc.tmp").write_bytes(b"half")
     (tmp_path / "step-00000002.pt.sha256").write_text("0  step-00000002.pt\n")
     checkpoint.sweep(tmp_path)
@@ -51,7 +55,7 @@ def test_saving_a_step_again_never_damages_it(
     interrupted_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after the digests were written, or after the new file was."""
-    checkpoint.save(tmp_path, 5, state(1.0))
+    save(tmp_path, 5, state(1.0))
     writes = 0
 
     def interrupted(path: Path, data: bytes) -> None:
@@ -64,15 +68,15 @@ def test_saving_a_step_again_never_damages_it(
     monkeypatch.setattr(checkpoint, "write_bytes_atomic", interrupted)
     monkeypatch.setattr(checkpoint, "write_text_atomic", lambda path, text: interrupted(path, text.encode()))
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(tmp_path, 5, state(2.0))
+        save(tmp_path, 5, state(2.0))
     found = checkpoint.decode(checkpoint.read_verified(checkpoint.path_of(tmp_path, 5)), "it")
     assert found["model"]["weight"][0] == (1.0 if interrupted_after == 1 else 2.0)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "no digest", "directory"])
 def test_newest_valid_passes_over_damage(damage: str, tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, 1, state(1.0))
-    path = checkpoint.save(tmp_path, 2, state(2.0))
+    save(tmp_path, 1, state(1.0))
+    path = save(tmp_path, 2, state(2.0))
     data = path.read_bytes()
     if damage == "flip":
         path.write_bytes(data[:2000] + bytes([data[2000] ^ 4]) + data[2001:])
@@ -96,7 +100,7 @@ def test_newest_valid_passes_over_damage(damage: str, tmp_path: Path) -> None:
 
 def test_no_valid_checkpoint_is_an_error_and_none_is_not(tmp_path: Path) -> None:
     assert newest_valid(tmp_path / "nothing", print) is None
-    checkpoint.save(tmp_path, 1, state(1.0)).write_bytes(b"x")
+    save(tmp_path, 1, state(1.0)).write_bytes(b"x")
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
         newest_valid(tmp_path, lambda _: None)
 
@@ -105,10 +109,10 @@ def test_no_valid_checkpoint_is_an_error_and_none_is_not(tmp_path: Path) -> None
 def test_full_disk_leaves_the_former_checkpoint(tmp_path: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)], check=True)
     try:
-        first = checkpoint.save(tmp_path, 1, state(1.0))
+        first = save(tmp_path, 1, state(1.0))
         digest = hashlib.sha256(first.read_bytes()).hexdigest()
         with pytest.raises(CheckpointError, match=os.strerror(errno.ENOSPC)):
-            checkpoint.save(tmp_path, 2, {"model": {"weight": torch.zeros(200_000)}, "config": ""})
+            save(tmp_path, 2, {"model": {"weight": torch.zeros(200_000)}, "config": ""})
         assert checkpoint.all_steps(tmp_path) == [1]
         assert hashlib.sha256(first.read_bytes()).hexdigest() == digest
         assert not [path for path in tmp_path.iterdir() if "tmp" in path.name]

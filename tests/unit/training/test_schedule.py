@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from cifar_dist.config import AugmentConfig, Config, OptimConfig, TrainConfig
-from cifar_dist.training.schedule import create_schedule, lr_fraction
+from cifar_dist.training.schedule import Schedule, lr_fraction
 
 
 def test_learning_rate_rises_then_falls_to_zero() -> None:
@@ -35,12 +35,12 @@ def test_short_runs_rise_no_faster_than_long_ones() -> None:
 
 def test_schedule_counts_in_steps() -> None:
     config = Config(train=TrainConfig(epochs=3, checkpoint_every_steps=4, log_every_steps=3))
-    schedule = create_schedule(config, steps_per_epoch=5)
+    schedule = Schedule(config, steps_per_epoch=5)
     assert schedule.total_steps == 15
     assert [s for s in range(1, 16) if schedule.should_save(s)] == [4, 8, 12, 15]
     assert [s for s in range(1, 16) if schedule.should_log(s)] == [3, 6, 9, 12, 15]
     assert [s for s in range(1, 16) if schedule.should_read_metrics(s)] == [3, 4, 5, 6, 8, 9, 10, 12, 15]
     assert {schedule.step(done).image_size for done in range(15)} == {None}
-    assert create_schedule(replace(config, train=TrainConfig(max_steps=7)), 5).total_steps == 7
-    small = create_schedule(replace(config, augment=AugmentConfig(low_resolution_share=0.4)), 5)
+    assert Schedule(replace(config, train=TrainConfig(max_steps=7)), 5).total_steps == 7
+    small = Schedule(replace(config, augment=AugmentConfig(low_resolution_share=0.4)), 5)
     assert [small.step(done).image_size for done in range(15)] == [24] * 6 + [None] * 9

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from cifar_dist.config import Config, EvalConfig, ModelConfig, OptimConfig, Trai
 from cifar_dist.data.loader import BetonLoader
 from cifar_dist.data.order import Split
 from cifar_dist.distributed import World
+from cifar_dist.errors import StopError
 from cifar_dist.training import checkpoint, evaluation
 from cifar_dist.training.evaluation import Evaluator
 from cifar_dist.training.precision import Precision
@@ -116,6 +118,41 @@ def test_the_best_checkpoint_is_kept_over_a_restart(
     assert validations(second) == [(8, 0.2)]
     assert trainer.progress.best_step == 4
     assert checkpoint.all_steps(tmp_path) == [4, 8]
+
+
+class Stopped(Seen):
+    """Stops after the second step, at which a validation is due."""
+
+    def stop_requested(self, last_step: bool = False) -> Signals | None:  # noqa: ARG002
+        self.calls += 1
+        return Signals.SIGTERM if self.calls == 2 else None
+
+    calls = 0
+
+
+def test_a_validation_put_off_by_a_stop_is_done_once(
+    loader: BetonLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after step 2, resumed, killed in step 3, resumed: the second start saves that it has validated."""
+
+    def resumed(seen: Seen) -> Trainer:
+        trainer = trainer_of(seen, loader, tmp_path, monkeypatch, config)
+        found = newest_valid(tmp_path, print)
+        assert found is not None
+        trainer.restore(checkpoint.decode(found[1], "it"), "it")
+        return trainer
+
+    config = replace(FOUR_EPOCHS, train=replace(FOUR_EPOCHS.train, checkpoint_every_steps=0))
+    stopped, killed, last = Stopped(), Seen(0), Seen(3, 4, 5)
+    trainer = trainer_of(stopped, loader, tmp_path, monkeypatch, config)
+    trainer.progress.best_step, trainer.progress.best_accuracy = 1, 0.1  # so that 0 is not the best
+    with pytest.raises(StopError):
+        trainer.train()
+    killed.killed_after = 3
+    with pytest.raises(KilledError):
+        resumed(killed).train()
+    resumed(last).train()
+    assert [validations(seen) for seen in (stopped, killed, last)] == [[], [(2, 0.0)], [(4, 0.3), (6, 0.4), (8, 0.5)]]
 
 
 def test_a_later_validation_that_is_as_good_is_not_better(
