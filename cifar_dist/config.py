@@ -6,8 +6,9 @@ concern several settings are in `cli`. This module does not import torch, so tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 
@@ -25,31 +26,21 @@ WandbMode = Literal["auto", "online", "offline", "disabled"]
 
 @dataclass(frozen=True)
 class Range:
-    """Valid values of a number, in `Annotated[int, Range(...)]`; None: no such bound."""
+    """Valid values of a number, in `Annotated[int, Range(...)]`; by default there is no bound."""
 
-    min: float | None = None
-    max: float | None = None
-    above: float | None = None
-    below: float | None = None
+    min: float = -math.inf
+    max: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
 
     def __contains__(self, value: float) -> bool:
-        return (
-            (self.min is None or value >= self.min)
-            and (self.max is None or value <= self.max)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-        )
+        return self.min <= value <= self.max and self.above < value < self.below
 
     def __str__(self) -> str:
-        if self.min is not None and self.max is not None:
+        if math.isfinite(self.min) and math.isfinite(self.max):
             return f"{self.min} to {self.max}"
-        bounds = (
-            ("above {}", self.above),
-            ("{} or more", self.min),
-            ("below {}", self.below),
-            ("at most {}", self.max),
-        )
-        return ", ".join(text.format(bound) for text, bound in bounds if bound is not None)
+        texts = {"above {}": self.above, "{} or more": self.min, "below {}": self.below, "at most {}": self.max}
+        return ", ".join(text.format(bound) for text, bound in texts.items() if math.isfinite(bound))
 
 
 Positive: TypeAlias = Annotated[int, Range(min=1)]
@@ -167,8 +158,8 @@ class OptimConfig:
     warmup_share: Fraction = 0.2
     """Fraction of all steps for the linear warm-up."""
     warmup_min_steps: NotNegative = 50
-    """Minimum number of warm-up steps. Without it rounding differences grow tenfold per step, and runs on different
-    numbers of devices diverge."""
+    """The rate rises by at most 1 / this of its peak per step. A faster rise amplifies rounding differences tenfold per
+    step, so that runs on different numbers of devices diverge."""
     label_smoothing: Annotated[float, Range(min=0, below=1)] = 0.1
     """Probability spread evenly over all classes (arXiv 1512.00567)."""
     grad_clip: Annotated[float, Range(above=0, below=1e9)] | None = None
@@ -240,14 +231,13 @@ class Config:
 
 def out_of_range(config: Config) -> Iterator[tuple[str, Any, Range]]:
     """Settings outside their range: full name, value, valid range. None, where allowed, has no range."""
-    for section in fields(config):
-        values = getattr(config, section.name)
+    for section, values in vars(config).items():
         for key, hint in get_type_hints(type(values), include_extras=True).items():
             value = getattr(values, key)
-            for annotated in (hint, *get_args(hint)):
-                for valid in getattr(annotated, "__metadata__", ()):
-                    if isinstance(valid, Range) and value is not None and value not in valid:
-                        yield f"{section.name}.{key}", value, valid
+            notes = [note for part in (hint, *get_args(hint)) for note in getattr(part, "__metadata__", ())]
+            for valid in notes:
+                if isinstance(valid, Range) and value is not None and value not in valid:
+                    yield f"{section}.{key}", value, valid
 
 
 def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) -> int:
@@ -287,5 +277,4 @@ def to_yaml(config: Config) -> str:
             return {key: plain(item) for key, item in value.items()}
         return str(value) if isinstance(value, Path) else value
 
-    text: str = yaml.safe_dump(plain(asdict(config)), sort_keys=False, allow_unicode=True)
-    return text
+    return str(yaml.safe_dump(plain(asdict(config)), sort_keys=False, allow_unicode=True))

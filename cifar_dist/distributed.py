@@ -83,10 +83,9 @@ def init_distributed(device: str) -> Iterator[World]:
 
 
 def _init_process_group(world: World) -> Store:
-    on_gpu = world.device.type == "cuda"
-    timeout = timedelta(seconds=TIMEOUT_S)
+    on_gpu, timeout = world.device.type == "cuda", timedelta(seconds=TIMEOUT_S)
+    store: Store
     try:
-        store: Store
         store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout, device_id=world.device if on_gpu else None,
@@ -111,7 +110,7 @@ def _device(wanted: str, local_rank: int, local_size: int) -> torch.device:
         )
     if local_size > num_gpus:
         raise UserError(
-            f"{local_size} processes on this machine, but only {num_gpus} GPU{'s' if num_gpus > 1 else ''}. "
+            f"{local_size} processes on this node, but only {num_gpus} GPU{'s' if num_gpus > 1 else ''}. "
             f"Start at most {num_gpus} here (--nproc_per_node {num_gpus}), or use --train.device cpu."
         )
     return torch.device("cuda", local_rank)
@@ -164,13 +163,12 @@ def run_and_sync_errors(world: World, work: Callable[[], Any], only_if: bool = T
         UserError: of the class and with the message of the lowest rank that failed.
     """
     value, failure = None, None
-    if only_if:
-        try:
-            value = work()
-        except UserError as error:
-            failure = error
-        except OSError as error:
-            failure = UserError(f"{error.filename or 'writing a file'}: {error.strerror or error}")
+    try:
+        value = work() if only_if else None
+    except UserError as error:
+        failure = error
+    except OSError as error:
+        failure = UserError(f"{error.filename or 'writing a file'}: {error.strerror or error}")
     if world.size == 1:
         if failure:
             raise failure

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import os
 import queue
 from collections.abc import Generator
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numba
@@ -27,7 +27,6 @@ from torch import Tensor
 from cifar_dist.errors import DataError, UserError
 
 _POLL_S = 1.0
-
 # All changes to numba and FFCV:
 # - Importing FFCV compiles a typed dictionary for a table of two constants (3 s). Only Python code reads that table, so
 #   a plain dictionary does.
@@ -190,13 +189,12 @@ class BetonLoader:
         threads = torch.get_num_threads()
         reading = ReadingThread(self._loader, order.astype(np.uint64))
         self._readings.append(reading)
-        first = True
         try:
-            while (item := reading.next_batch()) is not None:
-                if first:
-                    # FFCV's thread sets torch's thread count to 1; after its first batch no more.
-                    torch.set_num_threads(threads)
-                    first = False
+            for number in itertools.count():
+                if (item := reading.next_batch()) is None:
+                    return
+                if number == 0:
+                    torch.set_num_threads(threads)  # FFCV's thread sets it to 1, before its first batch only
                 images, labels, indices = item[1]
                 # FFCV reuses its few buffers for the next batches.
                 yield Batch(images.clone(), labels[:, 0].clone(), indices[:, 0].clone())
@@ -211,9 +209,7 @@ class BetonLoader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -86,10 +86,6 @@ class Order:
         keys = hash_indices(self.samples, derive(self.seed, "order", epoch))
         return self.samples[np.argsort(keys, kind="stable")][: self.steps_per_epoch * self.batch_size]
 
-    def global_batch(self, step: int) -> Indices:
-        """The sample indices of one step, (batch_size,)."""
-        return self.rest_of_epoch(step, rank=0, world_size=1)[: self.batch_size]
-
     def rest_of_epoch(self, step: int, rank: int, world_size: int) -> Indices:
         """The indices that `rank` reads from `step` to the end of its epoch: its slice of each global batch."""
         epoch, first = divmod(step, self.steps_per_epoch)

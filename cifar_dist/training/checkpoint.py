@@ -145,11 +145,3 @@ def load_weights(model: nn.Module, weights: Any, origin: str) -> None:
         lines = str(error).splitlines()
         detail = " ".join(line.strip() for line in lines[1:4] or lines)  # torch's first line has no details
         raise CheckpointError(f"{origin} holds another model: {detail[:600]}") from None
-
-
-def sha256_of_parameters(model: nn.Module) -> str:
-    """SHA-256 over the bytes of all parameters in state-dict order, each in its logical (NCHW) order."""
-    digest = hashlib.sha256()
-    for parameter in model.parameters():
-        digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

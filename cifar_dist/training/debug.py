@@ -30,7 +30,7 @@ def check(config: Config, trainer: Trainer, log: Callable[[str], None]) -> None:
     if not (config.debug.inspect or config.debug.overfit_steps):
         return
     size = config.train.micro_batch_size
-    batch = next(iter(trainer.loader.read(trainer.order.global_batch(0)[:size], size)))
+    batch = next(iter(trainer.loader.read(trainer.order.epoch(0)[:size], size)))
     images = augment.normalize(batch.images, trainer.train_step.precision.inputs)
     if config.debug.inspect:
         log(_describe_batch(batch, images))

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -62,14 +62,12 @@ def choose_precision(wanted: str, device: torch.device) -> Precision:
             f"train.precision is bf16, which {torch.cuda.get_device_name(device)} does not support. "
             f"Use --train.precision fp16 or fp32."
         )
-    names: dict[str, PrecisionName] = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "fp64": "fp64"}
-    return Precision(names[wanted], device.type)
+    return Precision(cast(PrecisionName, wanted), device.type)
 
 
 def _cpu_has_bf16() -> bool:
     """Whether the CPU has bf16 products; without them bf16 works, but slower than fp32."""
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    return any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 @contextmanager

@@ -27,7 +27,6 @@ from cifar_dist.fault_tolerance.out_of_memory import explain_out_of_memory
 from cifar_dist.fault_tolerance.stop_consensus import StopConsensus
 from cifar_dist.fault_tolerance.watchdog import watchdog
 from cifar_dist.files import write_json, write_text_atomic
-from cifar_dist.models.layers import num_parameters
 from cifar_dist.phase import SLOW_S, VERY_SLOW_S, Phase, set_phase
 from cifar_dist.tracking.curves import draw_curves
 from cifar_dist.tracking.rank_log import rank_log
@@ -36,7 +35,7 @@ from cifar_dist.training import checkpoint, debug, run_directory
 from cifar_dist.training.evaluation import bn_samples
 from cifar_dist.training.metrics import Window
 from cifar_dist.training.precision import Precision, choose_precision, set_backends
-from cifar_dist.training.summary import device_name, summarize
+from cifar_dist.training.summary import describe, device_name, summarize
 from cifar_dist.training.train_step import TrainStep
 from cifar_dist.training.trainer import Hooks, Trainer
 from cifar_dist.training.whitening import fit_whitening
@@ -129,7 +128,7 @@ class Run(Hooks):
     def _train_and_test(self, trainer: Trainer, data_dir: Path) -> None:
         config, world = self.config, self.world
         devices = all_gather_text(device_name(world.device), world)
-        self.log(_describe(config, trainer, devices, self.directory))
+        self.log(describe(config, trainer, devices, self.directory))
         summary = self.directory / "summary.json"
         if broadcast_from_main(world, summary.exists) and trainer.progress.step == trainer.schedule.total_steps:
             self.log(f"this run is complete; its results are in {summary}")
@@ -235,16 +234,3 @@ class Run(Hooks):
         tensors = health.tensors_of_state(train_step.model, ema, train_step.optimizer)
         health.refuse_divergence(tensors, self.world, progress.step, progress.last_saved)
         self._compared_step = progress.step
-
-
-def _describe(config: Config, trainer: Trainer, devices: list[str], directory: Path) -> str:
-    order, schedule, train_step = trainer.order, trainer.schedule, trainer.train_step
-    kinds = ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))
-    return (
-        f"{config.model.name} ({config.model.stem} stem, width {config.model.width:g}), "
-        f"{num_parameters(train_step.scored_model):,} parameters, {train_step.precision.name}, on {kinds}\n"
-        f"{len(order.samples):,} training samples in {schedule.steps_per_epoch} steps of {config.train.batch_size} "
-        f"({config.train.micro_batch_size} x {trainer.world.size} x {train_step.accumulation} accumulated); "
-        f"{order.dropped_per_epoch} samples dropped per epoch\n"
-        f"steps {trainer.progress.step} to {schedule.total_steps}; run directory {directory}"
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import math
 import platform
@@ -12,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cifar_dist.config import Config
 from cifar_dist.files import read_sha256sums, sha256_of_file
 from cifar_dist.models.layers import num_parameters
-from cifar_dist.training.checkpoint import sha256_of_parameters
 from cifar_dist.training.evaluation import Score
 from cifar_dist.training.trainer import Trainer
 
@@ -109,3 +110,25 @@ def summarize(config: Config, trainer: Trainer, test: Score, devices: list[str])
         "data_receipt": trainer.metrics.receipt.digests(),
         "model_sha256": sha256_of_parameters(train_step.model),
     }
+
+
+def describe(config: Config, trainer: Trainer, devices: list[str], directory: Path) -> str:
+    """What a run prints first: network, devices, batches and steps."""
+    order, schedule, train_step = trainer.order, trainer.schedule, trainer.train_step
+    kinds = ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))
+    return (
+        f"{config.model.name} ({config.model.stem} stem, width {config.model.width:g}), "
+        f"{num_parameters(train_step.scored_model):,} parameters, {train_step.precision.name}, on {kinds}\n"
+        f"{len(order.samples):,} training samples in {schedule.steps_per_epoch} steps of {config.train.batch_size} "
+        f"({config.train.micro_batch_size} x {trainer.world.size} x {train_step.accumulation} accumulated); "
+        f"{order.dropped_per_epoch} samples dropped per epoch\n"
+        f"steps {trainer.progress.step} to {schedule.total_steps}; run directory {directory}"
+    )
+
+
+def sha256_of_parameters(model: nn.Module) -> str:
+    """SHA-256 over the bytes of all parameters in state-dict order, each in its logical (NCHW) order."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

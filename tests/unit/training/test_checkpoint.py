@@ -18,6 +18,7 @@ from cifar_dist.files import write_bytes_atomic
 from cifar_dist.models.architectures import inception_v1
 from cifar_dist.training import checkpoint
 from cifar_dist.training.run_directory import newest_valid
+from cifar_dist.training.summary import sha256_of_parameters
 
 
 def state(value: float) -> dict[str, Any]:
@@ -132,12 +133,12 @@ def test_other_peoples_files(tmp_path: Path) -> None:
 def test_model_digest_ignores_memory_order_and_sees_every_bit() -> None:
     torch.manual_seed(0)
     model = inception_v1(stem="strided", width=0.125)
-    digest = checkpoint.sha256_of_parameters(model)
+    digest = sha256_of_parameters(model)
     named = model.named_parameters()
     by_hand = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for _, p in named)).hexdigest()
     assert digest == by_hand
     model.to(memory_format=torch.channels_last)
-    assert checkpoint.sha256_of_parameters(model) == digest
+    assert sha256_of_parameters(model) == digest
     with torch.no_grad():
         model.classifier.bias[3] = torch.nextafter(model.classifier.bias[3], torch.tensor(9.0))
-    assert checkpoint.sha256_of_parameters(model) != digest
+    assert sha256_of_parameters(model) != digest
