@@ -14,7 +14,7 @@ import filelock
 import psutil
 import pytest
 
-from cifar_dist.data import cifar10, dataset
+from cifar_dist.data import cifar10
 from cifar_dist.data.prepare import beton, install
 from tests.support import runs
 
@@ -116,8 +116,8 @@ def data_dir() -> Path:
 @pytest.fixture(scope="session")
 def cifar(data_dir: Path) -> cifar10.Cifar10:
     """The arrays of the real dataset."""
-    train_images, train_labels = beton.read_arrays(data_dir / dataset.TRAIN)
-    test_images, test_labels = beton.read_arrays(data_dir / dataset.TEST)
+    train_images, train_labels = beton.read_arrays(data_dir / cifar10.TRAIN)
+    test_images, test_labels = beton.read_arrays(data_dir / cifar10.TEST)
     return cifar10.Cifar10(
         train_images, train_labels.astype("u1"), test_images, test_labels.astype("u1"), str(data_dir)
     )

@@ -31,9 +31,9 @@ def measure(config: BenchConfig) -> report.Report:
     if config.part == "loader":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # FFCV would create CUDA streams although its batches stay on the CPU
     if config.part not in ("step", "scaling"):
-        from cifar_dist.data import dataset
+        from cifar_dist.data.prepare import install
 
-        dataset.verify(config.data.dir, log=lambda _: None)
+        install.verify(config.data.dir, log=lambda _: None)
     return _measure_all(config) if config.part == "all" else _measure_one(config)
 
 

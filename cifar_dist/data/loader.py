@@ -138,7 +138,7 @@ class BetonLoader:
     """Reads batches of a .beton to `device`; a context manager that ends its threads.
 
     Args:
-        path: a file that `data.dataset` has verified, since FFCV follows its pointers unchecked.
+        path: a file that `prepare.install` has verified, since FFCV follows its pointers unchecked.
         num_workers: decoding threads, at most the processors that this process may use.
 
     Raises:

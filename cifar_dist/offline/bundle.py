@@ -259,7 +259,6 @@ def run(command: Sequence[str], complaint: str, stdin: str = "", environment: Ma
 
 def copy_code_and_data(begun: Path, tracked: Sequence[str]) -> None:
     # Here, so that mistakes on the command line are refused before torch is loaded.
-    from cifar_dist.data import dataset
     from cifar_dist.data.cifar10 import BETON_FILES
     from cifar_dist.data.prepare import install
     from cifar_dist.training.summary import git_commit
@@ -272,7 +271,7 @@ def copy_code_and_data(begun: Path, tracked: Sequence[str]) -> None:
     (begun / "data").mkdir()
     for name in BETON_FILES:
         shutil.copyfile(ROOT / "data" / name, begun / "data" / name)
-    dataset.verify(begun / "data", log)
+    install.verify(begun / "data", log)
 
 
 def write_sums(begun: Path) -> None:

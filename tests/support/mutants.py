@@ -67,9 +67,9 @@ MUTANTS = (
     Mutant("one test image twice, one never", "training/evaluation.py", "loader.read(np.concatenate(chunks), ",
            "loader.read(np.concatenate([chunks[0][:1], *chunks])[:-1], ",
            ("test_evaluation.py::test_score_counts_each_sample_once",)),
-    Mutant("another data set taken for CIFAR-10", "data/dataset.py", "if found != right.sha256:", "if not found:",
-           ("test_dataset.py::test_damage_is_refused[flipped pixel]",
-            "test_dataset.py::test_damage_is_refused[swapped labels]")),
+    Mutant("another data set taken for CIFAR-10", "data/prepare/install.py", "if found != right.sha256:", "if not found:",
+           ("test_install.py::test_damage_is_refused[flipped pixel]",
+            "test_install.py::test_damage_is_refused[swapped labels]")),
     # Augmentation.
     Mutant("flip upside down", "data/augment.py", "images.flip(3).permute", "images.flip(2).permute",
            ("test_augment.py::test_every_pixel_equals_plain_numpy",)),

@@ -1,24 +1,31 @@
-"""Prepares the dataset in a folder, and copies it to a node's local disk; one process at a time."""
+"""train.beton and test.beton in one folder: verified, prepared, and copied to a node's local disk.
+
+A file counts only if its SHA-256 is the known one (see cifar10.BETON_FILES). FFCV maps a file and follows its pointers
+unchecked: one that is cut short by a byte gives wrong images without an error. No torch is imported at the top, so that
+`python -m cifar_dist.prepare` starts at once.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shlex
 import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import filelock
 
-from cifar_dist.data.cifar10 import BETON_FILES, FFCV_VERSION
-from cifar_dist.data.dataset import TEST, TRAIN, Log, missing, problem, total_bytes, verify
+from cifar_dist.data.cifar10 import BETON_FILES, FFCV_VERSION, TEST, TRAIN
 from cifar_dist.errors import DataError
 from cifar_dist.files import sync_directory
 
+Log = Callable[[str], None]
 _SPARE_BYTES = 64_000_000  # left free on the disk of a copy
 
 
@@ -45,6 +52,47 @@ def ensure(data_dir: Path, source: str, log: Log, rebuild: bool = False) -> None
                 f"Choose a folder that can be written, with some 400 MB free: --data.dir DIR."
             ) from None
     verify(data_dir, log)
+
+
+def missing(data_dir: Path) -> list[str]:
+    """The names of the files that are not in `data_dir`."""
+    return [name for name in BETON_FILES if not os.path.lexists(data_dir / name)]
+
+
+def verify(data_dir: Path, log: Log) -> None:
+    """Check both files against their SHA-256.
+
+    Raises:
+        DataError: names the first file that is wrong, and the command that prepares it again.
+    """
+    started = time.monotonic()
+    for name in (TEST, TRAIN):  # the small one first: damage shows sooner
+        if wrong := _problem(data_dir / name):
+            raise DataError(
+                f"{data_dir / name} is not usable: {wrong}.\nPut the right file back, or prepare the data anew:\n"
+                f"  python -m cifar_dist.prepare --data.dir {shlex.quote(str(data_dir))} --rebuild True"
+            )
+    log(f"dataset {data_dir}: verified {_total_bytes() / 1e6:.0f} MB in {time.monotonic() - started:.1f} s")
+
+
+def _problem(path: Path) -> str:
+    """Why the file is not the one that its name stands for, as the end of a sentence; empty if it is."""
+    right = BETON_FILES[path.name]
+    try:
+        size = path.stat().st_size
+        if size != right.num_bytes:
+            return f"it has {size:,} bytes, expected {right.num_bytes:,}: it was cut short or is another file"
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    if found != right.sha256:
+        return f"its SHA-256 is {found}, expected {right.sha256}"
+    return ""
+
+
+def _total_bytes() -> int:
+    return sum(file.num_bytes for file in BETON_FILES.values())
 
 
 def stage(data_dir: Path, stage_dir: Path, source: str, log: Log) -> Path:
@@ -88,8 +136,8 @@ def _copy(data_dir: Path, stage_dir: Path, log: Log) -> None:
     for name in BETON_FILES:
         (stage_dir / name).unlink(missing_ok=True)  # a damaged copy, or one of a killed process
     with _partial_folder(stage_dir) as partial:
-        if shutil.disk_usage(stage_dir).free < total_bytes() + _SPARE_BYTES:
-            raise OSError(f"no room for {total_bytes() / 1e6:.0f} MB")
+        if shutil.disk_usage(stage_dir).free < _total_bytes() + _SPARE_BYTES:
+            raise OSError(f"no room for {_total_bytes() / 1e6:.0f} MB")
         for name in BETON_FILES:
             shutil.copyfile(data_dir / name, partial / name)
         _install(partial, stage_dir)
@@ -143,7 +191,7 @@ def _prepare(data_dir: Path, source: str, log: Log) -> None:
         train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
         beton.write({partial / TRAIN: train, partial / TEST: test}, log)
         for name in BETON_FILES:
-            if wrong := problem(partial / name):
+            if wrong := _problem(partial / name):
                 raise DataError(
                     f"{name}, just written, is wrong: {wrong}.\nIs the disk full or faulty? The files are those of "
                     f"ffcv {FFCV_VERSION}; ffcv {version('ffcv')} is installed."
@@ -157,7 +205,7 @@ def _prepare(data_dir: Path, source: str, log: Log) -> None:
 def _set_aside(data_dir: Path, log: Log) -> None:
     """Move a lone file that is not ours out of the way; a killed preparation leaves one that is."""
     for name in BETON_FILES:
-        if os.path.lexists(data_dir / name) and problem(data_dir / name):
+        if os.path.lexists(data_dir / name) and _problem(data_dir / name):
             aside = Path(tempfile.mkdtemp(prefix="set-aside-", dir=data_dir)) / name
             (data_dir / name).rename(aside)
             log(f"dataset {data_dir}: {name} was there, is not CIFAR-10's, and is moved to {aside}")

@@ -287,7 +287,7 @@ def test_npm_reason_is_npms_own(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_imports() -> None:
     """`--help` needs no numpy, and nothing that a preparing process imports is slow."""
     for module, forbidden in [
-        ("data.dataset", "torch ffcv numba"),
+        ("data.prepare.install", "torch ffcv numba"),
         ("prepare", "torch ffcv numba numpy PIL"),
     ]:
         code = f"import sys, cifar_dist.{module}; print(sorted(set('{forbidden}'.split()) & set(sys.modules)))"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cifar_dist.data import dataset
+from cifar_dist.data import cifar10
 from cifar_dist.data.cifar10 import BETON_FILES
 from cifar_dist.data.prepare.install import stage
 
@@ -31,14 +31,14 @@ def test_copied_once_then_used_without_the_source(data_dir: Path, tmp_path: Path
     assert names(folder) == COMPLETE
     assert folder.stat().st_mode & 0o777 == 0o700
     assert any("copied to" in line for line in lines)
-    inode = (folder / dataset.TRAIN).stat().st_ino
+    inode = (folder / cifar10.TRAIN).stat().st_ino
     assert stage(tmp_path / "gone", folder, "none", lines.append) == folder
-    assert (folder / dataset.TRAIN).stat().st_ino == inode
+    assert (folder / cifar10.TRAIN).stat().st_ino == inode
 
 
 def test_damaged_copy_is_made_anew(data_dir: Path, tmp_path: Path) -> None:
     stage(data_dir, tmp_path / "stage", "auto", print)
-    path = tmp_path / "stage" / dataset.TEST
+    path = tmp_path / "stage" / cifar10.TEST
     content = bytearray(path.read_bytes())
     content[-1000] ^= 1
     path.write_bytes(content)
@@ -46,7 +46,7 @@ def test_damaged_copy_is_made_anew(data_dir: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     assert stage(data_dir, tmp_path / "stage", "auto", lines.append) == tmp_path / "stage"
     assert any("is damaged, and made anew" in line for line in lines)
-    assert path.read_bytes() == (data_dir / dataset.TEST).read_bytes()
+    assert path.read_bytes() == (data_dir / cifar10.TEST).read_bytes()
     assert names(tmp_path / "stage") == COMPLETE
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
-from cifar_dist.data import dataset
+from cifar_dist.data import cifar10
 from cifar_dist.data.prepare import beton, install
 from cifar_dist.data.prepare.beton import METADATA, METADATA_START, PAGE_BYTES
 from cifar_dist.errors import DataError
@@ -31,10 +31,10 @@ def copy(data_dir: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     folder.mkdir()
     try:
-        (folder / dataset.TRAIN).hardlink_to(data_dir / dataset.TRAIN)
+        (folder / cifar10.TRAIN).hardlink_to(data_dir / cifar10.TRAIN)
     except OSError:
-        shutil.copy(data_dir / dataset.TRAIN, folder)
-    shutil.copy(data_dir / dataset.TEST, folder)
+        shutil.copy(data_dir / cifar10.TRAIN, folder)
+    shutil.copy(data_dir / cifar10.TEST, folder)
     return folder
 
 
@@ -55,9 +55,9 @@ def assert_refused(folder: Path, message: str) -> None:
 
 
 def edit_test_file(folder: Path, edit: Callable[[bytearray], None]) -> None:
-    content = bytearray((folder / dataset.TEST).read_bytes())
+    content = bytearray((folder / cifar10.TEST).read_bytes())
     edit(content)
-    (folder / dataset.TEST).write_bytes(content)
+    (folder / cifar10.TEST).write_bytes(content)
 
 
 def test_prepared_data_verifies(data_dir: Path) -> None:
@@ -113,15 +113,15 @@ def test_damage_is_refused(kind: str, copy: Path) -> None:
 
 
 def test_swapped_files_are_refused(copy: Path) -> None:
-    (copy / dataset.TEST).rename(copy / "kept")
-    (copy / dataset.TRAIN).rename(copy / dataset.TEST)
-    (copy / "kept").rename(copy / dataset.TRAIN)
+    (copy / cifar10.TEST).rename(copy / "kept")
+    (copy / cifar10.TRAIN).rename(copy / cifar10.TEST)
+    (copy / "kept").rename(copy / cifar10.TRAIN)
     assert_refused(copy, r"test\.beton is not usable: it has 158,486,400 bytes")
 
 
 def test_unreadable_file_is_refused(copy: Path) -> None:
-    (copy / dataset.TEST).unlink()
-    (copy / dataset.TEST).symlink_to(copy / "gone")
+    (copy / cifar10.TEST).unlink()
+    (copy / cifar10.TEST).symlink_to(copy / "gone")
     with pytest.raises(DataError, match=r"test\.beton is not usable: it cannot be read: No such file"):
         install.ensure(copy, "auto", print)
 
@@ -206,7 +206,7 @@ def kill_as_soon_as(condition: Callable[[], Any], folder: Path, source: Path) ->
     wait_for(condition)
     process.kill()
     output, _ = process.communicate()
-    assert dataset.missing(folder) == ["train.beton", "test.beton"], output
+    assert install.missing(folder) == ["train.beton", "test.beton"], output
     wait_for(lambda: not writers(folder))
 
 
@@ -216,9 +216,9 @@ def test_killed_then_two_at_once(binary_dir: Path, tmp_path: Path) -> None:
     kill_as_soon_as(lambda: list(folder.glob(".partial-*")), folder, binary_dir)
     enough = random.SystemRandom().randint(1_000_000, 100_000_000)
     print(f"killed as soon as {enough} bytes are written")
-    partial = f".partial-*/{dataset.TRAIN}"
+    partial = f".partial-*/{cifar10.TRAIN}"
     kill_as_soon_as(lambda: sum(path.stat().st_size for path in folder.glob(partial)) >= enough, folder, binary_dir)
-    (folder / dataset.TRAIN).write_bytes(b"somebody's own")
+    (folder / cifar10.TRAIN).write_bytes(b"somebody's own")
 
     both = [prepare(folder, binary_dir) for _ in range(2)]
     outputs = [process.communicate(timeout=120) for process in both]
@@ -233,7 +233,7 @@ def test_killed_then_two_at_once(binary_dir: Path, tmp_path: Path) -> None:
     assert "verified 192 MB" in second
     assert "matches" not in second
     (aside,) = folder.glob("set-aside-*")
-    assert (aside / dataset.TRAIN).read_bytes() == b"somebody's own"
+    assert (aside / cifar10.TRAIN).read_bytes() == b"somebody's own"
     assert names(folder) == sorted([*COMPLETE, aside.name])
     assert writers(folder) == []
     install.ensure(folder, "auto", print)
@@ -252,7 +252,7 @@ def test_the_command_refuses_damage(copy: Path, binary_dir: Path) -> None:
 
 def test_a_killed_preparation_is_completed(copy: Path, binary_dir: Path) -> None:
     """Killed between the two renames: the file that is there is right, and is no reason to set it aside."""
-    (copy / dataset.TEST).unlink()
+    (copy / cifar10.TEST).unlink()
     install.ensure(copy, str(binary_dir), print)
     assert names(copy) == COMPLETE
 
@@ -291,7 +291,7 @@ def test_full_disk_leaves_nothing(binary_dir: Path, tmp_path: Path) -> None:
 
 
 def test_written_file_is_the_official_order(data_dir: Path, binary_dir: Path) -> None:
-    images, labels = beton.read_arrays(data_dir / dataset.TEST)
+    images, labels = beton.read_arrays(data_dir / cifar10.TEST)
     record = np.frombuffer((binary_dir / "test_batch.bin").read_bytes(), np.uint8).reshape(10_000, 3073)
     np.testing.assert_array_equal(labels, record[:, 0])
     np.testing.assert_array_equal(images[77, :, :, 2].ravel(), record[77, 1 + 2048 :])
