@@ -40,20 +40,16 @@ class Score:
 
     @property
     def accuracy(self) -> float:
-        return _diagonal(self.confusion) / self.n
+        return float(np.trace(self.confusion)) / self.n
 
     @property
     def accuracy_tta(self) -> float | None:
-        return None if self.confusion_tta is None else _diagonal(self.confusion_tta) / self.n
+        return None if self.confusion_tta is None else float(np.trace(self.confusion_tta)) / self.n
 
     @property
     def class_accuracy(self) -> list[float | None]:
         """Recall of each class; None for a class without samples."""
         return [row[c] / sum(row) if sum(row) else None for c, row in enumerate(self.confusion)]
-
-
-def _diagonal(confusion: list[list[int]]) -> int:
-    return sum(row[c] for c, row in enumerate(confusion))
 
 
 def bn_samples(split: Split, config: EvalConfig) -> Indices:

@@ -69,9 +69,9 @@ class TrainStep:
             wrapped = data_parallel(wrapped)
         elif not self._compiled:
             return wrapped
-        # The passes of zeros compile before training time is measured. They also make DDP rebuild its buckets, which it
-        # does after the first backward pass. With 3 or more ranks the rounding of a sum depends on the buckets, so
-        # without these passes the first step after a resume would round differently.
+        # The passes of zeros compile before training time is measured. They also make DDP rebuild its buckets, as it
+        # does after the first backward pass: with 3 or more ranks the rounding of a sum depends on the buckets, so
+        # otherwise the first step after a resume would round differently.
         num, fraction = self.config.train.micro_batch_size, self.config.augment.low_resolution_share
         images = torch.zeros(num, 32, 32, 3, dtype=torch.uint8, device=self.world.device).permute(0, 3, 1, 2)
         params = augment.sample_params(torch.arange(num, device=self.world.device), 0, 0, self.config.augment)
@@ -117,9 +117,10 @@ class TrainStep:
             # Seeded by the position in the global batch, so dropout is the same for any number of ranks.
             position = self.world.rank * self.accumulation + k
             torch.manual_seed(derive(config.run.seed, "dropout", step.number, position))
-        with contextlib.nullcontext() if last else self._no_sync():
+        model = self._parallel_model
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
             with self.precision.autocast():
-                logits, auxiliary = _outputs(self._parallel_model(images))
+                logits, auxiliary = _outputs(model(images))
             loss = self._loss(logits, batch.labels)
             total = loss + AUXILIARY_WEIGHT * sum(self._loss(output, batch.labels) for output in auxiliary)
             if last and self.world.size > 1:
@@ -147,10 +148,6 @@ class TrainStep:
             # From anomaly detection, which has printed the forward operation in a warning.
             where = f"in step {step + 1} on rank {self.world.rank}"
             raise NonFiniteError(f"{where}: {str(error).splitlines()[0]}") from error
-
-    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
-        wrapped = isinstance(self._parallel_model, DistributedDataParallel)
-        return self._parallel_model.no_sync() if wrapped else contextlib.nullcontext()  # type: ignore[operator]
 
     def state(self) -> dict[str, Any]:
         """The part of a checkpoint that belongs to this class; equal on all ranks."""

@@ -67,7 +67,8 @@ MUTANTS = (
     Mutant("one test image twice, one never", "training/evaluation.py", "loader.read(np.concatenate(chunks), ",
            "loader.read(np.concatenate([chunks[0][:1], *chunks])[:-1], ",
            ("test_evaluation.py::test_score_counts_each_sample_once",)),
-    Mutant("another data set taken for CIFAR-10", "data/prepare/install.py", "if found != right.sha256:", "if not found:",
+    Mutant("another data set taken for CIFAR-10", "data/prepare/install.py",
+           "if found != right.sha256:", "if not found:",
            ("test_install.py::test_damage_is_refused[flipped pixel]",
             "test_install.py::test_damage_is_refused[swapped labels]")),
     # Augmentation.
