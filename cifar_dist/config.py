@@ -230,7 +230,7 @@ class Config:
 
 
 def out_of_range(config: Config) -> Iterator[tuple[str, Any, Range]]:
-    """Settings outside their range: full name, value, valid range. None, where allowed, has no range."""
+    """Yield full name, value and valid range of each setting outside its range. None is in every range."""
     for section, values in vars(config).items():
         for key, hint in get_type_hints(type(values), include_extras=True).items():
             value = getattr(values, key)

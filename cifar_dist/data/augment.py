@@ -122,7 +122,7 @@ def _cutout_by_mask(rows: Tensor, params: AugmentParams, cutout: int, channels: 
 
 
 def _cutout_by_index(rows: Tensor, params: AugmentParams, cutout: int, channels: int) -> None:
-    """The same. Pixels over the border are moved to the border, which is in the square, since its centre is a pixel."""
+    """As `_cutout_by_mask`. Positions outside an image are clamped to its border, which the square also covers."""
     n, height, width = len(rows), rows.shape[1], rows.shape[2] // channels
     side, first = torch.arange(cutout, device=rows.device), torch.arange(n, device=rows.device) * height
     y = (params.cut_y[:, None] + side).clamp_(0, height - 1) + first[:, None]

@@ -1,8 +1,8 @@
 """Reads a .beton with FFCV: uint8 batches on the device, in a given order.
 
-Only FFCV's reading is used; order, augmentation and sharding are in `order` and `augment`. FFCV and numba are changed
-where they are imported, below. In addition an error in FFCV's thread reaches the consumer, an epoch can be left early,
-a batch keeps its content, and torch keeps its thread count.
+Only FFCV's reading is used; order, sharding and augmentation are in `order` and `augment`. Unlike with FFCV's own
+loader, an error in the reading thread reaches the consumer, an epoch can be left early, a batch keeps its content, and
+torch keeps its thread count.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from cifar_dist.errors import DataError, UserError
 
 _POLL_S = 1.0
-# All changes to numba and FFCV:
+# All patches of numba and FFCV:
 # - Importing FFCV compiles a typed dictionary for a table of two constants (3 s). Only Python code reads that table, so
 #   a plain dictionary does.
 # - Importing FFCV sets torch to one thread.
@@ -48,7 +48,7 @@ finally:
 
 
 def _find_bytes(address: Any, file: Any) -> Any:
-    """The bytes that were allocated at `address`; file: its bytes, the addresses in order, their sizes."""
+    """The bytes of the sample at `address`. `file`: all bytes, addresses of the samples (ascending), their sizes."""
     size = file[2][np.searchsorted(file[1], address)]
     return file[0][address : address + size]
 
@@ -79,7 +79,7 @@ class Batch(NamedTuple):
 
 
 class ReadingThread(EpochIterator):  # type: ignore[misc]
-    """FFCV's reading thread. If FFCV's own fails, its consumer waits forever; this one passes the error on."""
+    """FFCV's reading thread, which also passes its error on. With FFCV's own, the consumer would wait forever."""
 
     def __init__(self, loader: Loader, order: npt.NDArray[np.int64]) -> None:
         self.failure: BaseException | None = None

@@ -24,7 +24,7 @@ class Row(NamedTuple):
     conv3x3: int
     reduce5x5: int
     conv5x5: int
-    """If `branch5x5` has two convolutions, of both."""
+    """Of both convolutions, if `branch5x5` has two."""
     pool_projection: int
     """0: no projection."""
     pool: Literal["max", "avg"] = "max"

@@ -1,7 +1,7 @@
 """Muon for convolution filters (Keller Jordan, kellerjordan.github.io/posts/muon, 2024; arXiv 2502.16982), with SGD.
 
-torch.optim.Muon is not used: it iterates in bfloat16 always, by whose rounding float64 runs on different numbers of
-devices would part, takes matrices only, and leaves the length of the weights to weight decay.
+torch.optim.Muon is not used. It always iterates in bfloat16, whose rounding makes float64 runs on different numbers of
+devices diverge; it accepts matrices only; and it does not keep the filters at one norm.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class MuonSGD(torch.optim.SGD):
     """Fused SGD whose groups with `muon_momentum` set are stepped by Muon instead.
 
     Muon replaces the gradient of a filter bank (O, I, H, W), flattened to (O, I * H * W) and averaged with Nesterov
-    momentum, by the nearest matrix with orthonormal rows or columns. Before each step a filter bank is brought to the
-    norm sqrt(O): the batch norm behind it makes its length meaningless, and so the rate is the relative change.
+    momentum, by the nearest matrix with orthonormal rows or columns. Before each update a filter bank is scaled to the
+    norm sqrt(O). The batch norm behind it cancels its scale, so the learning rate is the relative change per step.
 
     Args:
         dtype: number format of Muon's iterations.
@@ -31,8 +31,8 @@ class MuonSGD(torch.optim.SGD):
     def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype, **defaults: Any) -> None:
         super().__init__(groups, **defaults)
         self._dtype = dtype
-        # GradScaler is to unscale and to check the gradients itself: infinities must not reach the momentum. For that
-        # it waits for the device at every step, in fp16 only.
+        # Makes GradScaler unscale and check the gradients before `step`, so that infinities do not reach the momentum.
+        # In fp16 it therefore waits for the device at every step.
         self._step_supports_amp_scaling = False
 
     @torch.no_grad()

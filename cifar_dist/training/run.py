@@ -79,7 +79,7 @@ class Run(Hooks):
                 status.status_file(self.directory, self.owns_directory),
                 watch.share_errors(),
                 explain_out_of_memory(config, world.rank, world.size),
-                # Again, inside the contexts above: they report a PeerError, not the RuntimeError of gloo or NCCL.
+                # Again, so that the contexts above see a PeerError instead of the RuntimeError of gloo or NCCL.
                 convert_peer_errors(world, roll_call),
             ):
                 path = self.directory / "logs" / f"rank-{world.rank}.log"
@@ -171,7 +171,7 @@ class Run(Hooks):
         self.before_write()
         draw_curves(self.directory / "metrics.jsonl", self.directory / "curves.png", self.name)
         write_json(self.directory / "summary.json", results)  # last, since its existence means: the run is complete
-        # Without the command line, which may hold what is not for everybody at W&B.
+        # Without the command line, which may contain what other readers of the W&B project should not see.
         values = {key: v for key, v in results.items() if isinstance(v, (int, float, str)) and key != "command"}
         self.tracker.finish(values)
 

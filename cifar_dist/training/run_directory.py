@@ -168,4 +168,6 @@ def _difference(config: Config, state: dict[str, Any], path: Path) -> str:
     fixed = {**{section: tuple(new[section]) for section in _FIXED_SECTIONS}, **_FIXED_SETTINGS}
     keys = [(section, key) for section, names in fixed.items() for key in names]
     changed = [f"\n  {s}.{k} was {old[s][k]}, is now {new[s][k]}" for s, k in keys if old[s][k] != new[s][k]]
-    return "is of a run with other settings, so resuming would give neither run:" + "".join(changed) if changed else ""
+    return (
+        "is of a run with other settings, so a resumed run would match neither:" + "".join(changed) if changed else ""
+    )

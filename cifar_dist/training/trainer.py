@@ -50,23 +50,23 @@ class Progress:
 
 
 class Hooks:
-    """What happens around the steps; by default nothing. training/run.py connects logging, signals and checks."""
+    """Callbacks of the training loop; they do nothing by default. `Run` (training/run.py) overrides them."""
 
     def after_step(self, step: int) -> None:
-        """Called after each of `step` steps. Must not wait for the device."""
+        """Called after each step; `step` steps are done. Must not wait for the device."""
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record `metrics` of `step`, on every rank."""
 
     def stop_requested(self, last_step: bool = False) -> Signals | None:  # noqa: ARG002
-        """The signal because of which all ranks stop now; a collective, called after every step.
+        """The stop signal that all ranks agreed on, or None. A collective, called after every step.
 
         Called once more with `last_step` after the last step.
         """
         return None
 
     def check_window(self, trainer: Trainer, window: Window) -> None:
-        """Raise on every rank if training cannot go on, given the metrics since the last call."""
+        """Raise on every rank if training cannot continue, given the metrics since the last call."""
 
     def before_save(self, trainer: Trainer) -> None:
         """Raise on every rank if the state must not be saved."""

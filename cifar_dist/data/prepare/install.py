@@ -96,10 +96,10 @@ def _total_bytes() -> int:
 
 
 def stage(data_dir: Path, stage_dir: Path, source: str, log: Log) -> Path:
-    """The folder to read from on this machine: `stage_dir` with a verified copy, else `data_dir`, verified.
+    """The folder to read from on this node: `stage_dir` with a verified copy, else `data_dir`, verified.
 
     One process copies while others wait. A later run uses the copy again, without looking at `data_dir`. If `data_dir`
-    is empty, it is prepared from `source` first (see `ensure`). What prevents the copy is logged, and is no error.
+    is empty, it is prepared from `source` first (see `ensure`). If the copy cannot be made, the reason is logged.
 
     Raises:
         DataError: from `ensure`, about `data_dir`.
@@ -107,7 +107,7 @@ def stage(data_dir: Path, stage_dir: Path, source: str, log: Log) -> Path:
     try:
         stage_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = stage_dir.stat()
-        # Anybody can guess the name of a temporary folder.
+        # In a shared /tmp, another user may have made the folder.
         if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise PermissionError(0, "others may write there")
         with _locked(stage_dir, log):
@@ -127,7 +127,7 @@ def _is_staged(stage_dir: Path, log: Log) -> bool:
     try:
         verify(stage_dir, log)
     except DataError as error:
-        log(f"dataset {stage_dir}: this copy is damaged, and made anew: {str(error).splitlines()[0]}")
+        log(f"dataset {stage_dir}: this copy is damaged and is replaced: {str(error).splitlines()[0]}")
         return False
     return True
 
@@ -203,7 +203,7 @@ def _prepare(data_dir: Path, source: str, log: Log) -> None:
 
 
 def _set_aside(data_dir: Path, log: Log) -> None:
-    """Move a lone file that is not ours out of the way; a killed preparation leaves one that is."""
+    """Move a file with other content out of the way. A killed preparation leaves one file of the right content."""
     for name in BETON_FILES:
         if os.path.lexists(data_dir / name) and _problem(data_dir / name):
             aside = Path(tempfile.mkdtemp(prefix="set-aside-", dir=data_dir)) / name

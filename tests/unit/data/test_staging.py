@@ -45,7 +45,7 @@ def test_damaged_copy_is_made_anew(data_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "stage/.partial-left").mkdir()  # by a process that was killed
     lines: list[str] = []
     assert stage(data_dir, tmp_path / "stage", "auto", lines.append) == tmp_path / "stage"
-    assert any("is damaged, and made anew" in line for line in lines)
+    assert any("is damaged and is replaced" in line for line in lines)
     assert path.read_bytes() == (data_dir / cifar10.TEST).read_bytes()
     assert names(tmp_path / "stage") == COMPLETE
 

@@ -103,7 +103,7 @@ def test_the_newest_checkpoint_and_the_best_stay(
 def test_the_best_checkpoint_is_kept_over_a_restart(
     loader: BetonLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in step 7, gone on from step 6; the best of both sittings is from the first one."""
+    """Killed in step 7, resumed from step 6; the best validation of both starts is that of the first."""
     first, second = Seen(3, 5, 4), Seen(2)
     first.killed_after = 7
     with pytest.raises(KilledError):
