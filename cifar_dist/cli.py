@@ -10,7 +10,8 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ from cifar_dist.config import (
     to_yaml,
 )
 from cifar_dist.errors import UserError, is_main_process, wait_for_main_process
+from cifar_dist.files import write_json
 
 T = TypeVar("T")
 
@@ -202,3 +204,32 @@ def validate_for_table(config: Config) -> None:
     """
     if config.eval.test_subset is not None:
         raise UserError("eval.test_subset is for trials; a table of results needs scores of the whole test set.")
+
+
+def json_writer(path: Path | None) -> Callable[[dict[str, Any]], None]:
+    """A function that writes a command's result to `path`, the value of its option --json; None: it does nothing.
+
+    Raises:
+        UserError: here, before the work starts, if the folder cannot be used; in the function, if writing fails.
+    """
+
+    def failure(reason: str | None) -> UserError:
+        return UserError(f"--json {path} cannot be written: {reason}.")
+
+    def write(values: dict[str, Any]) -> None:
+        if path is not None:
+            try:
+                write_json(path, values)
+            except OSError as error:
+                raise failure(error.strerror) from None
+
+    if path is not None:
+        try:
+            if path.is_dir():
+                raise failure("it is a folder")
+            tempfile.TemporaryFile(dir=path.parent).close()
+        except FileNotFoundError:
+            raise failure(f"the folder {path.parent} does not exist") from None
+        except OSError as error:
+            raise failure(error.strerror) from None
+    return write

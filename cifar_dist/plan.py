@@ -5,42 +5,109 @@ The exit code is 2 for a refusal, so that no allocation is spent on it.
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
 
-from cifar_dist import cli, errors, files
-from cifar_dist.config import accumulation_steps
+import tyro
+
+from cifar_dist import cli, errors
+from cifar_dist.config import Config, Range, accumulation_steps
 from cifar_dist.errors import UserError
-from cifar_dist.planning.arguments import parse, time_limit_seconds
+
+
+@dataclass(frozen=True)
+class PlanArguments:
+    config: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CONFIG")]
+    """YAML file of the run."""
+    nodes: int = 1
+    """Number of nodes."""
+    gpus: int = 1
+    """Devices per node: GPUs, or processes with train.device cpu."""
+    time_limit: str | None = None
+    """As for sbatch: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS."""
+    images_per_second: float | None = None
+    """Training speed per device, as measured elsewhere."""
+    like: Path | None = None
+    """Directory of a finished run of the same network; take its training speed."""
+    measure: bool = False
+    """Measure training speed, and on a GPU memory, with some steps on a device of this machine."""
+    json: Path | None = None
+    """Also write the figures to this file."""
+    settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
 def main() -> None:
     """Plan the run that the command line describes."""
     with errors.exit_on_error():
         arguments = parse(sys.argv[1:])
-        config = arguments.settings
+        config, num_devices = arguments.settings, arguments.nodes * arguments.gpus
         limit = None if arguments.time_limit is None else time_limit_seconds(arguments.time_limit)
         cli.validate(config)
-        sizes = config.train.batch_size, config.train.micro_batch_size
-        accumulation_steps(*sizes, arguments.nodes * arguments.gpus)
+        accumulation_steps(config.train.batch_size, config.train.micro_batch_size, num_devices)
+        write_json = cli.json_writer(arguments.json)
         if config.train.device == "cpu":
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         # Here, not at the top: importing torch takes seconds, and --help and wrong arguments do not need it.
-        from cifar_dist.planning import duration, plan, report
+        from cifar_dist.planning import plan, report
 
-        planned = plan.make_plan(config, arguments.nodes, arguments.gpus)
-        step_time = duration.step_time(planned, arguments.images_per_second, arguments.like, arguments.measure)
-        findings = plan.check(planned)
+        planned, time = plan.make_plan(config, arguments.nodes, arguments.gpus), None
+        if arguments.images_per_second is not None:
+            time = plan.from_speed(arguments.images_per_second, planned)
+        elif arguments.like is not None:
+            time = plan.from_run(arguments.like, config, planned)
+        elif arguments.measure:
+            time = plan.measure(config, planned)
+        findings = plan.check(config, planned)
         if limit is not None:
-            duration.check_time_limit(planned, step_time, limit, findings)
-        print(report.page(planned, step_time, findings), flush=True)
-        if arguments.json is not None:
-            try:
-                files.write_json(arguments.json, report.figures(planned, step_time, findings))
-            except OSError as error:
-                raise UserError(f"--json {arguments.json} cannot be written: {error.strerror}.") from None
+            plan.check_time_limit(planned, time, limit, config.run.resume == "auto", findings)
+        print(report.page(config, planned, time, findings), flush=True)
+        write_json(planned | {"time": time and asdict(time)} | asdict(findings))
         if findings.refusals:
             raise UserError("\nerror: ".join(findings.refusals))
+
+
+def parse(args: Sequence[str]) -> PlanArguments:
+    """The arguments; settings on the command line take precedence over those of the YAML file."""
+    # cli.parse expects a value after a boolean option.
+    args = ["--measure=True" if word == "--measure" else word for word in args]
+    text = "Print what a run will do, and refuse a run that cannot work. Settings of cifar_dist.train may follow."
+    file = cli.parse(PlanArguments, args, "plan", description=text).config
+    from_file = PlanArguments(file, settings=cli.read_yaml(file, "plan"))
+    arguments = replace(cli.parse(PlanArguments, args, "plan", from_file), config=file)
+    for name, valid in (
+        ("nodes", Range(min=1)),
+        ("gpus", Range(min=1)),
+        ("images_per_second", Range(above=0, below=math.inf)),
+    ):
+        value = getattr(arguments, name)
+        if value is not None and value not in valid:
+            raise UserError(f"{name} is {value}; valid: {valid}.")
+    if (arguments.images_per_second is not None) + (arguments.like is not None) + arguments.measure > 1:
+        raise UserError("the training speed has one source: give one of --images-per-second, --like and --measure.")
+    return arguments
+
+
+def time_limit_seconds(text: str) -> int:
+    """A time limit in one of Slurm's forms, in seconds; UserError for another form, and for 0."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+(?::\d+){0,2})", text, flags=re.ASCII)
+    if not match:
+        raise UserError(
+            f"time_limit is {text}; valid are Slurm's forms: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM and D-HH:MM:SS."
+        )
+    numbers = [int(number) for number in match[2].split(":")]
+    if match[1] is None and len(numbers) < 3:
+        numbers.insert(0, 0)  # without days, one or two numbers start with minutes
+    hours, minutes, seconds = (*numbers, 0, 0)[:3]
+    total = ((int(match[1] or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    if total == 0:
+        raise UserError(f"time_limit is {text}, which to Slurm means no limit; leave it out.")
+    return total
 
 
 if __name__ == "__main__":

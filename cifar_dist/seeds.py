@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tyro
 
-from cifar_dist import cli, errors, files
+from cifar_dist import cli, errors
 from cifar_dist.errors import UserError
 from cifar_dist.reports import finished_runs, seeds
 
@@ -35,13 +35,10 @@ def main() -> None:
         if arguments.check is not None:
             finished_runs.refuse_other_settings(arguments.runs, cli.read_yaml(arguments.check))
             return
-        runs = finished_runs.read_comparable(arguments.runs)
+        write_json = cli.json_writer(arguments.json)
+        runs = finished_runs.read_runs(arguments.runs)
         print(seeds.table(runs))
-        if arguments.json is not None:
-            try:
-                files.write_json(arguments.json, seeds.report(runs))
-            except OSError as error:
-                raise UserError(f"--json {arguments.json} cannot be written: {error.strerror}.") from None
+        write_json(seeds.report(runs))
 
 
 if __name__ == "__main__":

@@ -1,116 +1,104 @@
-"""What a run will do, computed by the code that trains: steps, learning rates, checkpoints; and why it cannot work."""
+"""What a run will do, computed by the code that trains, and why it cannot work."""
 
 from __future__ import annotations
 
-import errno
+import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+import statistics
+import tempfile
 from dataclasses import dataclass, field, replace
+from itertools import repeat
+from pathlib import Path
+from time import perf_counter
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from cifar_dist.config import NUM_CLASSES, NUM_TRAIN, Config, accumulation_steps, to_yaml
+from cifar_dist.data.cifar10 import BETON_FILES
+from cifar_dist.data.loader import Batch
 from cifar_dist.data.order import Order, split
-from cifar_dist.distributed import World
+from cifar_dist.distributed import World, init_distributed
+from cifar_dist.errors import UserError
+from cifar_dist.fault_tolerance.out_of_memory import explain_out_of_memory
 from cifar_dist.models.layers import num_parameters
+from cifar_dist.reports.finished_runs import changes, read_run
 from cifar_dist.training import checkpoint, run_directory
-from cifar_dist.training.precision import Precision, choose_precision
-from cifar_dist.training.schedule import Schedule
+from cifar_dist.training.metrics import Metrics
+from cifar_dist.training.precision import Precision, choose_precision, set_backends
+from cifar_dist.training.schedule import LOW_RESOLUTION, Schedule, Step
+from cifar_dist.training.summary import device_name
 from cifar_dist.training.train_step import TrainStep
 
-
-@dataclass(frozen=True)
-class Checkpoints:
-    """Checkpoints of a run. `written` and `kept`: least and most, since the steps of the best scores are not known.
-
-    disk_bytes: largest size on disk, when a checkpoint is written and no old one removed yet.
-    """
-
-    written: tuple[int, int]
-    kept: tuple[int, int]
-    size_bytes: int
-    disk_bytes: int
+NOTICE_S = 120  # slurm/train.sh asks for a signal this long before the time limit; the run then saves and ends
+_MEASURE_S = 5.0
+# Settings that decide how much there is to compute per image.
+_COST = ("model.", "augment.low_resolution_share", "optim.name", "debug.anomaly", "run.deterministic")
+Figures: TypeAlias = dict[str, Any]  # of a plan, named as in summary.json where it has them; steps count from 1
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A run of `config` on `world_size` devices of `nodes` nodes. Steps count from 1.
+class TrainingTime:
+    """How long training takes, and where the number comes from. None: not known."""
 
-    lr_peaks: peak learning rate by parameter group. saves: steps after which a checkpoint is always written.
-    """
-
-    config: Config
-    nodes: int
-    world_size: int
-    precision: str
-    accumulation: int
-    params: int
-    train_n: int
-    dropped_per_epoch: int
-    schedule: Schedule
-    lr_peaks: dict[str, float]
-    saves: list[int]
-    validations: list[int]
-    validation_n: int
-    checkpoints: Checkpoints
-
-    @property
-    def epochs(self) -> float:
-        return self.schedule.total_steps / self.schedule.steps_per_epoch
-
-    def lr_fraction(self, step: int) -> float:
-        """Learning rate of `step` divided by its peak."""
-        return self.schedule.step(step - 1).lr_fraction
-
-    def lr_points(self) -> dict[str, int]:
-        """The steps that show the schedule: start, half of the peak, peak, half again (if reached), end."""
-        steps = range(1, self.schedule.total_steps + 1)
-        fractions = {step: self.lr_fraction(step) for step in steps}
-        peak = max(steps, key=fractions.__getitem__)
-        half = next(step for step in steps if fractions[step] >= fractions[peak] / 2)
-        points = {"start": 1, "half": half, "peak": peak}
-        half_again = next((step for step in steps[peak:] if fractions[step] <= fractions[peak] / 2), None)
-        if half_again is not None:
-            points["half again"] = half_again
-        return points | {"end": len(steps)}
+    train_seconds: float
+    step_seconds: float  # mean over all steps
+    source: str
+    num_devices: int | None = None  # on which the speed was measured
+    startup_seconds: float | None = None  # from the start of the process to its first step
+    peak_memory_bytes: int | None = None  # of torch's allocations in a step on a GPU
 
 
-def make_plan(config: Config, nodes: int, gpus: int) -> Plan:
-    """Plan a run on `nodes` x `gpus` devices. Builds the network on the CPU; needs neither GPU nor dataset.
+@dataclass
+class Findings:
+    refusals: list[str] = field(default_factory=list)  # why the run cannot work
+    warnings: list[str] = field(default_factory=list)
+    time_limit: str | None = None  # how the run fits into its time limit
 
-    Raises:
-        UserError: the batch sizes do not divide, or an epoch has no whole step.
-    """
+
+def make_plan(config: Config, nodes: int, gpus: int) -> Figures:
+    """Plan a run on `nodes` x `gpus` devices. Builds the network on the CPU; needs neither GPU nor dataset."""
     # All else about the samples does not matter here: CIFAR-10 has equally many of each class.
     labels = np.arange(NUM_TRAIN, dtype=np.int64) % NUM_CLASSES
     samples = split(labels, config.data.train_on, config.data.subset)
-    order = Order(samples.train, config.train.batch_size, config.run.seed)
+    train, order = config.train, Order(samples.train, config.train.batch_size, config.run.seed)
     schedule = Schedule(config, order.steps_per_epoch)
     steps = range(1, schedule.total_steps + 1)
-    saves = [step for step in steps if schedule.should_save(step)]
     validations = [step for step in steps if len(samples.validation) and schedule.should_validate(step)]
     # One CPU stands for all devices: the network, its optimizer and their sizes are the same.
-    uncompiled = replace(config, train=replace(config.train, compile="off"))
+    uncompiled = replace(config, train=replace(train, compile="off"))
     train_step = TrainStep(uncompiled, World(0, 1, 0, 1, torch.device("cpu")), _precision(config))
-    size = len(checkpoint.encode(schedule.total_steps, train_step.state() | {"config": to_yaml(config)}))
-    return Plan(
-        config=config,
-        nodes=nodes,
-        world_size=nodes * gpus,
-        precision=train_step.precision.name,
-        accumulation=accumulation_steps(config.train.batch_size, config.train.micro_batch_size, nodes * gpus),
-        params=num_parameters(train_step.scored_model),
-        train_n=len(order.samples),
-        dropped_per_epoch=order.dropped_per_epoch,
-        schedule=schedule,
-        lr_peaks=_lr_peaks(train_step.optimizer),
-        saves=saves,
-        validations=validations,
-        validation_n=len(samples.validation),
-        checkpoints=_checkpoints(config.train.keep_checkpoints, saves, validations, size),
-    )
+    size = len(checkpoint.encode(len(steps), train_step.state() | {"config": to_yaml(config)}))
+    # At most: each validation may give the best score so far, and is then saved.
+    written = len({*filter(schedule.should_save, steps), *validations})
+    kept = min(train.keep_checkpoints + bool(validations), written)
+    return {
+        "model": config.model.name,
+        "params": num_parameters(train_step.scored_model),
+        "precision": train_step.precision.name,
+        "nodes": nodes,
+        "world_size": nodes * gpus,
+        "batch_size": train.batch_size,
+        "micro_batch_size": train.micro_batch_size,
+        "accumulation": accumulation_steps(train.batch_size, train.micro_batch_size, nodes * gpus),
+        "train_n": len(order.samples),
+        "steps": len(steps),
+        "steps_per_epoch": order.steps_per_epoch,
+        "epochs": len(steps) / order.steps_per_epoch,
+        "samples_dropped_per_epoch": order.dropped_per_epoch,
+        "low_resolution_steps": schedule.low_resolution_steps,
+        "learning_rate": _learning_rates(schedule, train_step.optimizer),
+        "checkpoints_written": written,
+        "checkpoints_kept": kept,
+        "checkpoint_bytes": size,
+        "checkpoints_bytes": min(kept + 1, written) * size,  # before an old one is removed
+        "validations": validations,
+        "val_n": len(samples.validation) or None,
+    }
 
 
 def _precision(config: Config) -> Precision:
@@ -121,72 +109,144 @@ def _precision(config: Config) -> Precision:
     return Precision(choose_precision(wanted, torch.device("cuda" if on_gpu else "cpu")).name, "cpu")
 
 
-def _lr_peaks(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Peak learning rate of each parameter group; of SGD's groups with equal rates only the first."""
-    peaks: dict[str, float] = {}
-    # Muon adds the fourth group.
-    for name, group in zip(("SGD", "SGD (norm scales)", "SGD (biases)", "Muon"), optimizer.param_groups, strict=False):
-        if group["params"] and (name == "Muon" or group["peak_lr"] not in peaks.values()):
-            peaks[name] = group["peak_lr"]
-    return peaks
+def _learning_rates(schedule: Schedule, optimizer: torch.optim.Optimizer) -> dict[str, Figures]:
+    """Rates of the parameter groups at the start, half of the peak, the peak, half again (or the end), the end."""
+    fractions = [schedule.step(number).lr_fraction for number in range(schedule.total_steps)]
+    last, peak = len(fractions) - 1, fractions.index(max(fractions))
+    half = fractions[peak] / 2
+    rise = next(k for k, fraction in enumerate(fractions) if fraction >= half)
+    fall = next((k for k in range(peak, last) if fractions[k] <= half), last)
+    groups = zip(("SGD", "SGD (norm scales)", "SGD (biases)", "Muon"), optimizer.param_groups, strict=False)
+    peaks = {name: group["peak_lr"] for name, group in groups if group["params"]}
+    points = {"start": 0, "half": rise, "peak": peak, "half again": fall, "end": last}
+    return {
+        point: {"step": k + 1, **{name: peak_lr * fractions[k] for name, peak_lr in peaks.items()}}
+        for point, k in points.items()
+    }
 
 
-def _checkpoints(keep: int, saves: list[int], validations: list[int], size: int) -> Checkpoints:
-    # The first validation is always the best so far, so it is saved. Each later one may be.
-    written = len({*saves, *validations[:1]}), len({*saves, *validations})
-    kept = min(keep, written[0]), min(keep + bool(validations), written[1])
-    return Checkpoints(written, kept, size, min(kept[1] + 1, written[1]) * size)
+def from_speed(images_per_second: float, plan: Figures) -> TrainingTime:
+    """From images per second and device; several devices are assumed to scale perfectly."""
+    seconds = plan["batch_size"] / (images_per_second * plan["world_size"])
+    return TrainingTime(seconds * plan["steps"], seconds, f"given: {images_per_second:,.0f} images/s per device")
 
 
-@dataclass
-class Findings:
-    """Messages for the user. refusals: why the run cannot work. time_limit: how the run fits into its time limit."""
+def from_run(directory: Path, config: Config, plan: Figures) -> TrainingTime:
+    """From a finished run, whose steps must have computed the same (UserError)."""
+    run = read_run(directory)
+    lines = [
+        line for line in changes(run.config, config, "\n  {name} was {old}, is {new}") if line[3:].startswith(_COST)
+    ]
+    if lines:
+        raise UserError(f"{directory} has other settings, so its training speed does not apply:{''.join(lines)}")
+    figures, devices = run.figures, run.figures["device_names"]
+    speed = figures["images_per_second"] / len(devices)
+    how = f"on {len(devices)} x {', '.join(set(devices))}, micro-batch {figures['micro_batch_size']}"
+    first_step = json.loads((directory / "summary.json").read_text(encoding="utf-8")).get("first_step_seconds")
+    time = from_speed(speed, plan)
+    source = f"{directory}: {speed:,.0f} images/s per device {how}, {figures['precision']}"
+    return replace(time, source=source, num_devices=len(devices), startup_seconds=first_step)
 
-    refusals: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    time_limit: str | None = None
+
+def measure(config: Config, plan: Figures) -> TrainingTime:
+    """Time the optimizer steps of one device of the run on a device of this machine, with black images."""
+    train = replace(config.train, batch_size=plan["micro_batch_size"] * plan["accumulation"])
+    with init_distributed(train.device) as world, explain_out_of_memory(config, 0, plan["world_size"]):
+        set_backends(train, config.run.deterministic, world.device)
+        train_step = TrainStep(replace(config, train=train), world, choose_precision(train.precision, world.device))
+        num, device, metrics = train.micro_batch_size, world.device, Metrics(world)
+        indices = torch.arange(num, device=device)
+        images = torch.zeros(num, 32, 32, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)  # as the loader's
+        batches = repeat((0, Batch(images, torch.zeros_like(indices), indices)))
+
+        def step_seconds(image_size: int | None) -> float:
+            start = perf_counter()
+            train_step.run(Step(0, 0.0, image_size), batches, metrics)
+            metrics.window()  # waits for the device
+            return perf_counter() - start
+
+        seconds, low = 0.0, plan["low_resolution_steps"]
+        for image_size, count in ((LOW_RESOLUTION, low), (None, plan["steps"] - low)):
+            if count:
+                step_seconds(image_size)  # the first step is slower
+                times, until = [step_seconds(image_size)], perf_counter() + _MEASURE_S
+                while perf_counter() < until:
+                    times.append(step_seconds(image_size))
+                seconds += count * statistics.median(times)
+        on_gpu, threads = device.type == "cuda", f", {torch.get_num_threads()} threads"
+        memory = torch.cuda.max_memory_allocated(device) if on_gpu else None
+    name = device_name(device) + ("" if on_gpu else threads)
+    source = f"measured here, {name}, without reading data and without other devices"
+    return TrainingTime(seconds, seconds / plan["steps"], source, 1, peak_memory_bytes=memory)
 
 
-def check(plan: Plan) -> Findings:
+def check(config: Config, plan: Figures) -> Findings:
     """Check the warm-up, and on this machine the dataset and the run directory."""
-    optim, total, folder = plan.config.optim, plan.schedule.total_steps, plan.config.data.dir
-    findings = Findings()
-    highest = plan.lr_fraction(plan.lr_points()["peak"])
+    optim, folder, steps, findings = config.optim, config.data.dir, plan["steps"], Findings()
+    schedule = Schedule(config, plan["steps_per_epoch"])
+    highest = schedule.step(plan["learning_rate"]["peak"]["step"] - 1).lr_fraction
     if highest < 1:
         findings.warnings.append(
             f"the learning rate reaches only {highest:.0%} of its peak: the warm-up takes at least "
             f"{optim.warmup_min_steps} steps (optim.warmup_min_steps), but the decay starts after "
-            f"{round(optim.warmup_share * total)} of {total} steps (optim.warmup_share)."
+            f"{round(optim.warmup_share * steps)} of {steps} steps (optim.warmup_share)."
         )
-    missing = [name for name in ("train.beton", "test.beton") if not (folder / name).exists()]
+    missing = [name for name in BETON_FILES if not (folder / name).exists()]
     if missing:
         findings.warnings.append(
             f"no dataset in {folder} on this machine ({', '.join(missing)} missing). Training prepares it when it "
             f"starts, which needs the internet. To prepare it now: python -m cifar_dist.prepare --data.dir {folder}"
         )
-    findings.refusals += _check_run_directory(plan)
+    directory, needed = run_directory.path_of(config), plan["checkpoints_bytes"]
+    try:
+        with run_directory.explain_unwritable(directory):
+            if config.run.resume != "auto" and run_directory.holds_run(directory):
+                findings.refusals.append(
+                    f"the run directory {directory} already holds a run. Resume it with --run.resume auto, or choose "
+                    f"another --run.name."
+                )
+            parent = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
+            tempfile.TemporaryFile(dir=parent).close()
+            free = shutil.disk_usage(parent).free
+            free += sum(path.stat().st_size for path in directory.glob("checkpoints/step-*.pt"))  # will be removed
+            if free < needed:
+                findings.refusals.append(
+                    f"{parent} has {free / 1e6:,.0f} MB free, but the checkpoints need {needed / 1e6:,.0f} MB. Make "
+                    f"room, lower train.keep_checkpoints, or choose another --run.dir."
+                )
+    except UserError as error:
+        findings.refusals.append(str(error))
     return findings
 
 
-def _check_run_directory(plan: Plan) -> Iterator[str]:
-    directory, needed = run_directory.path_of(plan.config), plan.checkpoints.disk_bytes
-    try:
-        if plan.config.run.resume != "auto" and run_directory.holds_run(directory):
-            yield (
-                f"the run directory {directory} already holds a run. Resume it with --run.resume auto, or choose "
-                f"another --run.name."
-            )
-        parent = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise NotADirectoryError(errno.EACCES, f"{parent} is not a writable folder")
-        folder = directory / "checkpoints"
-        existing = sum(checkpoint.path_of(folder, step).stat().st_size for step in checkpoint.all_steps(folder))
-        free = shutil.disk_usage(parent).free + existing
-    except OSError as error:
-        yield f"the run directory {directory} cannot be used: {error.strerror}. Choose another --run.dir."
+def check_time_limit(plan: Figures, time: TrainingTime | None, limit_s: int, resumes: bool, findings: Findings) -> None:
+    """Add to `findings` whether the run fits into an allocation of `limit_s` seconds, or how many it takes."""
+    if time is None:
+        findings.warnings.append("the time limit is not checked, because the training speed is not known.")
         return
-    if free < needed:
-        yield (
-            f"{parent} has {free / 1e6:,.0f} MB free, but the checkpoints need {needed / 1e6:,.0f} MB. Make room, "
-            f"lower train.keep_checkpoints, or choose another --run.dir."
-        )
+    startup = time.startup_seconds or 0.0
+    usable = limit_s - NOTICE_S - startup  # each allocation has a start-up, and its run ends NOTICE_S early
+    if time.train_seconds <= usable:
+        left = clock(usable - time.train_seconds)
+        findings.time_limit = f"{clock(limit_s)}; {left} are left of it before the last {NOTICE_S} s"
+        return
+    text = (
+        f"the time limit {clock(limit_s)}, less the {NOTICE_S} s before its end at which slurm/train.sh stops a run, "
+        f"is too short: start-up and training take {clock(startup + time.train_seconds)}."
+    )
+    if usable < time.step_seconds:
+        least = clock(startup + time.step_seconds)
+        findings.refusals.append(f"{text} Start-up and one step alone take {least}. Raise the limit.")
+        return
+    num, epochs = math.ceil(time.train_seconds / usable), int(usable / time.train_seconds * plan["epochs"])
+    text += f" One allocation has room for {epochs} of {plan['epochs']:g} epochs, so the run takes {num} allocations"
+    if resumes:
+        findings.warnings.append(f"{text} ({num - 1} requeues).")
+    else:
+        advice = "That needs --run.name NAME --run.resume auto; or raise the limit, or lower train.epochs."
+        findings.refusals.append(f"{text}. {advice}")
+
+
+def clock(seconds: float) -> str:
+    """Seconds as [hours:]minutes:seconds, rounded up; below ten as seconds with decimals."""
+    return f"{seconds:.2g} s" if seconds < 10 else tqdm.format_interval(math.ceil(seconds))

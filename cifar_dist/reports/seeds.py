@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_dist.files import write_json
-from cifar_dist.reports.finished_runs import FinishedRun, read_comparable, shared_settings
+from cifar_dist.reports.finished_runs import FinishedRun, read_runs, settings_of
 
 CONFIDENCE = 0.95
 # Title and number format of each column. Accuracies are shown in percent.
@@ -28,6 +28,8 @@ COLUMNS: Mapping[str, tuple[str, str]] = {
     "train_seconds": ("train seconds", ",.1f"),
     "images_per_second": ("images/s", ",.0f"),
 }
+TITLES = tuple(title for title, _ in COLUMNS.values())
+STATISTICS = {"mean": "mean", "standard deviation": "standard_deviation", "95% interval of the mean": "interval_95"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def report(runs: Sequence[FinishedRun]) -> dict[str, Any]:
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "config": shared_settings(first.config),
+        "config": settings_of(first.config),
         "num_runs": len(runs),
         "test_n": first.figures["test_n"],
         "val_n": first.figures["val_n"],
@@ -80,49 +82,42 @@ def report(runs: Sequence[FinishedRun]) -> dict[str, Any]:
 
 def table(runs: Sequence[FinishedRun]) -> str:
     """One line per seed, then mean, standard deviation and interval."""
-    tta = runs[0].config.eval.tta
-    titles = [title.replace("TTA", "TTA" if tta == "none" else tta) for title, _ in COLUMNS.values()]
-    rows = [["", *titles, "commit"]]
+    rows = [["", *TITLES, "commit"]]
     for run in runs:
         commit, dash, dirty = (run.figures["git_commit"] or "-").partition("-")
         cells = [_cell(name, run.figures[name]) for name in COLUMNS]
         rows.append([f"seed {run.figures['seed']}", *cells, commit[:7] + dash + dirty])
-    rows += [[], _statistic("mean", "mean", runs)]
-    if len(runs) > 1:
-        rows.append(_statistic("standard deviation", "standard_deviation", runs))
-        rows.append(_statistic(f"{CONFIDENCE:.0%} interval of the mean", "interval_95", runs))
-    return "\n".join([*_heading(runs), "", *_align(rows), "", *_notes(runs)])
+    rows.append([])
+    n = len(runs)
+    note = "one run has no standard deviation and no interval"
+    if n > 1:
+        note = (
+            f"standard deviation over {n} runs, dividing by {n - 1}; interval: mean +- {t_quantile(n):.3f} (Student's "
+            f"t, {n - 1} degree{'s' if n > 2 else ''} of freedom) x standard deviation / sqrt({n})"
+        )
+    for label, statistic in list(STATISTICS.items())[: None if n > 1 else 1]:
+        rows.append([label, *(_cell(name, getattr(value, statistic, None)) for name, value in spreads(runs).items())])
+    return "\n".join([*_heading(runs), "", *_align(rows), "", note])
 
 
 def compare(groups: Mapping[str, Path], output: Path) -> str:
-    """The table of a sweep, whose figures are also written to `output`.
+    """The table of a sweep, whose figures are also written to `output`; UserError if runs cannot be used.
 
     Args:
         groups: folder of runs by the settings that these runs have in common. With one group: the table of its seeds.
-
-    Raises:
-        UserError: runs are missing, unfinished or damaged, or differ in more than the seed within one folder.
     """
-    found = {name: read_comparable([folder]) for name, folder in groups.items()}
+    found = {name: read_runs([folder]) for name, folder in groups.items()}
     reports = {name: report(runs) for name, runs in found.items()}
     write_json(output, next(iter(reports.values())) if len(reports) == 1 else {"settings": reports})
     if len(found) == 1:
         return table(next(iter(found.values())))
-    rows = [["settings", "runs", *(title for title, _ in COLUMNS.values())]]
+    rows = [["settings", "runs", *TITLES]]
     for name, runs in found.items():
-        rows.append([name, str(len(runs)), *(_mean_and_deviation(*column) for column in spreads(runs).items())])
+        rows.append([name, str(len(runs))])
+        for column, value in spreads(runs).items():
+            mean, deviation = (_cell(column, getattr(value, key, None)) for key in ("mean", "standard_deviation"))
+            rows[-1].append(f"{mean} +- {deviation}".removesuffix(" +- -"))
     return "\n".join([*_align(rows), "", "mean +- standard deviation over the seeds; accuracies in percent"])
-
-
-def _statistic(label: str, name: str, runs: Sequence[FinishedRun]) -> list[str]:
-    """A row with the field `name` of each column's `Spread`."""
-    return [label, *(_cell(column, getattr(value, name, None)) for column, value in spreads(runs).items())]
-
-
-def _mean_and_deviation(column: str, value: Spread | None) -> str:
-    if value is None or value.standard_deviation is None:
-        return _cell(column, None if value is None else value.mean)
-    return f"{_cell(column, value.mean)} +- {_cell(column, value.standard_deviation)}"
 
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -133,41 +128,23 @@ def _align(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _heading(runs: Sequence[FinishedRun]) -> list[str]:
-    figures, name = runs[0].figures, runs[0].config.model.name
+    figures, config, num = runs[0].figures, runs[0].config, len(runs)
     val_n, devices, versions = figures["val_n"], figures["device_names"], figures["versions"]
     validation = "none, trained on all" if val_n is None else f"n = {val_n:,} images held out from training"
+    different = {
+        name: len({json.dumps(run.figures[name], sort_keys=True) for run in runs})
+        for name in ("git_commit", "versions", "device_names")
+    }
     lines = [
-        f"{len(runs)} run{'s that differ only in the seed' if len(runs) > 1 else ''}: {name}, "
+        f"{num} run{'s that differ only in the seed' if num > 1 else ''}: {config.model.name}, "
         f"{figures['params']:,} parameters, {figures['epochs']:g} epochs of batch {figures['batch_size']}, "
         f"{figures['precision']}",
-        f"test accuracy, last epoch, n = {figures['test_n']:,} images; validation accuracy: {validation}; in percent",
+        f"test accuracy, last epoch, n = {figures['test_n']:,} images, TTA: {config.eval.tta}; validation accuracy: "
+        f"{validation}; in percent",
     ]
-    if _num_different(runs, "device_names") == _num_different(runs, "versions") == 1:
-        kinds = ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))
-        packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "ffcv", "python") if name in versions)
-        lines.append(f"on {kinds}; {packages}")
-    return lines
-
-
-def _notes(runs: Sequence[FinishedRun]) -> list[str]:
-    """How standard deviation and interval are computed, and what differs between the runs beside the seed."""
-    n = len(runs)
-    if n == 1:
-        notes = ["one run has no standard deviation and no interval"]
-    else:
-        notes = [
-            f"standard deviation over {n} runs, dividing by {n - 1}; interval: mean +- {t_quantile(n):.3f} (Student's "
-            f"t, {n - 1} degree{'s' if n > 2 else ''} of freedom) x standard deviation / sqrt({n})"
-        ]
-    for name, kind in (("git_commit", "commits of the code"), ("versions", "sets of packages"),
-                       ("device_names", "sets of devices")):  # fmt: skip
-        if _num_different(runs, name) > 1:
-            notes.append(f"note: these runs used {_num_different(runs, name)} {kind}")
-    return notes
-
-
-def _num_different(runs: Sequence[FinishedRun], name: str) -> int:
-    return len({json.dumps(run.figures[name], sort_keys=True) for run in runs})
+    if different["device_names"] == different["versions"] == 1:
+        lines.append(f"on {len(devices)} x {', '.join(set(devices))}; torch {versions.get('torch')}")
+    return lines + [f"note: {name} has {n} values in these runs" for name, n in different.items() if n > 1]
 
 
 def _cell(column: str, value: float | Sequence[float] | None) -> str:

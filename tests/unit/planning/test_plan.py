@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,12 +18,22 @@ import torch
 from cifar_dist.cli import load_config
 from cifar_dist.config import Config
 from cifar_dist.errors import UserError
-from cifar_dist.planning import duration
-from cifar_dist.planning.arguments import parse, time_limit_seconds
-from cifar_dist.planning.duration import StepTime
-from cifar_dist.planning.plan import Findings, Plan, check, make_plan
-from cifar_dist.planning.report import figures, page
+from cifar_dist.plan import parse, time_limit_seconds
+from cifar_dist.planning.plan import (
+    Figures,
+    Findings,
+    TrainingTime,
+    check,
+    check_time_limit,
+    clock,
+    from_run,
+    from_speed,
+    make_plan,
+    measure,
+)
+from cifar_dist.planning.report import page
 from cifar_dist.training.checkpoint import path_of
+from cifar_dist.training.schedule import Schedule
 from cifar_dist.training.train_step import TrainStep
 from tests.support import runs
 
@@ -46,7 +58,7 @@ def config(data_dir: Path) -> Config:
 
 
 @pytest.fixture(scope="module")
-def planned(config: Config) -> Plan:
+def planned(config: Config) -> Figures:
     """For three devices."""
     return make_plan(config, 1, 3)
 
@@ -65,49 +77,45 @@ def run_dir(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.run
 @pytest.mark.data
-def test_agrees_with_a_real_run(planned: Plan, config: Config, run_dir: Path) -> None:
+def test_agrees_with_a_real_run(planned: Figures, config: Config, run_dir: Path) -> None:
     summary, alone = runs.summary(run_dir), make_plan(config, 1, 1)
-    expected = figures(alone, None, Findings())
     for name in ("steps", "epochs", "params", "train_n", "samples_dropped_per_epoch", "accumulation", "val_n",
                  "batch_size", "micro_batch_size", "model", "world_size", "precision"):  # fmt: skip
-        assert expected[name] == summary[name], name
-    assert (planned.accumulation, alone.accumulation) == (2, 6)
+        assert alone[name] == summary[name], name
+    assert (planned["accumulation"], alone["accumulation"]) == (2, 6)
     records = runs.records(run_dir)
-    assert [record["step"] for record in records if "val/accuracy" in record] == alone.validations == [10, 20, 24]
+    assert [record["step"] for record in records if "val/accuracy" in record] == alone["validations"] == [10, 20, 24]
     rates = {record["step"]: record["lr"] for record in records if "lr" in record}
     assert len(rates) == 24
-    assert {step: alone.lr_peaks["SGD"] * alone.lr_fraction(step) for step in rates} == pytest.approx(rates)
-    for point in expected["learning_rate"].values():
+    for point in alone["learning_rate"].values():
         assert point["SGD"] == pytest.approx(rates[point["step"]])
 
 
 @pytest.mark.run
 @pytest.mark.data
-def test_checkpoints_of_a_real_run(planned: Plan, run_dir: Path) -> None:
+def test_checkpoints_of_a_real_run(planned: Figures, run_dir: Path) -> None:
     there = sorted((run_dir / "checkpoints").glob("step-*.pt"))
-    low, high = planned.checkpoints.kept
-    assert low <= len(there) <= high == 3
-    assert path_of(run_dir / "checkpoints", 24).stat().st_size == pytest.approx(
-        planned.checkpoints.size_bytes, rel=0.01
-    )
-    assert planned.saves == [7, 14, 21, 24]
-    # Steps 10 and 20 are validated and otherwise not saved; that of 10, being the first, is the best for then.
-    assert planned.checkpoints.written == (5, 6)
-    assert planned.checkpoints.disk_bytes == 4 * planned.checkpoints.size_bytes
-    assert sum(path.stat().st_size for path in there) <= planned.checkpoints.disk_bytes
+    assert len(there) <= planned["checkpoints_kept"] == 3
+    size = path_of(run_dir / "checkpoints", 24).stat().st_size
+    assert size == pytest.approx(planned["checkpoint_bytes"], rel=0.01)
+    # Saved are steps 7, 14, 21, 24, and, if they have the best score so far, the validated steps 10 and 20.
+    assert planned["checkpoints_written"] == 6
+    assert planned["checkpoints_bytes"] == 4 * planned["checkpoint_bytes"]
+    assert sum(path.stat().st_size for path in there) <= planned["checkpoints_bytes"]
 
 
 @pytest.mark.run
 @pytest.mark.data
-def test_time_like_a_real_run(planned: Plan, run_dir: Path, data_dir: Path) -> None:
-    summary, like = runs.summary(run_dir), duration.from_run(run_dir, planned)
+def test_time_like_a_real_run(planned: Figures, config: Config, run_dir: Path, data_dir: Path) -> None:
+    summary, like = runs.summary(run_dir), from_run(run_dir, config, planned)
     # Three devices are assumed to be three times as fast.
-    assert like.training_seconds(planned) == pytest.approx(summary["train_seconds"] / 3)
+    assert like.train_seconds == pytest.approx(summary["train_seconds"] / 3)
+    assert like.step_seconds == pytest.approx(summary["train_seconds"] / 3 / 24)
     assert like.startup_seconds == summary["first_step_seconds"]
     result = plan(CONFIG, *SETTINGS, "--data.dir", data_dir, "--like", run_dir, "--time-limit", "10")
     assert result.returncode == 0, result.stderr
     text = " ".join(result.stdout.split())
-    assert f"time training {duration.clock(summary['train_seconds'])} ({run_dir}: " in text
+    assert f"time training {clock(summary['train_seconds'])} ({run_dir}: " in text
     assert "time limit 10:00; 0" in text
     assert "are assumed to be" not in text
     wider = plan(CONFIG, *SETTINGS, "--data.dir", data_dir, "--like", run_dir, "--model.width", "0.125")
@@ -118,21 +126,23 @@ def test_time_like_a_real_run(planned: Plan, run_dir: Path, data_dir: Path) -> N
 def test_without_validation() -> None:
     settings = ("--train.epochs", "2", "--train.checkpoint_every_steps", "0", "--model.width", "0.0625")
     found = make_plan(load_config(["--config", CONFIG, *settings]), 1, 1)
-    assert (found.schedule.total_steps, found.dropped_per_epoch, found.validations) == (780, 80, [])
-    assert (found.checkpoints.written, found.checkpoints.kept) == ((1, 1), (1, 1))
-    assert found.checkpoints.disk_bytes == found.checkpoints.size_bytes
-    assert found.schedule.low_resolution_steps == 390
-    assert [found.lr_peaks[name] for name in ("SGD", "SGD (biases)", "Muon")] == pytest.approx([0.1, 3.2, 0.03])
+    assert (found["steps"], found["samples_dropped_per_epoch"], found["validations"]) == (780, 80, [])
+    assert (found["checkpoints_written"], found["checkpoints_kept"]) == (1, 1)
+    assert found["checkpoints_bytes"] == found["checkpoint_bytes"]
+    assert found["low_resolution_steps"] == 390
+    peak = found["learning_rate"]["peak"]
+    assert [peak[name] for name in ("SGD", "SGD (biases)", "Muon")] == pytest.approx([0.1, 3.2, 0.03])
 
 
 @pytest.mark.parametrize(("settings", "points"), [
     ((), {"start": 1, "half": 3, "peak": 5, "half again": 16, "end": 24}),
     (("--optim.warmup_min_steps", "50"), {"start": 1, "half": 9, "peak": 18, "half again": 22, "end": 24}),
-    (("--train.max_steps", "1"), {"start": 1, "half": 1, "peak": 1, "end": 1}),
+    (("--train.max_steps", "1"), {"start": 1, "half": 1, "peak": 1, "half again": 1, "end": 1}),
 ])  # fmt: skip
 def test_steps_at_which_the_learning_rate_is_shown(settings: tuple[str, ...], points: dict[str, int]) -> None:
     changed = load_config(["--config", CONFIG, *SETTINGS, "--optim.warmup_min_steps", "0", *settings])
-    assert make_plan(changed, 1, 1).lr_points() == points
+    rates = make_plan(changed, 1, 1)["learning_rate"]
+    assert {name: point["step"] for name, point in rates.items()} == points
 
 
 # Time
@@ -152,92 +162,96 @@ def test_no_time_limits(text: str) -> None:
         time_limit_seconds(text)
 
 
-def time_limit(plan: Plan, step_time: StepTime | None, limit_seconds: int) -> Findings:
+def time_limit(plan: Figures, time: TrainingTime | None, limit_s: int, resumes: bool = False) -> Findings:
     findings = Findings()
-    duration.check_time_limit(plan, step_time, limit_seconds, findings)
+    check_time_limit(plan, time, limit_s, resumes, findings)
     return findings
 
 
 @pytest.mark.parametrize(("limit", "text"), [
     (120 + 20 + 24, "02:44; 0 s are left"), (120 + 20 + 30, "02:50; 6 s are left"),
-    (120 + 20 + 23, "2 allocations (1 requeues). One allocation has room for 2 of 2.4 epochs."),
-    (120 + 20 + 10, "3 allocations (2 requeues). One allocation has room for 1 of 2.4 epochs."),
-    (120 + 20 + 1, "24 allocations (23 requeues). One allocation has room for 0 of 2.4 epochs."),
-    (120 + 20, "too short for start-up and one step (00:21); start-up and training need 00:44. Raise the limit."),
-    (60, "too short for start-up and one step"),
+    (120 + 20 + 23, "room for 2 of 2.4 epochs, so the run takes 2 allocations (1 requeues)."),
+    (120 + 20 + 10, "room for 1 of 2.4 epochs, so the run takes 3 allocations (2 requeues)."),
+    (120 + 20 + 1, "room for 0 of 2.4 epochs, so the run takes 24 allocations (23 requeues)."),
+    (120 + 20, "start-up and training take 00:44. Start-up and one step alone take 00:21. Raise the limit."),
+    (60, "one step alone"),
 ])  # fmt: skip
-def test_allocations_of_a_time_limit(limit: int, text: str, planned: Plan) -> None:
+def test_allocations_of_a_time_limit(limit: int, text: str, planned: Figures) -> None:
     """24 steps of a second each, after 20 s of start-up in each allocation."""
-    resumed = changed(planned, run={"resume": "auto", "name": "a"})
-    found = time_limit(resumed, StepTime(1.0, 1.0, 20.0, ""), limit)
+    found = time_limit(planned, TrainingTime(24.0, 1.0, "", startup_seconds=20.0), limit, resumes=True)
     (message,) = [*found.refusals, *found.warnings, *filter(None, [found.time_limit])]
     assert text in message
     assert bool(found.refusals) == ("one step" in text)
     assert bool(found.time_limit) == ("left" in text)
 
 
-def test_a_time_limit_that_needs_requeues_without_resume(planned: Plan) -> None:
-    (text,) = time_limit(planned, StepTime(1.0, 1.0, 20.0, ""), 150).refusals
-    assert "One allocation has room for 1 of 2.4 epochs. With --run.name NAME --run.resume auto the run takes" in text
-    assert "3 allocations (2 requeues)" in text
+def test_a_time_limit_that_needs_requeues_without_resume(planned: Figures) -> None:
+    (text,) = time_limit(planned, TrainingTime(24.0, 1.0, "", startup_seconds=20.0), 150).refusals
+    assert "room for 1 of 2.4 epochs, so the run takes 3 allocations. That needs --run.name NAME --run.resume" in text
 
 
-def test_a_time_limit_without_a_training_speed(planned: Plan) -> None:
+def test_a_time_limit_without_a_training_speed(planned: Figures) -> None:
     (text,) = time_limit(planned, None, 60).warnings
     assert text == "the time limit is not checked, because the training speed is not known."
 
 
-def test_steps_at_low_resolution_have_their_own_time(planned: Plan) -> None:
-    assert planned.schedule.low_resolution_steps == 12
-    assert StepTime(2.0, 1.0, None, "").training_seconds(planned) == 12 * 1 + 12 * 2
-    given = duration.from_speed(32.0, planned)  # a step of 96 images, on three devices
-    assert (given.seconds, given.low_resolution_seconds) == (1.0, 1.0)
+def test_time_of_a_speed(planned: Figures) -> None:
+    given = from_speed(32.0, planned)  # a step of 96 images, on three devices
+    assert (given.step_seconds, given.train_seconds, given.startup_seconds) == (1.0, 24.0, None)
 
 
 def test_clock() -> None:
     seconds = (0.034, 9.94, 59.2, 3600, 90_061)
-    assert list(map(duration.clock, seconds)) == ["0.034 s", "9.9 s", "01:00", "1:00:00", "25:01:01"]
+    assert list(map(clock, seconds)) == ["0.034 s", "9.9 s", "01:00", "1:00:00", "25:01:01"]
 
 
 # Refusals and warnings
 
 
-def test_a_sound_run_has_no_findings(planned: Plan, tmp_path: Path) -> None:
-    warm_up = {"warmup_min_steps": 0, "warmup_share": 0.25}
-    sound = changed(planned, run={"dir": tmp_path / "new" / "run"}, optim=warm_up)
-    sound = replace(sound, schedule=replace(planned.schedule, config=sound.config))
-    assert check(sound) == Findings()
+def test_a_sound_run_has_no_findings(config: Config, tmp_path: Path) -> None:
+    optim = {"warmup_min_steps": 0, "warmup_share": 0.25}
+    sound = changed(config, run={"dir": tmp_path / "new" / "run"}, optim=optim)
+    assert check(sound, make_plan(sound, 1, 3)) == Findings()
     assert not (tmp_path / "new").exists()
 
 
-def changed(of: Plan, **sections: dict[str, Any]) -> Plan:
-    parts = {name: replace(getattr(of.config, name), **values) for name, values in sections.items()}
-    return replace(of, config=replace(of.config, **parts))
+def changed(config: Config, **sections: dict[str, Any]) -> Config:
+    parts = {name: replace(getattr(config, name), **values) for name, values in sections.items()}
+    return replace(config, **parts)
 
 
-def test_no_room_on_the_disk(planned: Plan, tmp_path: Path) -> None:
-    small = changed(planned, run={"dir": tmp_path / "new" / "run"})
-    assert check(small).refusals == []
-    (text,) = check(replace(small, checkpoints=replace(small.checkpoints, disk_bytes=10**18))).refusals
+def test_no_room_on_the_disk(config: Config, planned: Figures, tmp_path: Path) -> None:
+    small = changed(config, run={"dir": tmp_path / "new" / "run"})
+    assert check(small, planned).refusals == []
+    (text,) = check(small, planned | {"checkpoints_bytes": 10**18}).refusals
     assert text.startswith(f"{tmp_path} has ")
     assert "but the checkpoints need 1,000,000,000,000 MB" in text
+    old = tmp_path / "new/run/checkpoints/step-00000007.pt"  # replaced by those of the new run
+    old.parent.mkdir(parents=True)
+    old.touch()
+    needed = shutil.disk_usage(tmp_path).free + 10**11
+    resumed = changed(small, run={"resume": "auto"})
+    assert len(check(resumed, planned | {"checkpoints_bytes": needed}).refusals) == 1
+    os.truncate(old, 2 * 10**11)
+    assert check(resumed, planned | {"checkpoints_bytes": needed}).refusals == []
 
 
-def test_a_run_directory_that_cannot_be_used(planned: Plan, tmp_path: Path) -> None:
+def test_a_run_directory_that_cannot_be_used(config: Config, planned: Figures, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").touch()
     (tmp_path / "file").touch()
-    refusals: Callable[..., list[str]] = lambda **run: check(changed(planned, run=run)).refusals  # noqa: E731
+    refusals: Callable[..., list[str]] = lambda **run: check(changed(config, run=run), planned).refusals  # noqa: E731
     assert "already holds a run" in refusals(dir=tmp_path / "run")[0]
     assert refusals(dir=tmp_path / "run", resume="auto") == []
-    assert "cannot be used" in refusals(dir=tmp_path / "file" / "run")[0]
+    assert "cannot be written: Not a directory" in refusals(dir=tmp_path / "file" / "run")[0]
 
 
-def test_warnings(planned: Plan, tmp_path: Path) -> None:
-    warm_up, dataset = check(changed(planned, data={"dir": tmp_path})).warnings
+def test_warnings(config: Config, planned: Figures, tmp_path: Path) -> None:
+    warm_up, dataset = check(changed(config, data={"dir": tmp_path}), planned).warnings
     assert f"python -m cifar_dist.prepare --data.dir {tmp_path}" in dataset
     assert "(train.beton, test.beton missing)" in dataset
-    assert warm_up.startswith(f"the learning rate reaches only {planned.lr_fraction(18):.0%} of its peak")
+    highest = Schedule(config, 10).step(17).lr_fraction
+    assert warm_up.startswith(f"the learning rate reaches only {highest:.0%} of its peak")
 
 
 # The command
@@ -274,7 +288,7 @@ def test_command_line_over_file_over_defaults() -> None:
     assert (arguments.nodes, arguments.gpus, arguments.measure, arguments.config) == (4, 2, True, Path(CONFIG))
     assert (arguments.settings.train.epochs, arguments.settings.train.batch_size) == (3, 128)
     assert arguments.settings.optim.momentum == 0.9
-    assert not parse([CONFIG, "--measure", "False"]).measure
+    assert not parse([CONFIG]).measure
 
 
 @pytest.mark.data
@@ -286,7 +300,10 @@ def test_measured_on_a_screen_and_as_json(data_dir: Path, tmp_path: Path) -> Non
     lines = result.stdout.splitlines()
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 110
-    assert "devices       6 (3 nodes x 2); batch of 96 = 16 x 6 x 1 (micro-batch x devices x accumulation)" in lines
+    assert (
+        "devices       6 = 3 x 2 (nodes x devices); batch of 96 = 16 x 6 x 1 (micro-batch x devices x "
+        in lines[1] + " "
+    )
     text = " ".join(result.stdout.split())
     assert "(measured here, " in text
     assert "6 devices are assumed to be 6 times as fast as one" in text
@@ -294,14 +311,14 @@ def test_measured_on_a_screen_and_as_json(data_dir: Path, tmp_path: Path) -> Non
     assert values.keys() == {
         "model", "params", "precision", "nodes", "world_size", "batch_size", "micro_batch_size", "accumulation",
         "train_n", "steps", "steps_per_epoch", "epochs", "samples_dropped_per_epoch", "low_resolution_steps",
-        "learning_rate", "memory_bytes", "time", "checkpoints", "validations", "val_n", "warnings", "refusals",
+        "learning_rate", "time", "checkpoints_written", "checkpoints_kept", "checkpoint_bytes", "checkpoints_bytes",
+        "validations", "val_n", "time_limit", "warnings", "refusals",
     }  # fmt: skip
     assert f"{values['params']:,} parameters" in lines[0]
     time = values["time"]
     assert 0 < time["step_seconds"] < 60
-    assert 0 < time["low_resolution_step_seconds"] < 60
-    assert time["train_seconds"] == pytest.approx(12 * (time["step_seconds"] + time["low_resolution_step_seconds"]))
-    assert values["memory_bytes"] is None
+    assert time["train_seconds"] == pytest.approx(24 * time["step_seconds"])
+    assert time["peak_memory_bytes"] is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json"]
 
 
@@ -311,20 +328,22 @@ def test_memory_is_measured_on_a_gpu(tmp_path: Path) -> None:
     result = plan(CONFIG, "--train.compile", "off", "--measure", "--json", out)
     assert result.returncode == 0, result.stderr
     assert "torch.cuda.max_memory_allocated" in result.stdout
-    assert json.loads(out.read_text())["memory_bytes"]["peak"] > 10**6
+    assert json.loads(out.read_text())["time"]["peak_memory_bytes"] > 10**6
 
 
-def test_too_little_memory_is_refused_while_measuring(planned: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_refused_while_measuring(
+    config: Config, planned: Figures, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(TrainStep, "run", run)
     with pytest.raises(UserError, match=r"the next lower one for train\.batch_size 96 on 3 processes is 8"):
-        duration.measure(planned)
+        measure(config, planned)
 
 
-def test_page_without_a_training_speed(planned: Plan) -> None:
-    text = page(planned, None, Findings(warnings=["look"]))
+def test_page_without_a_training_speed(config: Config, planned: Figures) -> None:
+    text = page(config, planned, None, Findings(warnings=["look"]))
     assert "time          unknown; give --images-per-second SPEED (per device), --like runs/NAME, or --measure" in text
     assert text.splitlines()[-1] == "warning:      look"
     assert "memory" not in text

@@ -86,7 +86,7 @@ def test_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         leave_run(folder, seed, test_accuracy=accuracy, val_accuracy=accuracy - 0.01)
     call(monkeypatch, folder, "--json", tmp_path / "out.json")
     lines = capsys.readouterr().out.splitlines()
-    assert "test accuracy, last epoch, n = 10,000 images; validation accuracy: n = 5,000" in lines[1]
+    assert "test accuracy, last epoch, n = 10,000 images, TTA: flip; validation accuracy: n = 5,000" in lines[1]
     assert lines[2] == "on 2 x a; torch 2.15.0"
     rows = [line.split() for line in lines[5:]]
     assert rows[0] == ["seed", "2", "87.00", "88.00", "87.00", "100.0", "27,000", "0123456-dirty"]
@@ -103,8 +103,8 @@ def test_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     }  # fmt: skip
     assert (figures["num_runs"], figures["test_n"], figures["val_n"]) == (2, 10_000, 5000)
     assert figures["t_quantile"] == pytest.approx(12.7062, rel=1e-5)
-    assert figures["config"]["optim"]["lr"] == CONFIG.optim.lr
-    assert "seed" not in figures["config"]["run"]
+    assert figures["config"]["optim.lr"] == CONFIG.optim.lr
+    assert "run.seed" not in figures["config"]
     assert [run["seed"] for run in figures["runs"]] == [2, 10]
     for run in figures["runs"]:
         assert run.keys() == {"summary", *FIGURES}
@@ -138,9 +138,9 @@ def test_other_differences_are_noted(
     leave_run(tmp_path, 1, other, git_commit="fedcba9876543210", device_names=["b", "b"])
     call(monkeypatch, tmp_path)
     output = capsys.readouterr().out
-    assert "2 commits of the code" in output
-    assert "2 sets of devices" in output
-    assert "sets of packages" not in output
+    assert "note: git_commit has 2 values in these runs" in output
+    assert "note: device_names has 2 values in these runs" in output
+    assert "note: versions" not in output
 
 
 def test_missing_and_unfinished_runs_are_all_named(
