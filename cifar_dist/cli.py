@@ -8,26 +8,20 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 import yaml
 
-from cifar_dist.config import (
-    NUM_TRAIN,
-    NUM_VALIDATION,
-    Config,
-    ModelConfig,
-    accumulation_steps,
-    out_of_range,
-    to_yaml,
-)
+from cifar_dist.config import NUM_TRAIN, NUM_VALIDATION, Config, ModelConfig, Range, to_yaml
 from cifar_dist.errors import UserError, is_main_process, wait_for_main_process
 from cifar_dist.files import write_json
 
@@ -149,8 +143,7 @@ def validate(config: Config) -> None:
         UserError: names the setting, its value and what is valid.
     """
     c = config
-    for name, value, valid in out_of_range(config):
-        raise UserError(f"{name} is {value}; valid: {valid}.")
+    _validate_ranges(c)
     if c.run.resume == "":
         raise UserError("run.resume is empty; valid: never, auto or the path of a checkpoint.")
     if c.run.name is not None and (Path(c.run.name).name != c.run.name or c.run.name == ".."):
@@ -164,6 +157,16 @@ def validate(config: Config) -> None:
             "augment.low_resolution_share 0, or model.auxiliary False."
         )
     _validate_sizes(c)
+
+
+def _validate_ranges(config: Config) -> None:
+    for section, values in vars(config).items():
+        for key, hint in get_type_hints(type(values), include_extras=True).items():
+            value = getattr(values, key)
+            notes = [note for part in (hint, *get_args(hint)) for note in getattr(part, "__metadata__", ())]
+            for valid in notes:
+                if isinstance(valid, Range) and value is not None and value not in valid:
+                    raise UserError(f"{section}.{key} is {value}; valid: {valid}.")
 
 
 def _validate_model(model: ModelConfig, optimizer: str) -> None:
@@ -196,6 +199,32 @@ def _validate_sizes(c: Config) -> None:
         )
 
 
+def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Micro-batches per rank and optimizer step: batch_size / (micro_batch_size x world_size).
+
+    Raises:
+        UserError: that is not an integer; the message has the nearest valid choices.
+    """
+    unit = micro_batch_size * world_size
+    if batch_size % unit == 0:
+        return batch_size // unit
+
+    def nearest(valid: Iterable[int], value: int) -> str:
+        return " or ".join(map(str, sorted(sorted(valid, key=lambda number: abs(number - value))[:2])))
+
+    numbers, below = range(1, batch_size + 1), batch_size // unit * unit
+    micro = nearest((m for m in numbers if m > 1 and batch_size % (m * world_size) == 0), micro_batch_size)
+    worlds = nearest((w for w in numbers if batch_size % (micro_batch_size * w) == 0), world_size)
+    choices = [f"train.batch_size {nearest(filter(None, (below, below + unit)), batch_size)}"]
+    choices += [f"train.micro_batch_size {micro}"] * bool(micro)
+    choices += [f"{worlds} processes"] * bool(worlds and world_size > 1)
+    raise UserError(
+        f"train.batch_size {batch_size} is no multiple of train.micro_batch_size {micro_batch_size} x "
+        f"{world_size} process{'es' if world_size > 1 else ''} = {unit}.\n"
+        f"Nearest valid choices: {'; or '.join(choices)}."
+    )
+
+
 def validate_for_table(config: Config) -> None:
     """Refuse settings whose score does not belong in a table of results.
 
@@ -213,23 +242,22 @@ def json_writer(path: Path | None) -> Callable[[dict[str, Any]], None]:
         UserError: here, before the work starts, if the folder cannot be used; in the function, if writing fails.
     """
 
-    def failure(reason: str | None) -> UserError:
-        return UserError(f"--json {path} cannot be written: {reason}.")
-
     def write(values: dict[str, Any]) -> None:
         if path is not None:
-            try:
+            with _explain_unwritable(path):
                 write_json(path, values)
-            except OSError as error:
-                raise failure(error.strerror) from None
 
     if path is not None:
-        try:
+        with _explain_unwritable(path):
             if path.is_dir():
-                raise failure("it is a folder")
+                raise IsADirectoryError(errno.EISDIR, "it is a folder")
             tempfile.TemporaryFile(dir=path.parent).close()
-        except FileNotFoundError:
-            raise failure(f"the folder {path.parent} does not exist") from None
-        except OSError as error:
-            raise failure(error.strerror) from None
     return write
+
+
+@contextmanager
+def _explain_unwritable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--json {path} cannot be written: {error.strerror}.") from None

@@ -7,14 +7,11 @@ concern several settings are in `cli`. This module does not import torch, so tha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
-
-from cifar_dist.errors import UserError
 
 NUM_TRAIN, NUM_TEST, NUM_CLASSES, NUM_VALIDATION = 50_000, 10_000, 10, 5_000
 LR_BATCH_SIZE = 128  # optim.lr is given for a global batch of this size
@@ -227,46 +224,6 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
-
-
-def out_of_range(config: Config) -> Iterator[tuple[str, Any, Range]]:
-    """Yield full name, value and valid range of each setting outside its range. None is in every range."""
-    for section, values in vars(config).items():
-        for key, hint in get_type_hints(type(values), include_extras=True).items():
-            value = getattr(values, key)
-            notes = [note for part in (hint, *get_args(hint)) for note in getattr(part, "__metadata__", ())]
-            for valid in notes:
-                if isinstance(valid, Range) and value is not None and value not in valid:
-                    yield f"{section}.{key}", value, valid
-
-
-def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) -> int:
-    """Micro-batches per rank and optimizer step: batch_size / (micro_batch_size x world_size).
-
-    Raises:
-        UserError: that is not an integer; the message has the nearest valid choices.
-    """
-    unit = micro_batch_size * world_size
-    if batch_size % unit == 0:
-        return batch_size // unit
-    below, above = batch_size // unit * unit, (batch_size // unit + 1) * unit
-    sizes = " or ".join(str(size) for size in (below, above) if size)
-    choices = [f"train.batch_size {sizes}"]
-    if batch_size % world_size == 0:
-        per_rank = batch_size // world_size
-        divisors = [m for m in range(2, per_rank + 1) if per_rank % m == 0]
-        nearest = sorted(divisors, key=lambda m: abs(m - micro_batch_size))[:2]
-        if nearest:
-            choices.append(f"train.micro_batch_size {' or '.join(map(str, sorted(nearest)))}")
-    worlds = [w for w in range(1, batch_size + 1) if batch_size % (micro_batch_size * w) == 0]
-    if worlds and world_size > 1:
-        nearest = sorted(sorted(worlds, key=lambda w: abs(w - world_size))[:2])
-        choices.append(f"{' or '.join(map(str, nearest))} processes")
-    raise UserError(
-        f"train.batch_size {batch_size} is no multiple of train.micro_batch_size {micro_batch_size} x "
-        f"{world_size} process{'es' if world_size > 1 else ''} = {unit}.\n"
-        f"Nearest valid choices: {'; or '.join(choices)}."
-    )
 
 
 def to_yaml(config: Config) -> str:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cifar_dist.cli import parse
+from cifar_dist import cli
 from cifar_dist.config import Device
-from cifar_dist.errors import exit_on_error
+from cifar_dist.errors import exit_on_error, is_main_process
+from cifar_dist.files import to_json
 from cifar_dist.process import quick_imports, run_and_exit
 
 
@@ -30,7 +31,8 @@ class EvaluateArguments:
 
 def main() -> None:
     with exit_on_error(on_all_ranks=True):
-        arguments = parse(EvaluateArguments, sys.argv[1:], "evaluate", description="Score a checkpoint.")
+        arguments = cli.parse(EvaluateArguments, sys.argv[1:], "evaluate", description="Score a checkpoint.")
+        write_json = cli.json_writer(arguments.json if is_main_process() else None)
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or FFCV would open one of the GPUs
     with quick_imports():
@@ -39,9 +41,11 @@ def main() -> None:
         from cifar_dist.training.score_checkpoint import score_checkpoint
 
     with exit_on_error(), init_distributed(arguments.device) as world, report_lost_peers(world):
-        score_checkpoint(
-            arguments.checkpoint, world, arguments.split == "validation", arguments.data_dir, arguments.json
-        )
+        validation = arguments.split == "validation"
+        figures = score_checkpoint(arguments.checkpoint, world, validation, arguments.data_dir)
+        if world.is_main:
+            print(to_json(figures), end="")
+        write_json(figures)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Annotated
 import tyro
 
 from cifar_dist import cli, errors
-from cifar_dist.config import Config, Range, accumulation_steps
+from cifar_dist.config import Config, Range
 from cifar_dist.errors import UserError
 
 
@@ -49,7 +49,7 @@ def main() -> None:
         config, num_devices = arguments.settings, arguments.nodes * arguments.gpus
         limit = None if arguments.time_limit is None else time_limit_seconds(arguments.time_limit)
         cli.validate(config)
-        accumulation_steps(config.train.batch_size, config.train.micro_batch_size, num_devices)
+        cli.accumulation_steps(config.train.batch_size, config.train.micro_batch_size, num_devices)
         write_json = cli.json_writer(arguments.json)
         if config.train.device == "cpu":
             os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cifar_dist.config import NUM_CLASSES, NUM_TRAIN, Config, accumulation_steps, to_yaml
+from cifar_dist.cli import accumulation_steps
+from cifar_dist.config import NUM_CLASSES, NUM_TRAIN, Config, to_yaml
 from cifar_dist.data.cifar10 import BETON_FILES
 from cifar_dist.data.loader import Batch
 from cifar_dist.data.order import Order, split

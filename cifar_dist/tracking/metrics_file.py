@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cifar_dist.errors import UserError
 from cifar_dist.files import write_bytes_atomic
@@ -35,7 +36,7 @@ def number(value: Value) -> float | None:
     return float(value)
 
 
-def _parse(line: bytes) -> Record | None:
+def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
     except ValueError:  # also UnicodeDecodeError: a torn line may end inside a character
@@ -75,9 +76,12 @@ class RecordFile:
     def _cut(self, start_step: int) -> None:
         before = self.path.read_bytes()
         lines = before.splitlines()
-        # A final test whose run was not completed comes again.
-        records = ((line, _parse(line)) for line in lines)
-        kept = [line for line, record in records if record and _step(record) <= start_step and "test/n" not in record]
+        # The final test is dropped, too: a run that stopped after it repeats it.
+        kept = [
+            line
+            for line in lines
+            if (record := _parse(line)) and "test/n" not in record and record["step"] <= start_step
+        ]
         after = b"".join(line + b"\n" for line in kept)
         self.num_dropped = len(lines) - len(kept)
         if after != before:
@@ -118,9 +122,3 @@ class RecordFile:
             f"cannot write the metrics {self.path}: {error.strerror or error}. "
             f"Make room or choose another run.dir, then resume with --run.resume auto."
         )
-
-
-def _step(record: Record) -> int:
-    step = record["step"]
-    assert isinstance(step, int)  # _parse saw to it
-    return step

@@ -1,4 +1,4 @@
-"""One dict of metrics to the console, to metrics.jsonl and to W&B. Rank 0 has the only one."""
+"""One dictionary of metrics to the console, to metrics.jsonl and to W&B. Only rank 0 has a tracker."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ class Tracker:
     """Opens the three places where metrics go; use it in a `with` statement.
 
     Args:
-        run_dir: the run directory, made when missing; holds metrics.jsonl, wandb_id.txt and wandb/.
-        config: W&B mode and project.
-        run_config: the complete configuration, plain values only; goes to W&B.
+        run_dir: holds metrics.jsonl, wandb_id.txt and wandb/.
+        run_config: the complete configuration, shown at W&B; plain values only.
         total_steps: optimizer steps of the whole run.
-        start_step: steps already done. Later lines of an old metrics.jsonl are dropped, so everything
-            measured at step t must have been logged before the checkpoint of step t is written.
+        start_step: steps already done. Later lines of metrics.jsonl are dropped, so everything measured at step t must
+            be logged before the checkpoint of step t is written.
         name: the run's name at W&B.
 
     Raises:
-        UserError: metrics.jsonl cannot be written, or W&B was asked for by name and cannot be had.
+        UserError: metrics.jsonl cannot be written, or a W&B mode that was given explicitly does not work.
     """
 
     def __init__(
@@ -41,14 +40,10 @@ class Tracker:
         name: str,
     ) -> None:
         with ExitStack() as stack:
-            try:
-                run_dir.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"cannot make the run directory {run_dir}: {error.strerror}.") from error
             self._records = stack.enter_context(closing(RecordFile(run_dir / "metrics.jsonl", start_step)))
             self._console = stack.enter_context(closing(Console(total_steps, start_step)))
             self._wandb = start_wandb(config, run_dir, run_config, name, self.log)
-            stack.pop_all()  # all is well: keep them open
+            stack.pop_all()  # no error: keep them open
         if self._records.num_dropped:
             self.log(
                 f"{self._records.path}: dropped {self._records.num_dropped} lines after step {start_step}, "
@@ -72,39 +67,29 @@ class Tracker:
                 raise
 
     def progress(self, step: int) -> None:
-        """Say that `step` optimizer steps are done; cheap enough for every step, waits for nothing."""
+        """Show that `step` optimizer steps are done. Cheap enough for every step."""
         self._console.progress(step)
 
-    def log_metrics(self, step: int, metrics: Mapping[str, Value], *, to_console: bool = True) -> None:
-        """Send one record to all places.
-
-        Args:
-            step: optimizer steps done.
-            metrics: plain numbers; accuracies as shares of 1, `seconds` since the start of training. NaN and
-                infinities become the strings "nan", "inf" and "-inf" in metrics.jsonl.
-            to_console: False keeps the record off the console.
+    def log_metrics(self, step: int, metrics: Mapping[str, Value]) -> None:
+        """Write one record, measured after `step` optimizer steps, to all three places. Accuracies are from 0 to 1.
 
         Raises:
-            UserError: metrics.jsonl cannot be written. A W&B process that dies meanwhile is reported in a
-                line, and does not stop the run (see `finish`).
+            UserError: metrics.jsonl cannot be written. A W&B process that dies does not stop the run (see `finish`).
         """
         self._records.append(step, metrics)
         if self._wandb is not None:
             self._wandb.log({"step": step, **metrics})
-        if to_console:
-            self._console.log_metrics(step, metrics)
+        self._console.log_metrics(step, metrics)
 
     def log(self, text: str) -> None:
-        """Print a line, above the bar where there is one."""
+        """Print a line, above the bar if there is one."""
         self._console.log(text)
 
     def finish(self, summary: Mapping[str, Value]) -> None:
-        """Write W&B's summary and close everything: at the end of a complete run, its last file saved.
-
-        A run that is stopped to be resumed, or fails, just leaves the `with` statement.
+        """Write W&B's summary and close everything. A run that stops early only leaves the `with` statement.
 
         Raises:
-            UserError: metrics.jsonl cannot be written, or W&B was asked for by name and stopped meanwhile.
+            UserError: metrics.jsonl cannot be written, or a W&B mode was given explicitly and W&B failed.
         """
         self._console.close()
         if self._wandb is not None:

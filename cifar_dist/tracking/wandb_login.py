@@ -1,4 +1,4 @@
-"""Which W&B mode a run gets, from the environment and W&B's files; without wandb and the network."""
+"""The W&B mode of a run, from the environment and W&B's files. Imports no wandb and uses no network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cifar_dist.errors import UserError
 
 Mode = Literal["online", "offline", "disabled"]
 
-# W&B's own server has had two names; a login made under one is used for the other.
+# Both names of W&B's own server; a login under one is valid for the other.
 OWN_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 ENVIRONMENT_MODES: dict[str, Mode] = {
     "online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled",
@@ -22,30 +22,30 @@ ENVIRONMENT_MODES: dict[str, Mode] = {
 
 
 def resolve_mode(mode: WandbMode) -> tuple[Mode, bool]:
-    """The mode to use, and whether it was asked for by name (then its failure is an error).
+    """The mode to use, and whether it was given explicitly, by --track.wandb or WANDB_MODE.
 
-    auto is WANDB_MODE where that is set, else offline where `wandb offline` said so, else online with a
-    login, else offline.
+    auto is WANDB_MODE if that is set; else offline after `wandb offline`; else online with a login; else offline.
 
     Raises:
-        UserError: WANDB_MODE is no mode that works here, or online was asked for without a login.
+        UserError: WANDB_MODE is unknown, or online was given without a login.
     """
-    asked_for = mode != "auto"
-    if mode == "auto":
-        value = os.environ.get("WANDB_MODE")
-        if value and value not in ENVIRONMENT_MODES:
+    if mode != "auto":
+        chosen, explicit = mode, True
+    elif value := os.environ.get("WANDB_MODE"):
+        if value not in ENVIRONMENT_MODES:
             valid = ", ".join(ENVIRONMENT_MODES)
-            raise UserError(f"WANDB_MODE is {value!r}; valid: {valid}. --track.wandb MODE overrules it.")
-        asked_for = bool(value)
-        stored = ENVIRONMENT_MODES.get(value or _setting("mode") or "", "online")
-        mode = stored if asked_for or stored != "online" or has_login() else "offline"
-    if mode == "online" and not has_login():
+            raise UserError(f"WANDB_MODE is {value!r}; valid: {valid}. --track.wandb MODE takes precedence.")
+        chosen, explicit = ENVIRONMENT_MODES[value], True
+    else:
+        stored = ENVIRONMENT_MODES.get(_setting("mode") or "", "online")
+        chosen, explicit = stored if stored != "online" or has_login() else "offline", False
+    if chosen == "online" and not has_login():
         raise UserError(
             f"W&B online was asked for, but there is no login for {_host()}: neither WANDB_API_KEY "
             f"nor an entry in {_netrc_path()}.\n"
             "Log in with `wandb login`, or give --track.wandb offline or --track.wandb disabled."
         )
-    return mode, asked_for
+    return chosen, explicit
 
 
 def has_login() -> bool:

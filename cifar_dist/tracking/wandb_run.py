@@ -1,4 +1,4 @@
-"""The W&B run of a run directory, kept so that W&B can neither stall nor kill the training."""
+"""The W&B run of a run directory. W&B can neither stall nor stop the training."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,31 +27,24 @@ FINISH_TIMEOUT_S = 30.0  # a preempted job may have no more; what is not uploade
 def start_wandb(
     config: TrackConfig, run_dir: Path, run_config: dict[str, Any], name: str, log: Callable[[str], None]
 ) -> WandbRun | None:
-    """Start the one W&B run of this run directory, or continue it; None where W&B is disabled.
-
-    Args:
-        config: mode and project.
-        run_dir: keeps the run's id in wandb_id.txt and its files in wandb/.
-        run_config: plain values, shown at W&B.
-        name: display name.
-        log: prints a line.
+    """Start the W&B run of this run directory, or resume it; None if W&B is disabled. For the arguments see `Tracker`.
 
     Raises:
-        UserError: a mode that was asked for by name failed. In mode auto a failing server means offline, and
-            a failing wandb none at all, each with a line that says so.
+        UserError: a mode that was given explicitly failed. In mode auto, offline replaces a server that fails, and
+            nothing replaces a wandb that fails; a line tells so.
     """
-    mode, asked_for = resolve_mode(config.wandb)
+    mode, explicit = resolve_mode(config.wandb)
     if mode == "disabled":
         return None
     run_id = _run_id(run_dir)
-    modes: tuple[Mode, ...] = (mode,) if asked_for or mode == "offline" else ("online", "offline")
+    modes: tuple[Mode, ...] = (mode,) if explicit or mode == "offline" else ("online", "offline")
     for attempt in modes:
         try:
             run = _init(attempt, config.project, run_dir, run_id, run_config, name)
-        except _failures() as error:
+        except Exception as error:
             _teardown()  # else the failed run keeps its id occupied
             reason = " ".join(str(error).split()) or type(error).__name__
-            if asked_for:
+            if explicit:
                 others = "offline or disabled" if attempt == "online" else "disabled"
                 raise UserError(
                     f"W&B {attempt} was asked for and failed: {reason}\nTo go without: --track.wandb {others}."
@@ -60,14 +54,14 @@ def start_wandb(
             continue
         where = run.url if attempt == "online" else f"`wandb sync {run.settings.sync_dir}` uploads it"
         log(f"W&B {attempt}: {where}")
-        return WandbRun(run, asked_for, log)
+        return WandbRun(run, explicit, log)
     return None
 
 
 def _init(mode: Mode, project: str, run_dir: Path, run_id: str, run_config: dict[str, Any], name: str) -> wandb.Run:
     # No crash reports to a third party: offline means no network at all.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    import wandb  # takes half a second, so only where it is used
+    import wandb  # here, because it takes half a second
 
     settings: dict[str, Any] = {
         "console": "off",
@@ -86,7 +80,7 @@ def _init(mode: Mode, project: str, run_dir: Path, run_id: str, run_config: dict
         mode=mode, project=project, dir=str(run_dir), id=run_id, resume="allow", name=name, config=run_config,
         settings=wandb.Settings(**settings),
     )  # fmt: skip
-    # W&B's own step only grows, and drops what a resumed run logs again; ours is a metric like others.
+    # W&B's own step cannot go back, as it does when a run resumes; ours is a metric like the others.
     run.define_metric("step", hidden=True)
     run.define_metric("*", step_metric="step")
     return run
@@ -107,32 +101,19 @@ def _run_id(run_dir: Path) -> str:
     return run_id
 
 
-def _failures() -> tuple[type[Exception], ...]:
-    """What wandb raises when it, its process or its server fails.
-
-    ValueError: settings from the environment that it refuses. RuntimeError: its threads are gone.
-    """
-    import wandb
-    from wandb.sdk.mailbox.mailbox import MailboxClosedError
-
-    return wandb.Error, MailboxClosedError, OSError, ValueError, RuntimeError
-
-
 def _teardown() -> None:
     import wandb
 
-    try:
+    with suppress(Exception):  # its process may be dead already
         wandb.teardown()
-    except _failures():
-        pass  # its process is dead already, which is what was wanted
 
 
 class WandbRun:
-    """A started run. Once its process has died, it says so and takes no more."""
+    """A started run. When W&B fails, for whatever reason, it logs one line and ignores all that follows."""
 
-    def __init__(self, run: wandb.Run, asked_for: bool, log: Callable[[str], None]) -> None:
+    def __init__(self, run: wandb.Run, explicit: bool, log: Callable[[str], None]) -> None:
         self._run: wandb.Run | None = run
-        self._asked_for = asked_for
+        self._explicit = explicit
         self._log = log
         self._failure: str | None = None
 
@@ -142,11 +123,11 @@ class WandbRun:
             return
         try:
             self._run.log(dict(record))
-        except _failures() as error:
-            self._give_up(f"W&B stopped at step {record.get('step')} ({error}); metrics.jsonl goes on.")
+        except Exception as error:  # noqa: BLE001 - a tracker never stops a run
+            self._give_up(f"W&B stopped at step {record.get('step')} ({error}); metrics.jsonl continues.")
 
     def finish(self, summary: Mapping[str, Value], exit_code: int) -> None:
-        """Write the summary and close, waiting FINISH_TIMEOUT_S at most; a second call does nothing."""
+        """Write the summary and close, within FINISH_TIMEOUT_S; a second call does nothing."""
         if self._run is None:
             return
         run, self._run = self._run, None
@@ -155,16 +136,12 @@ class WandbRun:
             run.finish(exit_code=exit_code)
         except TimeoutError:
             self._log(f"W&B: not all was uploaded; `wandb sync {run.settings.sync_dir}` uploads the rest.")
-        except _failures() as error:
+        except Exception as error:  # noqa: BLE001
             self._give_up(f"W&B failed at the end of the run ({error}); metrics.jsonl is complete.")
 
     def check(self) -> None:
-        """Fail if W&B was asked for by name and did not live to the end.
-
-        Raises:
-            UserError: with what happened.
-        """
-        if self._failure is not None and self._asked_for:
+        """Raise a UserError if W&B failed although its mode was given explicitly."""
+        if self._failure is not None and self._explicit:
             raise UserError(f"{self._failure} The run itself is complete.")
 
     def _give_up(self, failure: str) -> None:

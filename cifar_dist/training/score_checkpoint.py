@@ -6,6 +6,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ from cifar_dist.data.dataset import prepared_folder, read_split
 from cifar_dist.data.loader import BetonLoader
 from cifar_dist.distributed import World, broadcast_bytes, run_and_sync_errors
 from cifar_dist.errors import UserError
-from cifar_dist.files import to_json, write_json
 from cifar_dist.models.architectures import create_model
 from cifar_dist.models.network import main_weights
 from cifar_dist.training import checkpoint
@@ -25,8 +25,8 @@ from cifar_dist.training.precision import choose_precision, set_backends
 from cifar_dist.training.run_directory import config_of
 
 
-def score_checkpoint(path: Path, world: World, validation: bool, data_dir: Path | None, json_path: Path | None) -> None:
-    """Score the model in the file `path` on all ranks; rank 0 prints the result as JSON and writes it to `json_path`.
+def score_checkpoint(path: Path, world: World, validation: bool, data_dir: Path | None) -> dict[str, Any]:
+    """Score the model in the file `path` on all ranks. Returns the figures, the same on every rank.
 
     Batch-norm statistics are computed anew from training images, as at the end of training, so checkpoints from the
     middle of a run are scored in the same way.
@@ -39,8 +39,6 @@ def score_checkpoint(path: Path, world: World, validation: bool, data_dir: Path 
         if world.is_main:
             print(text, file=sys.stderr, flush=True)  # stdout is for the result
 
-    if json_path and not json_path.parent.is_dir():
-        raise UserError(f"--json {json_path}: there is no folder {json_path.parent}.", on_all_ranks=True)
     data = run_and_sync_errors(world, lambda: checkpoint.read_verified(path, need_digest=False), only_if=world.is_main)
     data = broadcast_bytes(data or b"", world)
     state = run_and_sync_errors(world, lambda: checkpoint.decode(data, str(path)))
@@ -67,20 +65,17 @@ def score_checkpoint(path: Path, world: World, validation: bool, data_dir: Path 
         else:
             with loader.of(folder / "test.beton") as test_loader:
                 result = evaluator.score(test_loader, np.arange(NUM_TEST), config.eval.tta)
-    if world.is_main:
-        values = {
-            "checkpoint": str(path),
-            "step": state["step"],
-            "split": "validation" if validation else "test",
-            "n": result.n,
-            "accuracy": result.accuracy,
-            "accuracy_tta": result.accuracy_tta,
-            "loss": result.loss if math.isfinite(result.loss) else None,
-            "class_accuracy": result.class_accuracy,
-            "confusion": result.confusion,
-            "confusion_tta": result.confusion_tta,
-            "world_size": world.size,
-        }
-        print(to_json(values), end="")
-        if json_path:
-            write_json(json_path, values)
+    return {
+        "checkpoint": str(path),
+        "step": state["step"],
+        "split": "validation" if validation else "test",
+        "n": result.n,
+        "accuracy": result.accuracy,
+        "accuracy_tta": result.accuracy_tta,
+        "loss": result.loss if math.isfinite(result.loss) else None,
+        "class_accuracy": result.class_accuracy,
+        "confusion": result.confusion,
+        "confusion_tta": result.confusion_tta,
+        "precision": precision.name,
+        "world_size": world.size,
+    }

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cifar_dist.config import Config, accumulation_steps
+from cifar_dist.config import Config
 from cifar_dist.data import augment
 from cifar_dist.data.loader import Batch
 from cifar_dist.distributed import World, data_parallel
@@ -41,7 +41,8 @@ class TrainStep:
     def __init__(self, config: Config, world: World, precision: Precision) -> None:
         set_phase(_BUILD)
         self.config, self.world, self.precision = config, world, precision
-        self.accumulation = accumulation_steps(config.train.batch_size, config.train.micro_batch_size, world.size)
+        # An integer: cli.load_config has checked it.
+        self.accumulation = config.train.batch_size // (config.train.micro_batch_size * world.size)
         torch.manual_seed(derive(config.run.seed, "init"))
         self.model = create_model(config.model, world.device.type).to(world.device, precision.parameters)
         if config.train.channels_last:

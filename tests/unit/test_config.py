@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from cifar_dist import cli
-from cifar_dist.cli import validate
-from cifar_dist.config import Config, accumulation_steps, to_yaml
+from cifar_dist.cli import accumulation_steps, validate
+from cifar_dist.config import Config, to_yaml
 from cifar_dist.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]

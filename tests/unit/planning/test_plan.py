@@ -264,7 +264,7 @@ def test_warnings(config: Config, planned: Figures, tmp_path: Path) -> None:
     ((CONFIG, "--time-limit", "1h"), "time_limit is 1h; valid are Slurm's forms"),
     ((CONFIG, "--images-per-second", "0"), "images_per_second is 0.0; valid: above 0."),
     ((CONFIG, "--measure", "--like", "runs/a"), "the training speed has one source"),
-    ((CONFIG, "--json", "/nowhere/a.json"), "the folder /nowhere does not exist"),
+    ((CONFIG, "--json", "/nowhere/a.json"), "--json /nowhere/a.json cannot be written: No such file or directory."),
     ((CONFIG, "--train.epoch", "3"), "--train.epochs"),
     ((CONFIG, "--optim.lr", "-1"), "optim.lr is -1.0; valid: above 0"),
     (("/nowhere.yaml",), "/nowhere.yaml: No such file"),
