@@ -31,24 +31,20 @@ T = TypeVar("T")
 def parse(cls: type[T], args: Sequence[str], command: str, default: T | None = None, description: str = "") -> T:
     """Parse `args` into the dataclass `cls`; on a mistake, print it with the closest option and exit with 2."""
     try:
-        return _parse(cls, args, command, default, description)
+        return tyro.cli(  # type: ignore[return-value]  # a default of None stands for no default
+            cls,
+            args=list(args),
+            prog=f"python -m cifar_dist.{command}",
+            description=description,
+            default=default,
+            use_underscores=True,
+            console_outputs=is_main_process(),
+            config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+        )
     except SystemExit as end:
         if end.code and not is_main_process():
             wait_for_main_process()
         raise
-
-
-def _parse(cls: type[T], args: Sequence[str], command: str, default: T | None, description: str) -> T:
-    return tyro.cli(  # type: ignore[return-value]  # a default of None stands for no default
-        cls,
-        args=list(args),
-        prog=f"python -m cifar_dist.{command}",
-        description=description,
-        default=default,
-        use_underscores=True,
-        console_outputs=is_main_process(),
-        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
-    )
 
 
 def load_config(args: Sequence[str], command: str = "train", description: str = "") -> Config:

@@ -229,9 +229,7 @@ class Config:
 def to_yaml(config: Config) -> str:
     """The complete configuration as YAML that `--config` reads back."""
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return str(value) if isinstance(value, Path) else value
+    def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key: str(value) if isinstance(value, Path) else value for key, value in items}
 
-    return str(yaml.safe_dump(plain(asdict(config)), sort_keys=False, allow_unicode=True))
+    return str(yaml.safe_dump(asdict(config, dict_factory=plain), sort_keys=False, allow_unicode=True))

@@ -9,6 +9,7 @@ it prints 576, 576 and 1024 output channels for 4c, 4d and 4e, but the branches 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Unpack
 
 from cifar_dist.config import ModelConfig
@@ -60,25 +61,12 @@ def inception_v1(branch5x5: str = "paper", **options: Unpack[Options]) -> Incept
     return InceptionNetwork(V1, branch5x5, **options)
 
 
-def inception_v2(branch5x5: str = "paper", **options: Unpack[Options]) -> InceptionNetwork:
-    """BN-Inception with the branches as printed.
+def inception_v2(branch5x5: str = "paper", *, rows: Rows = V2, **options: Unpack[Options]) -> InceptionNetwork:
+    """BN-Inception with the branches as printed; with `rows` V2_SLIM with the sums as printed.
 
     Raises:
         ValueError: branch5x5 is not paper, or norm is none.
     """
-    return _build_v2(V2, branch5x5, options)
-
-
-def inception_v2_slim(branch5x5: str = "paper", **options: Unpack[Options]) -> InceptionNetwork:
-    """BN-Inception with the sums as printed.
-
-    Raises:
-        ValueError: branch5x5 is not paper, or norm is none.
-    """
-    return _build_v2(V2_SLIM, branch5x5, options)
-
-
-def _build_v2(rows: Rows, branch5x5: str, options: Options) -> InceptionNetwork:
     if branch5x5 != "paper":
         raise ValueError(f"branch5x5 is {branch5x5!r}, but Inception V2 has two 3x3 there; use paper, or Inception V1")
     if options.get("variant", DEFAULT).norm == "none":
@@ -86,6 +74,7 @@ def _build_v2(rows: Rows, branch5x5: str, options: Options) -> InceptionNetwork:
     return InceptionNetwork(rows, "double3x3", **options)
 
 
+inception_v2_slim = partial(inception_v2, rows=V2_SLIM)
 MODELS = {"inception_v1": inception_v1, "inception_v2": inception_v2, "inception_v2_slim": inception_v2_slim}
 # merge_1x1 auto, by device type. Forward and backward at width 0.25, strided stem, 64 images, bf16, one core of a Xeon
 # with AMX: V1 takes 167 ms merged and 179 ms plain, V2 192 and 233 (medians of 60, interleaved). No GPU was measured.
