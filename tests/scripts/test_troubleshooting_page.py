@@ -1,7 +1,8 @@
-"""docs/troubleshooting.md names a test for every message; the tests exist, and the page says which ones are slow."""
+"""docs/troubleshooting.md quotes messages of the code and names a test for each; it says which ones are slow."""
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -74,3 +75,25 @@ def test_entries_that_only_slow_tests_show_say_so(tiers: dict[str, str]) -> None
         if only_slow != (SLOW in row.split("<!--")[1]):
             wrong.append(f"{row.splitlines()[0]}: {'add' if only_slow else 'remove'} {SLOW} in the comment")
     assert not wrong, "\n".join(wrong)
+
+
+def test_quoted_messages_are_in_the_code() -> None:
+    """At least 0.3 of the characters of each quoted heading are in pieces of ten that the code holds as strings.
+
+    The rest are names and numbers of one run. A message that was reworded has next to none.
+    """
+    texts = [path.read_text(encoding="utf-8") for path in (runs.REPOSITORY / "launch").rglob("*") if path.is_file()]
+    for path in (runs.REPOSITORY / "cifar_dist").rglob("*.py"):
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        values = [node.value for node in nodes if isinstance(node, ast.Constant)]
+        texts += [value.decode(errors="replace") if isinstance(value, bytes) else str(value) for value in values]
+    strings = "\n".join(texts)
+
+    def share(message: str) -> float:
+        starts = [start for start in range(len(message) - 9) if message[start : start + 10] in strings]
+        return len({place for start in starts for place in range(start, start + 10)}) / len(message)
+
+    quoted = [text for row in faults() for text in re.findall("`([^`]{12,})`", row.splitlines()[0])]
+    assert len(quoted) >= 50
+    assert share("error: somebody has forgotten all about this message.") < 0.3
+    assert [text for text in quoted if share(text) < 0.3 and not text.startswith("srun: ")] == []
