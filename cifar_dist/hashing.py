@@ -1,7 +1,7 @@
-"""Integer hashing: all randomness of a run is a function of its seed and of what it is for.
+"""Integer hashing: every random number of a run is a function of the seed and of its purpose.
 
 `mix64` is the finaliser of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators",
-2014). Generators with a state would tie what a sample gets to what was drawn before it, and on which rank.
+2014). With a stateful generator, the numbers of a sample would depend on earlier draws and on the rank.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def mix64(x: Any) -> Any:
 
 
 def derive(seed: int, *parts: int | str) -> int:
-    """A 64-bit number for one purpose, e.g. `derive(seed, "order", epoch)`; unlike seed + epoch, no two meet."""
+    """A 64-bit number for one purpose, e.g. `derive(seed, "order", epoch)`. Unlike sums of seed and epoch, numbers for
+    different purposes do not coincide."""
     value = mix64((seed + _GOLDEN) & MASK64)
     for part in parts:
         for number in _words(part) if isinstance(part, str) else [part]:

@@ -41,6 +41,8 @@ def run_and_exit(main: Callable[[], None]) -> NoReturn:
         main()
     except SystemExit as finished:
         code = finished.code
+    except BrokenPipeError as error:  # the reader of stdout is gone, as after `--help | head`
+        code = f"error: {error}"
     except Exception:  # noqa: BLE001 - printed as Python prints it
         sys.excepthook(*sys.exc_info())
         code = 1
