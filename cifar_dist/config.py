@@ -58,7 +58,7 @@ class RunConfig:
     A path: resume from that checkpoint."""
     deterministic: bool = False
     """Use deterministic algorithms of torch and cuDNN (slower on GPUs)."""
-    stall_timeout_s: Annotated[int, Range(min=0, max=500)] = 300
+    stall_timeout_s: Annotated[int, Range(min=0, max=500)] = 300  # below distributed.TIMEOUT_S, 600 s
     """Seconds without progress after which a run names the stalled rank and exits. 0: never."""
 
 
@@ -112,7 +112,7 @@ class TrainConfig:
     """Global batch: samples per optimizer step, whatever the number of devices."""
     micro_batch_size: Annotated[int, Range(min=2)] = 128
     """Samples per forward pass and batch-norm statistic. batch_size must be a multiple of micro_batch_size x number
-    of devices; gradients are accumulated over the rest."""
+    of devices; each device accumulates gradients over batch_size / (micro_batch_size x devices) micro-batches."""
     precision: PrecisionName | Literal["auto"] = "auto"
     """bf16 and fp16 use autocast. auto: bf16 if the device supports it, else fp16 on GPUs and fp32 on CPUs."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -126,7 +126,7 @@ class TrainConfig:
     keep_checkpoints: Positive = 2
     """Number of newest checkpoints to keep, beside the best one."""
     check_ranks_every_steps: NotNegative = 100
-    """Steps between comparisons of all ranks' weights by checksum, done at the next step that reads metrics. They are
+    """Steps between comparisons of all ranks' weights by checksum, done when metrics are next read. They are
     always compared before a checkpoint is saved. 0: only then."""
     log_every_steps: Positive = 20
     """Steps between two lines of metrics; in between, nothing waits for the device."""
@@ -149,13 +149,13 @@ class OptimConfig:
     norm_scales: Literal["trained", "fixed"] = "trained"
     """fixed: batch-norm scales stay at 1 (arXiv 2404.00498)."""
     weight_decay: Annotated[float, Range(min=0, below=1e3)] = 5e-4
-    """For filters and matrices of SGD; not for norms, biases, and filters of Muon."""
+    """For filters and matrices that SGD trains; not for batch-norm scales, biases, and filters that Muon trains."""
     schedule: Literal["linear", "cosine"] = "linear"
     """Decay of the learning rate from its peak to zero."""
     warmup_share: Fraction = 0.2
     """Fraction of all steps for the linear warm-up."""
     warmup_min_steps: NotNegative = 50
-    """The rate rises by at most 1 / this of its peak per step. A faster rise amplifies rounding differences tenfold per
+    """The warm-up takes at least this many steps. A faster rise amplifies rounding differences tenfold per
     step, so that runs on different numbers of devices diverge."""
     label_smoothing: Annotated[float, Range(min=0, below=1)] = 0.1
     """Probability spread evenly over all classes (arXiv 1512.00567)."""

@@ -20,7 +20,10 @@ _shutting_down = threading.Event()
 
 
 class UserError(ValueError):
-    """A setting, an argument or a file of the user is wrong."""
+    """Base of all errors that end a run with a message instead of a traceback.
+
+    Itself: a setting, an argument or a file of the user is wrong.
+    """
 
     exit_code = 2
 

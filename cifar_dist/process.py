@@ -1,4 +1,4 @@
-"""This process and those that it starts: fast imports, fast exit, age, blocked signals."""
+"""This process and those that it starts: fast imports, fast exit, blocked stop signals."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Findings:
 
 def make_plan(config: Config, nodes: int, gpus: int) -> Figures:
     """Plan a run on `nodes` x `gpus` devices. Builds the network on the CPU; needs neither GPU nor dataset."""
-    # All else about the samples does not matter here: CIFAR-10 has equally many of each class.
+    # Made-up labels: only the size of each class matters here, and in CIFAR-10 all are equal.
     labels = np.arange(NUM_TRAIN, dtype=np.int64) % NUM_CLASSES
     samples = split(labels, config.data.train_on, config.data.subset)
     train, order = config.train, Order(samples.train, config.train.batch_size, config.run.seed)
@@ -133,13 +133,19 @@ def from_speed(images_per_second: float, plan: Figures) -> TrainingTime:
 
 
 def from_run(directory: Path, config: Config, plan: Figures) -> TrainingTime:
-    """From a finished run, whose steps must have computed the same (UserError)."""
+    """From a finished run.
+
+    Raises:
+        UserError: its steps computed something else.
+    """
     run = read_run(directory)
     lines = [
         line for line in changes(run.config, config, "\n  {name} was {old}, is {new}") if line[3:].startswith(_COST)
     ]
     if lines:
-        raise UserError(f"{directory} has other settings, so its training speed does not apply:{''.join(lines)}")
+        raise UserError(
+            f"{directory} has other settings, so its training speed does not apply (--measure does):{''.join(lines)}"
+        )
     figures, devices = run.figures, run.figures["device_names"]
     speed = figures["images_per_second"] / len(devices)
     how = f"on {len(devices)} x {', '.join(set(devices))}, micro-batch {figures['micro_batch_size']}"

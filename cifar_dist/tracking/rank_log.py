@@ -1,4 +1,4 @@
-"""logs/rank-N.log: what one rank did, for the time after a failure."""
+"""logs/rank-N.log: what one rank did, to be read after a failure."""
 
 from __future__ import annotations
 

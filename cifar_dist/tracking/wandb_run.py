@@ -1,4 +1,4 @@
-"""The W&B run of a run directory. W&B can neither stall nor stop the training."""
+"""The W&B run of a run directory. After the start W&B can neither stall nor stop the training."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Checkpoints that are complete or absent.
 
 A checkpoint is step-NNNNNNNN.pt with its SHA-256 beside it in step-NNNNNNNN.pt.sha256 (the format of `sha256sum -c`).
-Both are written atomically, the digest first. A checkpoint holds tensors, numbers and strings only, which `torch.load`
-reads with weights_only=True.
+Both are written atomically, the digest first, so that no .pt file lacks it. A checkpoint holds tensors, numbers and
+strings only, which `torch.load` reads with weights_only=True.
 """
 
 from __future__ import annotations
@@ -107,14 +107,17 @@ def decode(data: bytes, origin: str) -> dict[str, Any]:
     if not isinstance(state, dict) or not {"format", "step", "model", "config"} <= state.keys():
         raise CheckpointError(f"{origin} is not a checkpoint of cifar_dist: it lacks format, step, model or config.")
     if state["format"] != FORMAT:
-        raise CheckpointError(f"{origin} has format {state['format']}; this version reads format {FORMAT}.")
+        raise CheckpointError(
+            f"{origin} has format {state['format']}; this version reads format {FORMAT}. Use "
+            f"the version of cifar_dist that wrote it, or start a new run."
+        )
     return state
 
 
 def retain(directory: Path, current: int, num_newest: int, also: Iterable[int]) -> None:
     """Keep the `num_newest` newest checkpoints up to step `current`, and those of the steps `also`; remove the others.
 
-    Later ones than `current` are damaged ones that a resume skipped, so they do not count.
+    Later ones than `current` are damaged ones that a resume skipped; they are removed.
     """
     steps = all_steps(directory)
     past = [step for step in steps if step <= current]

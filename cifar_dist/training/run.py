@@ -44,7 +44,7 @@ logger = logging.getLogger("cifar_dist")
 
 
 class Run(Hooks):
-    """One rank's part of the run with `config`, and the hooks of its Trainer.
+    """All that one rank does for the run with `config`, up to summary.json, and the hooks of its Trainer.
 
     Rank 0 has `tracker` and `lock`; every rank has a log file. `stack` closes what the run opens.
     """

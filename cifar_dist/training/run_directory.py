@@ -16,7 +16,7 @@ from cifar_dist.config import Config
 from cifar_dist.errors import CheckpointError, UserError
 from cifar_dist.training import checkpoint
 
-# Sections and settings that decide which numbers a run computes. The others may differ in a resumed run.
+# Settings that define a run. The others (devices, speed, evaluation, tracking) may change in a resumed run.
 _FIXED_SECTIONS = ("model", "optim", "augment")
 _FIXED_SETTINGS = {
     "run": ("seed",),
@@ -168,6 +168,4 @@ def _difference(config: Config, state: dict[str, Any], path: Path) -> str:
     fixed = {**{section: tuple(new[section]) for section in _FIXED_SECTIONS}, **_FIXED_SETTINGS}
     keys = [(section, key) for section, names in fixed.items() for key in names]
     changed = [f"\n  {s}.{k} was {old[s][k]}, is now {new[s][k]}" for s, k in keys if old[s][k] != new[s][k]]
-    return (
-        "is of a run with other settings, so a resumed run would match neither:" + "".join(changed) if changed else ""
-    )
+    return "is of a run with other settings, so resuming would mix the two:" + "".join(changed) if changed else ""

@@ -28,7 +28,7 @@ from cifar_dist.training.schedule import LOW_RESOLUTION, Step
 _BUILD = Phase("building and compiling the network", limit_s=SLOW_S)
 _READ, _READ_FIRST = Phase("reading data"), Phase("reading the first data", limit_s=SLOW_S)  # FFCV compiles
 _COMPUTE = Phase("a forward or backward pass")
-_EXCHANGE = Phase("the gradient exchange", waits=True)
+_EXCHANGE = Phase("the gradient exchange", waits=True)  # with the last backward pass, during which DDP exchanges
 _UPDATE = Phase("the update of the weights")
 
 
@@ -115,7 +115,8 @@ class TrainStep:
         params = augment.sample_params(batch.indices, config.run.seed, epoch, config.augment)
         images = self._inputs(batch.images, params, step.image_size)
         if config.model.dropout or config.model.auxiliary:
-            # Seeded by the position in the global batch, so dropout is the same for any number of ranks.
+            # Seeded by the position in the global batch, so dropout is the same for any number of ranks. Auxiliary
+            # classifiers have dropout, too.
             position = self.world.rank * self.accumulation + k
             torch.manual_seed(derive(config.run.seed, "dropout", step.number, position))
         model = self._parallel_model

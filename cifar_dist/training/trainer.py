@@ -30,9 +30,9 @@ logger = logging.getLogger("cifar_dist")
 
 @dataclass
 class Progress:
-    """State of the loop. Times in seconds.
+    """State of the loop. Times in seconds, by this rank's clock.
 
-    `train_seconds`: in steps, over all starts of the run, without start-up, validation and saving.
+    `train_seconds`: spent in steps, summed over all starts of the run; without start-up, validation and saving.
     `first_step_seconds`: from the start of this process to the end of its first step.
     """
 
@@ -76,7 +76,7 @@ class Hooks:
 
 
 class Trainer:
-    """One rank's part of a run.
+    """The training loop of one rank, from the current step to the last.
 
     Args:
         loader: reads train.beton.
@@ -174,7 +174,7 @@ class Trainer:
             "epoch": progress.step / self.order.steps_per_epoch,
             "train/loss": progress.since_log.loss,
             "train/accuracy": progress.since_log.accuracy,
-            "lr": self.train_step.optimizer.param_groups[0]["lr"],
+            "lr": self.train_step.optimizer.param_groups[0]["lr"],  # of SGD; the other groups follow the same schedule
             "images_per_second": progress.since_log.num_samples / progress.seconds_since_log,
             "seconds": progress.train_seconds,
         }
@@ -184,11 +184,11 @@ class Trainer:
     def _validate_and_save(self) -> None:
         """Validate and save, if the current step is due for either. The best model so far is always saved."""
         progress = self.progress
-        # A late validation is saved, or a run killed before the next checkpoint would do and log it again.
+        # Saved after a late validation, or a run that is killed before its next checkpoint would validate again.
         save = self.schedule.should_save(progress.step) or progress.validation_due
         progress.validation_due = False
         validate = self.schedule.should_validate(progress.step) and len(self.split.validation) > 0
-        if validate or progress.step == self.schedule.total_steps:
+        if validate or progress.step == self.schedule.total_steps:  # the final test uses these statistics
             self.evaluator.recalibrate(self.loader, bn_samples(self.split, self.config.eval))
         if validate:
             result = self.evaluator.score(self.loader, self.split.validation)
@@ -224,7 +224,7 @@ class Trainer:
         return StopError(f"{text} The same command with --run.resume auto resumes it.")
 
     def state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs; equal on all ranks."""
+        """Everything that a resumed run needs; equal on all ranks but for times, of which rank 0's are saved."""
         receipt, progress = self.metrics.receipt, self.progress
         return {
             "step": progress.step,
