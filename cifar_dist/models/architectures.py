@@ -9,6 +9,7 @@ it prints 576, 576 and 1024 output channels for 4c, 4d and 4e, but the branches 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Unpack
 
@@ -75,7 +76,11 @@ def inception_v2(branch5x5: str = "paper", *, rows: Rows = V2, **options: Unpack
 
 
 inception_v2_slim = partial(inception_v2, rows=V2_SLIM)
-MODELS = {"inception_v1": inception_v1, "inception_v2": inception_v2, "inception_v2_slim": inception_v2_slim}
+MODELS: dict[str, Callable[..., InceptionNetwork]] = {
+    "inception_v1": inception_v1,
+    "inception_v2": inception_v2,
+    "inception_v2_slim": inception_v2_slim,
+}
 # merge_1x1 auto, by device type. Forward and backward at width 0.25, strided stem, 64 images, bf16, one core of a Xeon
 # with AMX: V1 takes 167 ms merged and 179 ms plain, V2 192 and 233 (medians of 60, interleaved). No GPU was measured.
 MERGES = {"cpu": True, "cuda": False}
