@@ -132,8 +132,13 @@ def _readers(source: str, scratch: Path | None, log: Log) -> list[tuple[str, Rea
 def _from_path(path: Path) -> Files:
     """From an archive, or from a folder."""
     files = _read_archive(path) if path.is_file() else _read_folder(path)
+    forms: dict[tuple[str, ...], Callable[[Files], Files]] = {
+        tuple(BINARY_MD5): dict,
+        STEMS: _from_pickles,
+        SHEETS: _from_sheets,
+    }
     lacking = []
-    for names, convert in _FORMS:
+    for names, convert in forms.items():
         missing = [name for name in names if name not in files]
         if not missing:
             return convert(files)
@@ -202,11 +207,6 @@ def _from_sheets(sheets: Files) -> Files:
         planes = pixels.transpose(0, 2, 1).reshape(PER_FILE, PIXEL_BYTES)
         files[f"{stem}.bin"] = np.column_stack([labels_of_file, planes]).tobytes()
     return files
-
-
-_FORMS: tuple[tuple[tuple[str, ...], Callable[[Files], Files]], ...] = (
-    (tuple(BINARY_MD5), dict), (STEMS, _from_pickles), (SHEETS, _from_sheets)
-)  # fmt: skip
 
 
 # Downloads
