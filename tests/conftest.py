@@ -16,6 +16,7 @@ import pytest
 
 from cifar_dist.data import cifar10
 from cifar_dist.data.prepare import beton, install
+from cifar_dist.data.prepare.sources import Bytes, Cifar10
 from tests.support import runs
 
 # Numbers are asserted for CPUs, several ranks on any machine; child processes inherit it.
@@ -114,17 +115,15 @@ def data_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def cifar(data_dir: Path) -> cifar10.Cifar10:
+def cifar(data_dir: Path) -> Cifar10:
     """The arrays of the real dataset."""
     train_images, train_labels = beton.read_arrays(data_dir / cifar10.TRAIN)
     test_images, test_labels = beton.read_arrays(data_dir / cifar10.TEST)
-    return cifar10.Cifar10(
-        train_images, train_labels.astype("u1"), test_images, test_labels.astype("u1"), str(data_dir)
-    )
+    return Cifar10(train_images, train_labels.astype("u1"), test_images, test_labels.astype("u1"), str(data_dir))
 
 
 @pytest.fixture(scope="session")
-def binary_dir(cifar: cifar10.Cifar10, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def binary_dir(cifar: Cifar10, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder holding a genuine cifar-10-batches-bin; read it, do not change it."""
     folder = tmp_path_factory.mktemp("source") / "cifar-10-batches-bin"
     folder.mkdir()
@@ -156,7 +155,7 @@ def two_ranks(data_dir: Path, made_once: Callable[[str, Callable[[Path], object]
     return made_once("two-ranks", fill) / "run"
 
 
-def cifar10_records(images: cifar10.Bytes, labels: cifar10.Bytes) -> bytes:
+def cifar10_records(images: Bytes, labels: Bytes) -> bytes:
     """The binary version written the slow, obvious way, independent of the code under test."""
     planes = [images[:, :, :, channel].reshape(len(images), 1024) for channel in range(3)]
     return b"".join(

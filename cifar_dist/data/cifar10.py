@@ -7,23 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from cifar_dist.config import NUM_TEST, NUM_TRAIN
-
-Bytes = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Cifar10:
-    """The whole dataset: images uint8 (N, 32, 32, 3) RGB and labels uint8 (N,), in the official order; its source."""
-
-    train_images: Bytes
-    train_labels: Bytes
-    test_images: Bytes
-    test_labels: Bytes
-    origin: str
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,87 @@
-"""`python -m cifar_dist.models`: the networks in numbers; exits with 1 where one is not as published."""
+"""The networks against published ones: `python -m cifar_dist.models`; exits with 1 where one is not as published.
+
+Everything happens on torch's meta device, where tensors have shapes and no contents, so it takes no memory and
+hardly any time.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
-from cifar_dist.models.published.counts import costs, parameter_counts, report
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cifar_dist.models.architectures import inception_v1, inception_v2, inception_v2_slim
+from cifar_dist.models.layers import CADENE, TORCHVISION, Variant, num_parameters
+from cifar_dist.models.stems import GRIDS
+
+PLAIN, BIASED = Variant(norm="none"), Variant(conv_bias=True)
+V1 = partial(inception_v1, stem="imagenet", num_classes=1000)
+V2 = partial(inception_v2, stem="imagenet", num_classes=1000)
 
 
-def main() -> int:
-    counts = parameter_counts()
-    print(report(counts, costs()))
-    return 0 if all(count.agrees for count in counts) else 1
+class Published(NamedTuple):
+    """A network whose number of parameters is known from elsewhere."""
+
+    name: str
+    parameters: int
+    build: Callable[[], nn.Module]
+
+    def computed(self) -> int:
+        with torch.device("meta"):
+            return num_parameters(self.build())
+
+
+PUBLISHED = (
+    Published("V1, ImageNet, no norm (Caffe)", 6_998_552, partial(V1, variant=PLAIN)),
+    Published("the same with auxiliary heads", 13_378_280, partial(V1, variant=PLAIN, auxiliary=True)),
+    Published("V1, ImageNet, 3x3 (torchvision)", 6_624_904, partial(V1, "3x3", variant=TORCHVISION)),
+    Published("the same with auxiliary heads", 13_004_888, partial(V1, "3x3", variant=TORCHVISION, auxiliary=True)),
+    Published("V1, ImageNet", 7_005_832, V1),
+    Published("V1", 5_871_914, inception_v1),
+    Published("V1, double 3x3", 6_158_346, partial(inception_v1, "double3x3")),
+    Published("the same with biases (pytorch-cifar)", 6_166_250, partial(inception_v1, "double3x3", variant=BIASED)),
+    Published("V2, ImageNet, biases (Cadene)", 11_295_240, partial(V2, variant=CADENE)),
+    Published("V2, ImageNet", 11_285_224, V2),
+    Published("V2", 10_151_306, inception_v2),
+    Published("V2 slim", 10_061_066, inception_v2_slim),
+)
+
+
+def multiply_adds(model: nn.Module, side: int) -> int:
+    """Multiplications (each with its addition) of convolutions and linear layers for one image of `side` x `side`.
+
+    `model` is on the meta device, in evaluation mode if auxiliary heads are not to be counted.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as operations:
+        model(torch.empty(1, 3, side, side, device="meta"))
+    return int(operations.get_total_flops()) // 2
+
+
+def costs() -> dict[str, list[int]]:
+    """By stem, the multiply-adds of a forward pass of one image in V1, V2 and V2 slim, for 10 classes."""
+    table = {}
+    for stem in GRIDS:
+        with torch.device("meta"):
+            models = [build(stem=stem).eval() for build in (inception_v1, inception_v2, inception_v2_slim)]
+        table[stem] = [multiply_adds(model, 224 if stem == "imagenet" else 32) for model in models]
+    return table
+
+
+def main(networks: Sequence[Published] = PUBLISHED) -> int:
+    print(f"{'network':<50} {'published':>12} {'computed':>12}")
+    counts = [network.computed() for network in networks]
+    for network, count in zip(networks, counts, strict=True):
+        mark = "" if count == network.parameters else "   MISMATCH"
+        print(f"{network.name:<50} {network.parameters:>12,} {count:>12,}{mark}")
+    print(f"\n{'forward multiply-adds per image, by stem':<50} {'V1':>12} {'V2':>12} {'V2 slim':>12}")
+    for stem, numbers in costs().items():
+        print(f"{stem:<50} " + " ".join(f"{number / 1e6:>10,.1f} M" for number in numbers))
+    return int(counts != [network.parameters for network in networks])
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import tomllib
 import zipfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,13 +27,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from cifar_dist import cli, errors
+from cifar_dist.data.cifar10 import BETON_FILES, FFCV_VERSION
+from cifar_dist.data.prepare import install
 from cifar_dist.errors import UserError
-from cifar_dist.files import read_sha256sums, sha256_of_file, sync_directory, write_text_atomic
+from cifar_dist.files import sha256_of_file, sync_directory, write_text_atomic
 
 ROOT = Path(__file__).parents[2]
 SUMS, TARGET = "SHA256SUMS", "TARGET"
-GENERATED = {".venv", ".uv", "__pycache__"}  # created by launch/setup and Python inside a bundle
-PIP = ("pip==26.3", "setuptools==84.2.1", "wheel==0.48.0")
 log = partial(print, flush=True)
 
 
@@ -43,7 +42,7 @@ class BundleConfig:
     ffcv_wheel: Path
     """FFCV's wheel, from launch/build-ffcv-wheel."""
     out: Path = Path("dist/cifar_dist-bundle")
-    """The folder to make; an unchanged older bundle there is replaced."""
+    """The folder to make."""
     python: str = "3.12"
     """Python of the other machine, major and minor version."""
     system: tuple[str, ...] = ()
@@ -74,40 +73,39 @@ def make(config: BundleConfig) -> None:
     """Make the bundle in folders beside its place, then rename it."""
     out = config.out.absolute()
     tracked = tracked_files()
-    check_replaceable(out)
-    lock = tomllib.loads((ROOT / "uv.lock").read_text(encoding="utf-8"))["package"]
-    target = read_target(config, next(entry["version"] for entry in lock if entry["name"] == "ffcv"))
-    requirements = locked_requirements(target, config.system, {entry["name"] for entry in lock})
+    if os.path.lexists(out):
+        raise UserError(f"{out} exists already. Remove it, or choose another --out.")
+    target = read_target(config)
+    requirements = locked_requirements(target, config.system)
     key = hashlib.sha256("\n".join([*requirements, str(target), config.ffcv_wheel.name]).encode()).hexdigest()[:12]
     downloads = out.with_name(f".{out.name}.wheels-{key}")
-    begun, aside = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    begun = out.with_name(f".{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0):
-            for left in {begun, aside, *out.parent.glob(f".{out.name}.wheels-*")} - {downloads}:
+            for left in {begun, *out.parent.glob(f".{out.name}.wheels-*")} - {downloads}:
                 shutil.rmtree(left, ignore_errors=True)
             begun.mkdir()
             copy_code_and_data(begun, tracked)
             log(f"bundle: downloading {len(requirements)} packages for Python {target.python} on {target.machine}")
             gather_wheels(downloads, requirements, config.ffcv_wheel, target)
             downloads.rename(begun / "wheels")
+            write_sums(begun / "wheels")
             write_sums(begun)
-            check_replaceable(out)  # again: the download takes minutes
-            if os.path.lexists(out):
-                out.rename(aside)
             begun.rename(out)
             sync_directory(out.parent)
-            shutil.rmtree(aside, ignore_errors=True)
     except filelock.Timeout:
         raise UserError(f"another process is making {out} now.") from None
     except OSError as error:
         raise UserError(f"the bundle could not be written: {error.strerror} ({error.filename or out}).") from None
-    size = sum(path.lstat().st_size for path in files_below(out)) / 1e6
+    size = sum(path.lstat().st_size for path in out.rglob("*")) / 1e6
     system = f", and {target.system.replace(' ', ', ')} installed" if target.system else ""
-    log(f"bundle: {out} is complete, {size:,.0f} MB")
-    log(f"It needs Linux on {target.machine}, Python {target.python}, glibc {target.glibc} or newer{system}.")
-    log(f"Copy the folder to such a machine, e.g. by rsync -a {shlex.quote(str(config.out))} MACHINE: and there:")
-    log(f"  cd {shlex.quote(out.name)} && ./launch/measure")
+    log(
+        f"bundle: {out} is complete, {size:,.0f} MB\n"
+        f"It needs Linux on {target.machine}, Python {target.python}, glibc {target.glibc} or newer{system}.\n"
+        f"Copy the folder to such a machine, e.g. by rsync -a {shlex.quote(str(config.out))} MACHINE: and there:\n"
+        f"  cd {shlex.quote(out.name)} && ./launch/measure"
+    )
 
 
 def tracked_files() -> list[str]:
@@ -117,43 +115,22 @@ def tracked_files() -> list[str]:
     return [name for name in text.split("\0") if name and os.path.lexists(ROOT / name)]
 
 
-def check_replaceable(out: Path) -> None:
-    """Refuse to replace anything but a bundle without changes; wheels and data count as unchanged.
-
-    Raises:
-        UserError: names the first file that would be lost.
-    """
-    if not os.path.lexists(out):
-        return
-    advice = "Choose another --out, or move it away."
-    if not (out / SUMS).is_file() or not (out / "wheels" / TARGET).is_file():
-        raise UserError(f"{out} exists and is no bundle. {advice}")
-    listed = read_sha256sums(out)
-    for path in files_below(out):
-        name = str(path.relative_to(out))
-        if name == SUMS or (name in listed and name.startswith(("wheels/", "data/"))):
-            continue
-        if name not in listed or path.is_symlink() or sha256_of_file(path) != listed[name]:
-            state = "changed" if name in listed else "added"
-            raise UserError(f"{out} is a bundle in which {name} was {state}. {advice}")
-
-
 # What the bundle is for, and the packages in it
 
 
-def read_target(config: BundleConfig, ffcv_version: str) -> Target:
+def read_target(config: BundleConfig) -> Target:
     """Processor and glibc are those in the name of FFCV's wheel.
 
     Raises:
-        UserError: the file is no intact wheel of the locked FFCV, or does not support the other machine's Python.
+        UserError: the file is no intact wheel of the right FFCV, or does not support the other machine's Python.
     """
     wheel, python = config.ffcv_wheel, config.python
     advice = "./launch/build-ffcv-wheel makes one."
     if not re.fullmatch(r"3\.\d{1,2}", python):
         raise UserError(f"python is {python}; valid: a version like 3.12.")
-    found = re.fullmatch(rf"ffcv-{re.escape(ffcv_version)}-cp3(\d+)-abi3-manylinux_2_(\d+)_(\w+)\.whl", wheel.name)
+    found = re.fullmatch(rf"ffcv-{re.escape(FFCV_VERSION)}-cp3(\d+)-abi3-manylinux_2_(\d+)_(\w+)\.whl", wheel.name)
     if found is None:
-        raise UserError(f"{wheel.name} is no wheel of ffcv {ffcv_version} for several Pythons. {advice}")
+        raise UserError(f"{wheel.name} is no wheel of ffcv {FFCV_VERSION} for several Pythons. {advice}")
     if int(python.split(".")[1]) < int(found[1]):
         raise UserError(f"{wheel.name} needs Python 3.{found[1]} or newer, and --python is {python}.")
     try:
@@ -169,16 +146,16 @@ def read_target(config: BundleConfig, ffcv_version: str) -> Target:
     return Target(python, found[3], f"2.{found[2]}", " ".join(needs))
 
 
-def locked_requirements(target: Target, system: Sequence[str], locked: Collection[str]) -> list[str]:
+def locked_requirements(target: Target, system: Sequence[str]) -> list[str]:
     """Lines `name==version --hash=...` of uv.lock for `target`, without FFCV, `system` and what only `system` needs.
 
     Raises:
-        UserError: a name in `system` is not in `locked`, the names in uv.lock.
+        UserError: a name in `system` is not in uv.lock.
     """
     names = [canonicalize_name(name) for name in system]
-    unknown = set(names) - set(locked)
-    if unknown:
-        raise UserError(f"--system {' '.join(sorted(unknown))}: uv.lock names no such package.")
+    lock = (ROOT / "uv.lock").read_text(encoding="utf-8")
+    if unknown := [name for name in names if f'\nname = "{name}"\n' not in lock]:
+        raise UserError(f"--system {' '.join(unknown)}: uv.lock names no such package.")
     command = ["uv", "export", "--quiet", "--frozen", "--no-dev", "--no-emit-project", "--no-emit-package", "ffcv"]
     command += ["--no-header", "--no-annotate", *(f"--prune={name}" for name in names)]
     # uv pip compile evaluates the markers, too, but takes the hashes from the package index instead of uv.lock.
@@ -205,22 +182,17 @@ def gather_wheels(folder: Path, requirements: Sequence[str], ffcv_wheel: Path, t
     version = run(["uv", "--version"], "uv does not run").split()[1]
     command = ["uv", "pip", "compile", "--quiet", "--no-deps", "--generate-hashes", "--no-header", "--no-annotate", "-"]
     uv = run(command, f"uv {version} was not found", f"uv=={version}")
-    wanted = ["--implementation", "cp", "--python-version", target.python]
-    wanted += [f"--platform={name}" for name in pip_platforms(target)]
-    with tempfile.TemporaryDirectory(prefix="cifar_dist-pip-") as tools:
-        install = ["uv", "pip", "install", "--quiet", "--no-deps", "--python", sys.executable, "--target", tools]
-        run([*install, *PIP], "pip could not be installed")
-        pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-        # With a fixed date the same source archive gives the same wheel, byte by byte.
-        variables = {"PYTHONPATH": tools, "SOURCE_DATE_EPOCH": "1577836800"}
-        download = [*pip, "download", "--no-deps", "--no-build-isolation", "--require-hashes", *wanted]
-        complaint = f"the packages for Python {target.python} on {target.machine} could not be downloaded"
-        download += ["--dest", str(folder), "--requirement", "/dev/stdin"]
-        run(download, complaint, "\n".join([*requirements, uv]), variables)
-        for archive in folder.glob("*.tar.gz"):
-            build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(archive)]
-            run(build, f"{archive.name} could not be built", environment=variables)
-            archive.unlink()
+    pip = ["uv", "tool", "run", "--quiet", "--python", sys.executable, "--with=setuptools==84.2.1"]
+    pip += ["--with=wheel==0.48.0", "pip@26.3", "--quiet", "--disable-pip-version-check"]
+    download = [*pip, "download", "--no-deps", "--no-build-isolation", "--require-hashes", "--implementation=cp"]
+    download += [f"--python-version={target.python}", *(f"--platform={name}" for name in pip_platforms(target))]
+    download += [f"--dest={folder}", "--requirement=/dev/stdin"]
+    complaint = f"the packages for Python {target.python} on {target.machine} could not be downloaded"
+    run(download, complaint, "\n".join([*requirements, uv]))
+    for archive in folder.glob("*.tar.gz"):
+        build = [*pip, "wheel", "--no-deps", "--no-build-isolation", f"--wheel-dir={folder}", str(archive)]
+        run(build, f"{archive.name} could not be built")
+        archive.unlink()
     shutil.copy(ffcv_wheel, folder)
     lines = []
     for path in sorted(folder.glob("*.whl")):
@@ -241,9 +213,10 @@ def pip_platforms(target: Target) -> list[str]:
     return [f"{name}_{target.machine}" for name in names]
 
 
-def run(command: Sequence[str], complaint: str, stdin: str = "", environment: Mapping[str, str] | None = None) -> str:
+def run(command: Sequence[str], complaint: str, stdin: str = "") -> str:
     """The output of a command in the repository; if it fails, `complaint` and the end of its output are the error."""
-    env = os.environ | (environment or {})
+    # With a fixed date the same source archive gives the same wheel, byte by byte.
+    env = os.environ | {"SOURCE_DATE_EPOCH": "1577836800"}
     try:
         done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, cwd=ROOT, env=env)
     except OSError as error:
@@ -258,10 +231,7 @@ def run(command: Sequence[str], complaint: str, stdin: str = "", environment: Ma
 
 
 def copy_code_and_data(begun: Path, tracked: Sequence[str]) -> None:
-    # Here, so that mistakes on the command line are refused before torch is loaded.
-    from cifar_dist.data.cifar10 import BETON_FILES
-    from cifar_dist.data.prepare import install
-    from cifar_dist.training.summary import git_commit
+    from cifar_dist.training.summary import git_commit  # here, as it takes a second
 
     for name in tracked:
         (begun / name).parent.mkdir(parents=True, exist_ok=True)
@@ -274,22 +244,14 @@ def copy_code_and_data(begun: Path, tracked: Sequence[str]) -> None:
     install.verify(begun / "data", log)
 
 
-def write_sums(begun: Path) -> None:
-    """Write wheels/SHA256SUMS and SHA256SUMS, after every other file has reached the disk."""
-    for folder in (begun / "wheels", begun):
-        lines = []
-        for path in files_below(folder):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            lines.append(f"{sha256_of_file(path)}  {path.relative_to(folder)}\n")
-        write_text_atomic(folder / SUMS, "".join(lines))
-
-
-def files_below(folder: Path) -> Iterator[Path]:
-    """All files below, sorted, except generated ones."""
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(set(folders) - GENERATED)
-        yield from (Path(place, name) for name in sorted(names))
+def write_sums(folder: Path) -> None:
+    """Write SHA256SUMS, after every other file has reached the disk."""
+    lines = []
+    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        lines.append(f"{sha256_of_file(path)}  {path.relative_to(folder)}\n")
+    write_text_atomic(folder / SUMS, "".join(lines))
 
 
 if __name__ == "__main__":

@@ -41,8 +41,7 @@ def problem(requirement: Requirement) -> str:
         found = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:
         return f"{requirement} is not installed"
-    versions = (found, Version(found).base_version)
-    if any(requirement.specifier.contains(version, prereleases=True) for version in versions):
+    if any(requirement.specifier.contains(text, prereleases=True) for text in (found, Version(found).base_version)):
         return ""
     return f"{requirement} is required, and {found} is installed"
 

@@ -56,11 +56,10 @@ def run_directories(paths: Sequence[Path]) -> list[Path]:
         folder = path.parent if path.name == "summary.json" else path
         if _holds_run(folder) or not folder.is_dir():
             found.append(folder)  # read_run reports what is missing
-            continue
-        inside = sorted(filter(_holds_run, folder.iterdir()))
-        if not inside:
+        elif inside := sorted(filter(_holds_run, folder.iterdir())):
+            found += inside
+        else:
             raise UserError(f"{folder} holds no run: neither it nor a folder in it has a config.yaml.")
-        found += inside
     return found
 
 
@@ -140,8 +139,8 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 def changes(old: Config, new: Config, form: str) -> list[str]:
     """A line of `form`, with {name}, {old} and {new}, for each setting that differs."""
-    before, after = settings_of(old), settings_of(new)
-    return [form.format(name=name, old=a, new=after[name]) for name, a in before.items() if a != after[name]]
+    after = settings_of(new)
+    return [form.format(name=name, old=a, new=after[name]) for name, a in settings_of(old).items() if a != after[name]]
 
 
 def _listed(lines: Sequence[str]) -> str:
@@ -158,8 +157,7 @@ def refuse_other_settings(directories: Sequence[Path], asked: Config) -> None:
     validate_for_table(asked)
     begun = [directory for directory in directories if _holds_run(directory)]
     for directory in begun:
-        changed = changes(_read_config(directory), asked, "{name} was {old}, is now {new}")
-        if changed:
+        if changed := changes(_read_config(directory), asked, "{name} was {old}, is now {new}"):
             text = _listed([f"{directory} holds a run with other settings:", *changed])
             raise UserError(f"{text}\nChoose another --run.name, or give the old values.")
     read_runs([directory for directory in begun if (directory / "summary.json").exists()])
@@ -180,8 +178,7 @@ def _refuse_unequal(runs: Sequence[FinishedRun]) -> None:
             raise UserError(f"{pair} both have seed {a['seed']}; each seed counts once.")
         if a["model_sha256"] == b["model_sha256"]:
             raise UserError(f"{pair} have the same trained model, so one is a copy of the other.")
-        changed = changes(first.config, second.config, "{name} is {old} in the first, {new} in the second")
-        if changed:
+        if changed := changes(first.config, second.config, "{name} is {old} in the first, {new} in the second"):
             raise UserError(_listed([f"{pair} differ in more than the seed:", *changed]))
         for name in ("val_n", "steps", "params", "precision"):  # precision also depends on the device
             if a[name] != b[name]:

@@ -11,15 +11,13 @@ import shlex
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cifar_dist.files import write_json
 from cifar_dist.reports.finished_runs import FinishedRun, read_runs, settings_of
 
-CONFIDENCE = 0.95
 # Title and number format of each column. Accuracies are shown in percent.
 COLUMNS: Mapping[str, tuple[str, str]] = {
     "val_accuracy": ("validation", ".2f"),
@@ -32,27 +30,25 @@ TITLES = tuple(title for title, _ in COLUMNS.values())
 STATISTICS = {"mean": "mean", "standard deviation": "standard_deviation", "95% interval of the mean": "interval_95"}
 
 
-@dataclass(frozen=True)
-class Spread:
+class Spread(NamedTuple):
     """Of one value per run. With one run there is neither a standard deviation nor an interval."""
 
     mean: float
-    standard_deviation: float | None  # divides by n - 1
-    interval_95: tuple[float, float] | None  # of the mean
+    standard_deviation: float | None = None  # divides by n - 1
+    interval_95: tuple[float, float] | None = None  # of the mean, by Student's t
 
 
 def t_quantile(n: int) -> float:
     """Half the width of the 95 % interval of a mean over `n` runs, in standard errors of the mean."""
     from scipy.special import stdtrit  # importing it takes as long as everything else here
 
-    return float(stdtrit(n - 1, (1 + CONFIDENCE) / 2))
+    return float(stdtrit(n - 1, 0.975))
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean, standard deviation and 95 % interval (Student's t) of one value per run."""
     n, mean = len(values), statistics.fmean(values)
     if n == 1:
-        return Spread(mean, None, None)
+        return Spread(mean)
     deviation = statistics.stdev(values)
     half = t_quantile(n) * deviation / math.sqrt(n)
     return Spread(mean, deviation, (mean - half, mean + half))
@@ -75,36 +71,35 @@ def report(runs: Sequence[FinishedRun]) -> dict[str, Any]:
         "test_n": first.figures["test_n"],
         "val_n": first.figures["val_n"],
         "t_quantile": t_quantile(len(runs)) if len(runs) > 1 else None,
-        **{name: value and asdict(value) for name, value in spreads(runs).items()},
+        **{name: value and value._asdict() for name, value in spreads(runs).items()},
         "runs": [{"summary": str((run.directory / "summary.json").resolve()), **run.figures} for run in runs],
     }
 
 
 def table(runs: Sequence[FinishedRun]) -> str:
     """One line per seed, then mean, standard deviation and interval."""
-    rows = [["", *TITLES, "commit"]]
+    n, rows = len(runs), [["", *TITLES, "commit"]]
     for run in runs:
         commit, dash, dirty = (run.figures["git_commit"] or "-").partition("-")
         cells = [_cell(name, run.figures[name]) for name in COLUMNS]
         rows.append([f"seed {run.figures['seed']}", *cells, commit[:7] + dash + dirty])
     rows.append([])
-    n = len(runs)
+    for label, key in list(STATISTICS.items())[: None if n > 1 else 1]:
+        rows.append([label, *(_cell(name, getattr(value, key, None)) for name, value in spreads(runs).items())])
     note = "one run has no standard deviation and no interval"
     if n > 1:
         note = (
             f"standard deviation over {n} runs, dividing by {n - 1}; interval: mean +- {t_quantile(n):.3f} (Student's "
             f"t, {n - 1} degree{'s' if n > 2 else ''} of freedom) x standard deviation / sqrt({n})"
         )
-    for label, statistic in list(STATISTICS.items())[: None if n > 1 else 1]:
-        rows.append([label, *(_cell(name, getattr(value, statistic, None)) for name, value in spreads(runs).items())])
     return "\n".join([*_heading(runs), "", *_align(rows), "", note])
 
 
 def compare(groups: Mapping[str, Path], output: Path) -> str:
-    """The table of a sweep, whose figures are also written to `output`; UserError if runs cannot be used.
+    """The table of a sweep, whose figures are also written to `output`; with one group the table of its seeds.
 
     Args:
-        groups: folder of runs by the settings that these runs have in common. With one group: the table of its seeds.
+        groups: folder of runs by the settings that these runs have in common.
     """
     found = {name: read_runs([folder]) for name, folder in groups.items()}
     reports = {name: report(runs) for name, runs in found.items()}
@@ -129,12 +124,8 @@ def _align(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _heading(runs: Sequence[FinishedRun]) -> list[str]:
     figures, config, num = runs[0].figures, runs[0].config, len(runs)
-    val_n, devices, versions = figures["val_n"], figures["device_names"], figures["versions"]
+    val_n, devices = figures["val_n"], figures["device_names"]
     validation = "none, trained on all" if val_n is None else f"n = {val_n:,} images held out from training"
-    different = {
-        name: len({json.dumps(run.figures[name], sort_keys=True) for run in runs})
-        for name in ("git_commit", "versions", "device_names")
-    }
     lines = [
         f"{num} run{'s that differ only in the seed' if num > 1 else ''}: {config.model.name}, "
         f"{figures['params']:,} parameters, {figures['epochs']:g} epochs of batch {figures['batch_size']}, "
@@ -142,9 +133,11 @@ def _heading(runs: Sequence[FinishedRun]) -> list[str]:
         f"test accuracy, last epoch, n = {figures['test_n']:,} images, TTA: {config.eval.tta}; validation accuracy: "
         f"{validation}; in percent",
     ]
-    if different["device_names"] == different["versions"] == 1:
-        lines.append(f"on {len(devices)} x {', '.join(set(devices))}; torch {versions.get('torch')}")
-    return lines + [f"note: {name} has {n} values in these runs" for name, n in different.items() if n > 1]
+    names = ("git_commit", "versions", "device_names")
+    counts = {name: len({json.dumps(run.figures[name], sort_keys=True) for run in runs}) for name in names}
+    if counts["device_names"] == counts["versions"] == 1:
+        lines.append(f"on {len(devices)} x {', '.join(set(devices))}; torch {figures['versions'].get('torch')}")
+    return lines + [f"note: {name} has {n} values in these runs" for name, n in counts.items() if n > 1]
 
 
 def _cell(column: str, value: float | Sequence[float] | None) -> str:

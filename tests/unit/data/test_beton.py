@@ -34,10 +34,7 @@ def arrays() -> Arrays:
 @pytest.fixture(scope="module")
 def written(arrays: Arrays, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("beton") / "small.beton"
-    lines: list[str] = []
-    beton.write({path: arrays}, lines.append)
-    assert len(lines) == 1
-    assert lines[0].startswith("FFCV wrote small.beton 8.4 MB in ")
+    beton.write({path: arrays})
     return path
 
 
@@ -103,35 +100,10 @@ def test_ffcv_writes_and_reads_the_same(written: Path, arrays: Arrays, tmp_path:
 @pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.slow), pytest.param(682, marks=pytest.mark.slow), 683])
 def test_pages_are_full_or_not(n: int, arrays: Arrays, tmp_path: Path) -> None:
     images, labels = arrays[0][:n], arrays[1][:n]
-    beton.write({tmp_path / "x.beton": (images, labels)}, print)
+    beton.write({tmp_path / "x.beton": (images, labels)})
     found_images, found_labels = beton.read_arrays(tmp_path / "x.beton")
     np.testing.assert_array_equal(found_images, images)
     np.testing.assert_array_equal(found_labels, labels)
-
-
-def test_cut_and_absent_files_are_not_read(written: Path, tmp_path: Path) -> None:
-    path = tmp_path / "cut.beton"
-    for size in (0, 11, 3 << 20, beton.num_bytes(N) - 1):
-        path.write_bytes(written.read_bytes()[:size])
-        with pytest.raises(DataError, match=rf"cut\.beton has {size:,} bytes, expected"):
-            beton.read_arrays(path)
-    with pytest.raises(DataError, match=r"absent cannot be read: No such file"):
-        beton.read_arrays(tmp_path / "absent")
-
-
-def test_arguments_are_checked(written: Path, arrays: Arrays, tmp_path: Path) -> None:
-    images, labels = arrays
-    path, before = tmp_path / "x.beton", written.read_bytes()
-    with pytest.raises(ValueError, match=r"images must be uint8 \(N, 32, 32, 3\), not float32"):
-        beton.write({path: (images.astype(np.float32), labels)}, print)
-    with pytest.raises(ValueError, match="images must be"):
-        beton.write({path: (images[:-1], labels)}, print)
-    with pytest.raises(ValueError, match="labels must be integers"):
-        beton.write({path: (images, labels + 1)}, print)
-    with pytest.raises(DataError, match="exists already"):
-        beton.write({written: (images, labels)}, print)
-    assert written.read_bytes() == before
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
@@ -150,17 +122,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_disk_too_small(small_disk: Path, arrays: Arrays) -> None:
     (small_disk / "other").write_bytes(bytes(8 << 20))
     with pytest.raises(DataError, match=r"has 4\.2 MB free, the data needs 8\.4 MB"):
-        beton.write({small_disk / "x.beton": arrays}, print)
+        beton.write({small_disk / "x.beton": arrays})
     assert [path.name for path in small_disk.iterdir()] == ["other"]
 
 
-def failing_write(path: Path, arrays: Arrays, stall_s: float, meddle: Callable[[int], None]) -> DataError:
+def failing_write(path: Path, arrays: Arrays, timeout_s: float, meddle: Callable[[int], None]) -> DataError:
     """Write while `meddle` is called with the child's process id as soon as there is one."""
     before, errors = segments(), []
 
     def write() -> None:
         try:
-            beton.write({path: arrays}, print, stall_s)
+            beton.write({path: arrays}, timeout_s)
         except DataError as error:
             errors.append(error)
 
@@ -191,6 +163,6 @@ def test_child_is_killed(arrays: Arrays, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_child_stalls(arrays: Arrays, tmp_path: Path) -> None:
+def test_child_stops(arrays: Arrays, tmp_path: Path) -> None:
     error = failing_write(tmp_path / "x.beton", arrays, 0.5, lambda pid: os.kill(pid, signal.SIGSTOP))
-    assert "the writer made no progress for 0.5 s and was killed" in str(error)
+    assert "the writer took more than 0.5 s and was killed" in str(error)

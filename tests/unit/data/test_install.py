@@ -157,8 +157,8 @@ def test_another_version_of_ffcv_is_named(binary_dir: Path, tmp_path: Path, monk
     """Its files may have other bytes; they are not used."""
     write = beton.write
 
-    def write_otherwise(files: Any, log: Any) -> None:
-        write(files, log)
+    def write_otherwise(files: Any) -> None:
+        write(files)
         for path in files:
             edit = path.read_bytes()[:-1] + b"x"
             path.write_bytes(edit)
