@@ -38,7 +38,8 @@ def main() -> None:
 def _train(job: Job, steps: Steps, arguments: Sequence[str]) -> int:
     config = _config(job, arguments)
     directory = config.run.dir or Path("runs", config.run.name or job.label)
-    return _run(job, steps, arguments, config, directory, ["slurm/train.sh", *arguments, *_named(config, directory)])
+    named = () if config.run.dir else ("--run.dir", str(directory))
+    return _run(job, steps, arguments, config, directory, ["slurm/train.sh", *arguments, *named])
 
 
 def _config(job: Job, arguments: Sequence[str]) -> Config:
@@ -49,11 +50,6 @@ def _config(job: Job, arguments: Sequence[str]) -> Config:
     config = cli.load_config(arguments, "train")
     del os.environ["WORLD_SIZE"]
     return config
-
-
-def _named(config: Config, folder: Path) -> tuple[str, ...]:
-    """The option that names the folder of the runs, unless the user gave it."""
-    return () if config.run.dir else ("--run.dir", str(folder))
 
 
 def _run(
@@ -113,7 +109,8 @@ def _sweep(job: Job, steps: Steps, arguments: Sequence[str]) -> int:
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} holds a run. Choose another --run.name.")
     inside = Path(f"seed-{seed}") if len(grid) == 1 else Path(f"setting-{line}", f"seed-{seed}")
-    again = [f"--array={index}", "slurm/sweep.sh", *arguments, *_named(config, folder)]
+    named = () if config.run.dir else ("--run.dir", str(folder))
+    again = [f"--array={index}", "slurm/sweep.sh", *arguments, *named]
     code = _run(job, steps, asked, config, folder / inside, again)
     if code == 0:
         _report(folder, grid, int(size))

@@ -110,11 +110,8 @@ def _output(*command: str) -> str:
 def free_port(job_id: int) -> int:
     """A free port on this node for the job's rendezvous, derived from the job id so that jobs on one node differ."""
     in_use = listening_ports()
-    for attempt in range(100):
-        port = _FIRST_PORT + (job_id + 97 * attempt) % _NUM_PORTS
-        if port not in in_use:
-            return port
-    raise UserError("a hundred ports from 16384 on are in use on this node. Give MASTER_PORT.")
+    ports = (_FIRST_PORT + (job_id + 97 * attempt) % _NUM_PORTS for attempt in range(_NUM_PORTS))
+    return next(port for port in ports if port not in in_use)
 
 
 class Steps:
