@@ -60,7 +60,7 @@ def check(address: str, port: int, opens: bool) -> None:
 
 def listening_ports() -> set[int]:
     """The TCP ports at which a program listens on any address of this node."""
-    return {each.laddr.port for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN}
+    return {one.laddr.port for one in psutil.net_connections("tcp") if one.laddr and one.status == psutil.CONN_LISTEN}
 
 
 def _is_here(family: int, address: str | int) -> bool:

@@ -130,7 +130,10 @@ class Steps:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.stop_signal = self.stop_signal or signal.Signals(number)
-        if self._running is not None:
+        self._forward()
+
+    def _forward(self) -> None:
+        if self.stop_signal is not None and self._running is not None:
             self._running.send_signal(signal.SIGUSR1)
 
     def run(self, job: Job, command: Sequence[str], env: Mapping[str, str], num_nodes: int | None = None) -> int:
@@ -147,8 +150,7 @@ class Steps:
             options.append(f"--gpus-per-node={gpus_per_node()}")
         self._running = step = subprocess.Popen(["srun", *options, *command], env=env)
         while True:
-            if self.stop_signal is not None:
-                step.send_signal(signal.SIGUSR1)
+            self._forward()
             with suppress(subprocess.TimeoutExpired):
                 code = step.wait(_REPEAT_S)
                 return code if code >= 0 else PeerError.exit_code
