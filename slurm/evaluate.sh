@@ -12,13 +12,12 @@
 #   sbatch slurm/evaluate.sh --checkpoint runs/job-17/checkpoints/step-00002730.pt --json score.json
 #   sbatch --gpus-per-node=1 --cpus-per-task=8 slurm/evaluate.sh --checkpoint ...
 set -euo pipefail
-# Slurm runs a copy of this file from another folder.
-root=${CIFAR_DIST_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
-[[ $root == /* ]] || root=$PWD/$root  # otherwise the loop would not end
-until [[ $root == / || -x $root/launch/multinode ]]; do root=$(dirname "$root"); done
+# Slurm runs a copy of this file from another folder, so the repository is looked for from the working directory up.
+from=${CIFAR_DIST_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
+root=$(cd "$from" && until [[ -x launch/multinode || $PWD == / ]]; do cd ..; done && pwd) || root=''
 [[ -x $root/.venv/bin/python ]] || {
-    echo "error: there is no prepared repository at ${CIFAR_DIST_HOME:-${SLURM_SUBMIT_DIR:-$PWD}} or above it. Run ./launch/setup" >&2
+    echo "error: there is no prepared repository at $from or above it. Run ./launch/setup" >&2
     echo "in the repository and submit from inside it, or set CIFAR_DIST_HOME to it." >&2
     exit 2
 }
-CIFAR_DIST_SCRIPT=slurm/evaluate.sh exec "$root/.venv/bin/python" -m cifar_dist.cluster.slurm evaluate "$@"
+exec "$root/.venv/bin/python" -m cifar_dist.cluster.slurm evaluate "$@"

@@ -27,13 +27,12 @@
 # /tmp, once, if there is room.
 set -euo pipefail
 trap '' USR1  # until the program below handles it
-# Slurm runs a copy of this file from another folder.
-root=${CIFAR_DIST_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
-[[ $root == /* ]] || root=$PWD/$root  # otherwise the loop would not end
-until [[ $root == / || -x $root/launch/multinode ]]; do root=$(dirname "$root"); done
+# Slurm runs a copy of this file from another folder, so the repository is looked for from the working directory up.
+from=${CIFAR_DIST_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
+root=$(cd "$from" && until [[ -x launch/multinode || $PWD == / ]]; do cd ..; done && pwd) || root=''
 [[ -x $root/.venv/bin/python ]] || {
-    echo "error: there is no prepared repository at ${CIFAR_DIST_HOME:-${SLURM_SUBMIT_DIR:-$PWD}} or above it. Run ./launch/setup" >&2
+    echo "error: there is no prepared repository at $from or above it. Run ./launch/setup" >&2
     echo "in the repository and submit from inside it, or set CIFAR_DIST_HOME to it." >&2
     exit 2
 }
-CIFAR_DIST_SCRIPT=slurm/train.sh exec "$root/.venv/bin/python" -m cifar_dist.cluster.slurm train "$@"
+exec "$root/.venv/bin/python" -m cifar_dist.cluster.slurm train "$@"

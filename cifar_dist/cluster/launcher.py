@@ -17,7 +17,6 @@ import tempfile
 import time
 from argparse import Namespace
 from contextlib import suppress
-from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -35,37 +34,34 @@ _OPTIONS = ("--signals-to-handle", "SIGHUP,SIGQUIT")
 
 def main() -> None:
     """Run torchrun in this process and exit with the code of its workers."""
-    folder = Path(tempfile.mkdtemp(prefix="cifar_dist-"))
-    try:
-        with exit_on_error():
-            signals.install_handlers()  # before torchrun starts, a signal ends this process
-            os.environ |= {EXIT_CODES: str(folder), signals.LAUNCHER: str(os.getpid())}
-            os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers set their own; otherwise torchrun warns
-            os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT_S))
-            os.environ.setdefault("LOGLEVEL", "ERROR")  # otherwise torchrun logs each process that it stops
-            # A shared store keeps a key of the first start, on which a restart waits forever.
-            os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-            # Otherwise torch's C++ prints pages of stack addresses for a lost process.
-            level = os.environ.get("TORCH_CPP_LOG_LEVEL")
-            os.environ["TORCH_CPP_LOG_LEVEL"] = level or "FATAL"
-            with signals.deferred():  # importing torch swallows exceptions
-                options = _parsed([*_OPTIONS, *sys.argv[1:]])
-            os.environ["TORCH_CPP_LOG_LEVEL"] = level or "ERROR"  # for the workers
-            place = _rendezvous(options)
-            if place:
-                rendezvous.check(*place)
-            with signals.deferred():
-                code = _torchrun(options, place, folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="cifar_dist-", ignore_cleanup_errors=True) as folder, exit_on_error():
+        signals.install_handlers()  # before torchrun starts, a signal ends this process
+        os.environ |= {EXIT_CODES: folder, signals.LAUNCHER: str(os.getpid())}
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers set their own; otherwise torchrun warns
+        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT_S))
+        os.environ.setdefault("LOGLEVEL", "ERROR")  # otherwise torchrun logs each process that it stops
+        # A shared store keeps a key of the first start, on which a restart waits forever.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+        # Otherwise torch's C++ prints pages of stack addresses for a lost process.
+        level = os.environ.get("TORCH_CPP_LOG_LEVEL")
+        os.environ["TORCH_CPP_LOG_LEVEL"] = level or "FATAL"
+        with signals.deferred(), quick_imports():  # importing torch swallows exceptions
+            from torch.distributed import run
+
+            options: Namespace = run.parse_args([*_OPTIONS, *sys.argv[1:]])  # type: ignore[no-untyped-call]
+        os.environ["TORCH_CPP_LOG_LEVEL"] = level or "ERROR"  # for the workers
+        place = _rendezvous(options)
+        if place:
+            rendezvous.check(*place)
+        with signals.deferred():
+            code = _torchrun(options, place)
     raise SystemExit(code)
 
 
 class _Stop:
     """Signal handler: the first signal stops torchrun and its workers; a second Ctrl-C kills them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self) -> None:
         self.at: float | None = None
 
     def __call__(self, number: int, _: FrameType | None) -> None:
@@ -79,28 +75,21 @@ class _Stop:
             raise SignalException(f"received {signal.Signals(number).name}", signal.Signals(number))
         if number == signal.SIGINT and time.monotonic() - self.at > signals.SAME_KEYSTROKE_S:
             kill_children()
-            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(os.environ[EXIT_CODES], ignore_errors=True)
             os._exit(128 + number)
 
 
-def _parsed(arguments: list[str]) -> Namespace:
-    with quick_imports():
-        from torch.distributed import run
-
-    options: Namespace = run.parse_args(arguments)  # type: ignore[no-untyped-call]
-    return options
-
-
-def _torchrun(options: Namespace, place: tuple[str, int, bool] | None, folder: Path) -> int:
+def _torchrun(options: Namespace, place: tuple[str, int, bool] | None) -> int:
     from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.launcher import api
 
-    from cifar_dist.cluster.restarts import failure_code, install, written_codes
+    from cifar_dist.cluster.restarts import Agent, failure_code, written_codes
 
-    install()
-    stop = _Stop(folder)
+    api.LocalElasticAgent = Agent  # type: ignore[attr-defined]  # a patch, because torchrun has no option for it
+    stop = _Stop()
     for number in STOP_SIGNALS:
         signal.signal(number, stop)
     try:
@@ -130,13 +119,9 @@ def _rendezvous(options: Namespace) -> tuple[str, int, bool] | None:
     static = options.rdzv_backend == "static"
     if options.standalone or options.rdzv_backend not in ("static", "c10d"):
         return None
-    if options.rdzv_endpoint:
-        address, _, port = options.rdzv_endpoint.rpartition(":")
-    elif static and options.master_port is not None:
-        address, port = options.master_addr, options.master_port
-    else:
-        return None
-    if not address or not str(port).isdigit() or int(port) == 0:
+    endpoint = options.rdzv_endpoint or (f"{options.master_addr}:{options.master_port}" if static else "")
+    address, _, port = endpoint.rpartition(":")
+    if not address or not port.isdigit() or int(port) == 0:
         return None
     return address.strip("[]"), int(port), static and int(options.node_rank) == 0
 
@@ -158,10 +143,9 @@ def _rendezvous_failed(place: tuple[str, int, bool] | None, error: Exception) ->
 
 def kill_children() -> None:
     """Kill all descendants of this process."""
-    with suppress(psutil.Error):
-        for process in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error):
-                process.kill()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            process.kill()
 
 
 if __name__ == "__main__":

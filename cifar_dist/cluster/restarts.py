@@ -9,23 +9,17 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.launcher import api
 
 from cifar_dist.errors import EXIT_CODES, PeerError, StopError
 
 # A lost process, and errors that may come from the node. All others would happen again.
 _RESTARTABLE = (PeerError.exit_code, 1)
-
-
-def install() -> None:
-    """Make torchrun use this agent. A patch, because torchrun has no option for it."""
-    api.LocalElasticAgent = Agent  # type: ignore[attr-defined]
 
 
 class Agent(LocalElasticAgent):
@@ -39,7 +33,7 @@ class Agent(LocalElasticAgent):
         return result
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        for path in Path(os.environ[EXIT_CODES]).iterdir():  # of the start before
+        for path in Path(os.environ[EXIT_CODES]).iterdir():  # of the previous start
             path.unlink()
         pids: dict[int, Any] = super()._start_workers(worker_group)
         context, timeout_s = self._pcontext, self._shutdown_timeout
@@ -64,28 +58,26 @@ class Agent(LocalElasticAgent):
         if code not in _RESTARTABLE:
             self._remaining_restarts = 0
         elif self._remaining_restarts:
-            number, most = worker_group.spec.max_restarts - self._remaining_restarts + 1, worker_group.spec.max_restarts
+            most = worker_group.spec.max_restarts
+            number = most - self._remaining_restarts + 1
             print(f"restarting from the last checkpoint, restart {number} of {most}", file=sys.stderr)
         return result
 
 
-def failure_code(failures: Iterable[int], written: set[int]) -> int:
+def failure_code(failures: Collection[int], written: set[int]) -> int:
     """The most informative exit code: of an error of its own, then of a requested stop, then of a lost process; else 0.
 
     Args:
         failures: exit codes of the workers that torchrun saw fail; -n: killed by signal n.
         written: codes that workers wrote themselves (errors.write_exit_code).
     """
-    seen = [PeerError.exit_code if code < 0 else code for code in failures]
-    # A worker without handlers yet dies of torchrun's own SIGTERM.
+    found = [PeerError.exit_code if code < 0 else code for code in failures] + sorted(written)
+    # A worker without handlers yet dies of torchrun's own SIGTERM. After any other signal torchrun stops the other
+    # workers, which then exit as stopped.
     lost = any(code < 0 and code != -signal.SIGTERM for code in failures)
-    peers = {0, PeerError.exit_code, StopError.exit_code}
-    for own in ([code for code in seen if code not in peers], sorted(written - peers)):
-        if own:
-            return own[0]
-    # After a worker was killed, torchrun stops the others, which then exit as stopped.
-    order = (PeerError, StopError) if lost else (StopError, PeerError)
-    return next((kind.exit_code for kind in order if kind.exit_code in {*seen, *written}), 0)
+    others = [kind.exit_code for kind in ((PeerError, StopError) if lost else (StopError, PeerError))]
+    ranked = [code for code in found if code not in (0, *others)] + [code for code in others if code in found]
+    return ranked[0] if ranked else 0
 
 
 def written_codes() -> set[int]:

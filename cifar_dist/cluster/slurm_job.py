@@ -11,12 +11,14 @@ import re
 import signal
 import socket
 import subprocess
-import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+from cifar_dist.cluster.rendezvous import listening_ports
 from cifar_dist.errors import PeerError, StopError, UserError
 from cifar_dist.files import write_text_atomic
 
@@ -33,46 +35,30 @@ _MAX_IDLE = 3  # consecutive attempts without a further step
 
 @dataclass(frozen=True)
 class Job:
-    """The job of this process, from the environment of its batch script."""
+    """The job of this process; `label` stays the same when the job is requeued."""
 
     id: int
+    label: str
     restarts: int
     num_nodes: int
-    array_id: int | None
-    array_index: int | None
-    array_size: int | None
     max_requeues: int
-
-    @property
-    def label(self) -> str:
-        """A name that stays the same when the job is requeued."""
-        return f"job-{self.id}" if self.array_id is None else f"job-{self.array_id}-{self.array_index}"
 
     @classmethod
     def current(cls, env: Mapping[str, str] = os.environ) -> Job:
-        """Read the environment.
+        """Read the environment of the batch script.
 
         Raises:
             UserError: this is not a batch job, or MAX_REQUEUES is wrong.
         """
         if "SLURM_JOB_ID" not in env:
             raise UserError("this script is for Slurm: sbatch slurm/train.sh. Without Slurm, use launch/node.")
-
-        def number(name: str) -> int | None:
-            return int(env[name]) if env.get(name) else None
-
-        bound = env.get("MAX_REQUEUES", "20")
-        if not bound.isdigit():
-            raise UserError(f"MAX_REQUEUES is {bound}; valid: 0 or more.")
-        return cls(
-            id=int(env["SLURM_JOB_ID"]),
-            restarts=number("SLURM_RESTART_COUNT") or 0,
-            num_nodes=number("SLURM_JOB_NUM_NODES") or 1,
-            array_id=number("SLURM_ARRAY_JOB_ID"),
-            array_index=number("SLURM_ARRAY_TASK_ID"),
-            array_size=number("SLURM_ARRAY_TASK_COUNT"),
-            max_requeues=int(bound),
-        )
+        number = int(env["SLURM_JOB_ID"])
+        name = f"{env['SLURM_ARRAY_JOB_ID']}-{env['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_TASK_ID" in env else number
+        most = env.get("MAX_REQUEUES", "20")
+        if not re.fullmatch("[0-9]{1,4}", most):
+            raise UserError(f"MAX_REQUEUES is {most}; valid: 0 to 9999.")
+        restarts, num_nodes = env.get("SLURM_RESTART_COUNT", "0"), env.get("SLURM_JOB_NUM_NODES", "1")
+        return cls(number, f"job-{name}", int(restarts), int(num_nodes), int(most))
 
 
 def gpus_per_node(env: Mapping[str, str] = os.environ) -> int:
@@ -82,13 +68,8 @@ def gpus_per_node(env: Mapping[str, str] = os.environ) -> int:
         if found:
             return int(found[1])
     if "CUDA_VISIBLE_DEVICES" in env:
-        return sum(bool(device) for device in env["CUDA_VISIBLE_DEVICES"].split(","))
-    try:
-        command = ["nvidia-smi", "--list-gpus"]
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
-    return sum(line.startswith("GPU") for line in listed.splitlines())
+        return len(re.findall("[^,]+", env["CUDA_VISIBLE_DEVICES"]))
+    return len(re.findall("^GPU", _output("nvidia-smi", "--list-gpus"), flags=re.MULTILINE))
 
 
 def processes_per_node(env: Mapping[str, str] = os.environ) -> int:
@@ -115,27 +96,22 @@ def first_address(env: Mapping[str, str] = os.environ) -> str:
     The one that Slurm uses, because a node's name may not resolve. Without scontrol, as in some containers, the name.
     """
     name = env.get("SLURMD_NODENAME", socket.gethostname())
-    try:
-        command = ["scontrol", "--oneliner", "show", "node", name]
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        shown = ""
-    found = re.search(r"\bNodeAddr=(\S+)", shown)
+    found = re.search(r"\bNodeAddr=(\S+)", _output("scontrol", "--oneliner", "show", "node", name))
     return found[1] if found else name
+
+
+def _output(*command: str) -> str:
+    """What a program prints; empty if it is missing or does not end within a minute."""
+    with suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
+    return ""
 
 
 def free_port(job_id: int) -> int:
     """A free port on this node for the job's rendezvous, derived from the job id so that jobs on one node differ."""
-    for attempt in range(100):
-        port = _FIRST_PORT + (job_id + 97 * attempt) % _NUM_PORTS
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # TIME_WAIT counts as free
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
-            return port
-    raise UserError("a hundred ports from 16384 on are in use on this node. Give MASTER_PORT.")
+    in_use = listening_ports()
+    ports = (_FIRST_PORT + (job_id + 97 * attempt) % _NUM_PORTS for attempt in range(_NUM_PORTS))
+    return next(port for port in ports if port not in in_use)
 
 
 class Steps:
@@ -157,7 +133,7 @@ class Steps:
         self._forward()
 
     def _forward(self) -> None:
-        if self.stop_signal is not None and self._running is not None and self._running.poll() is None:
+        if self.stop_signal is not None and self._running is not None:
             self._running.send_signal(signal.SIGUSR1)
 
     def run(self, job: Job, command: Sequence[str], env: Mapping[str, str], num_nodes: int | None = None) -> int:
@@ -172,20 +148,12 @@ class Steps:
         options += ["--kill-on-bad-exit=0", f"--wait={_LAST_NODE_S}"]
         if "SLURM_GPUS_ON_NODE" in os.environ:  # a step of an exclusive job gets no GPUs unless it requests them
             options.append(f"--gpus-per-node={gpus_per_node()}")
-        self._running = subprocess.Popen(["srun", *options, *command], env=env)
-        repeating = threading.Event()
-        threading.Thread(target=self._repeat, args=(repeating,), daemon=True).start()
-        try:
-            self._forward()  # a signal received before the step started
-            code = self._running.wait()
-        finally:
-            repeating.set()
-            self._running = None
-        return code if code >= 0 else PeerError.exit_code
-
-    def _repeat(self, finished: threading.Event) -> None:
-        while not finished.wait(_REPEAT_S):
+        self._running = step = subprocess.Popen(["srun", *options, *command], env=env)
+        while True:
             self._forward()
+            with suppress(subprocess.TimeoutExpired):
+                code = step.wait(_REPEAT_S)
+                return code if code >= 0 else PeerError.exit_code
 
 
 def final_status(directory: Path, job: Job) -> tuple[int | None, int | None]:
@@ -193,13 +161,10 @@ def final_status(directory: Path, job: Job) -> tuple[int | None, int | None]:
 
     More informative than srun's exit code, which is the greatest of all nodes.
     """
-    try:
-        status = json.loads((directory / "status.json").read_text(encoding="utf-8"))
-        if (status["job"], status["restarts"]) == (str(job.id), job.restarts):
-            return status["exit_code"], status["last_checkpoint_step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return None, None
+    status = _read_json(directory / "status.json")
+    if (status.get("job"), status.get("restarts")) != (str(job.id), job.restarts):
+        return None, None
+    return status.get("exit_code"), status.get("last_checkpoint_step")
 
 
 def requeue(job: Job, directory: Path, step: int | None) -> str:
@@ -211,12 +176,13 @@ def requeue(job: Job, directory: Path, step: int | None) -> str:
     """
     if job.restarts >= job.max_requeues:
         return f"it was requeued {job.restarts} times, and MAX_REQUEUES is {job.max_requeues}"
-    attempts = [*_attempts(directory, job), step]
-    if len(attempts) > _MAX_IDLE and len(set(attempts[-_MAX_IDLE - 1 :])) == 1:
+    recorded = _read_json(directory / _ATTEMPTS)
+    steps = [*(recorded["last_steps"] if recorded.get("job") == job.id else ()), step]
+    if len(steps) > _MAX_IDLE and len(set(steps[-_MAX_IDLE - 1 :])) == 1:
         return f"{_MAX_IDLE} attempts in a row got no step further; it needs a longer --time"
     try:
         directory.mkdir(parents=True, exist_ok=True)  # the run may have stopped before creating it
-        write_text_atomic(directory / _ATTEMPTS, json.dumps({"job": job.id, "last_steps": attempts}))
+        write_text_atomic(directory / _ATTEMPTS, json.dumps({"job": job.id, "last_steps": steps}))
         command = ["scontrol", "requeue", str(job.id)]
         result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except FileNotFoundError as error:
@@ -226,10 +192,9 @@ def requeue(job: Job, directory: Path, step: int | None) -> str:
     return "" if result.returncode == 0 else "scontrol says: " + " ".join(result.stderr.split())
 
 
-def _attempts(directory: Path, job: Job) -> list[int | None]:
-    """The newest step after each earlier attempt of this job."""
-    try:
-        recorded = json.loads((directory / _ATTEMPTS).read_text(encoding="utf-8"))
-        return list(recorded["last_steps"]) if recorded["job"] == job.id else []
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+def _read_json(path: Path) -> dict[str, Any]:
+    """The values in a file that this project writes; none if it is missing or damaged."""
+    with suppress(OSError, ValueError):
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return values
+    return {}

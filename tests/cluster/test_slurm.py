@@ -325,6 +325,9 @@ def test_attempts_that_get_no_further_are_not_repeated(tmp_path: Path, monkeypat
     assert slurm_job.requeue(other, tmp_path, 41) == "scontrol is not on this node"
     bounded = slurm_job.Job.current({"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "2", "MAX_REQUEUES": "2"})
     assert "requeued 2 times" in slurm_job.requeue(bounded, tmp_path, 60)
+    for wrong in ("-1", "10000", ""):
+        with pytest.raises(UserError, match=f"MAX_REQUEUES is {wrong}; valid: 0 to 9999"):
+            slurm_job.Job.current({"SLURM_JOB_ID": "8", "MAX_REQUEUES": wrong})
 
 
 def test_ports_of_jobs() -> None:

@@ -48,8 +48,8 @@ def test_setup_with_nothing_to_do_is_quick() -> None:
 
 def test_setup_names_what_is_missing(tmp_path: Path) -> None:
     """On a machine without compiler, headers, apt and root: a copy of the script, with almost nothing on PATH."""
-    for name in ("launch/setup", "launch/installing.sh", "pyproject.toml", "uv.lock"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("launch/setup", "launch/lib/args.sh", "launch/lib/installing.sh", "pyproject.toml", "uv.lock"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((runs.REPOSITORY / name).read_bytes())
     tools = tmp_path / "bin"
     tools.mkdir()

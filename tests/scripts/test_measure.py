@@ -34,7 +34,7 @@ def test_an_interrupted_run_is_resumed_although_other_parts_fail(
     runs.wait_until(lambda: len(runs.logged_steps(run)) >= 2, process)
     os.kill(process.pid, signal.SIGINT)
     output = runs.finish(process, expected=130)
-    assert output.splitlines()[-1] == "measure: stopped; the same command goes on from here"
+    assert output.splitlines()[-1] == "measure: stopped; the same command resumes from here"
     assert runs.children_with(str(tmp_path)) == []
     assert not (results / "table.txt").exists()
 

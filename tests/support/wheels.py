@@ -26,7 +26,7 @@ def made_wheel(config: pytest.Config) -> Path:
 
     Two workers that ask at once build it once.
     """
-    inputs = [LAUNCH / "build-ffcv-wheel", LAUNCH / "installing.sh", runs.REPOSITORY / "uv.lock"]
+    inputs = [LAUNCH / "build-ffcv-wheel", LAUNCH / "lib/installing.sh", runs.REPOSITORY / "uv.lock"]
     key = hashlib.sha256(b"".join(path.read_bytes() for path in inputs)).hexdigest()[:16]
     assert config.cache is not None
     folder = config.cache.mkdir("ffcv-wheel") / key

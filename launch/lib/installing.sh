@@ -1,4 +1,4 @@
-# Sourced by setup and build-ffcv-wheel, in the repository's root: what FFCV compiles against, uv, and uv.lock's FFCV.
+# Sourced by setup, build-ffcv-wheel and bundle after args.sh, in the repository's root: what FFCV compiles against, uv, and uv.lock's FFCV.
 python_header='import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'
 have_python() { python3 -c "$python_header" 2>/dev/null; }
 have_headers() { command -v pkg-config >/dev/null && pkg-config --exists opencv4 libturbojpeg && command -v c++ >/dev/null && have_python; }
@@ -42,12 +42,9 @@ MESSAGE
 ensure_uv() {
     uv=$(command -v uv || echo "$PWD/.uv/bin/uv")
     [[ ! -x $uv ]] || return 0
-    have_venv || {
-        echo "error: this machine has neither uv nor Python's venv module. Without root, one of these brings uv:" >&2
-        echo "  python3 -m pip install --user uv" >&2
-        echo "  conda install -c conda-forge uv" >&2
-        exit 2
-    }
+    have_venv ||
+        mistake "this machine has neither uv nor Python's venv module. Without root, one of these brings uv:" \
+            "  python3 -m pip install --user uv" "  conda install -c conda-forge uv"
     echo "setup: installing uv into .uv"
     python3 -m venv .uv
     .uv/bin/python -m pip install --quiet uv
@@ -60,8 +57,6 @@ read_locked_ffcv() {
     ffcv_version=$(sed -n 's/^version = "\(.*\)"$/\1/p' <<<"$entry")
     ffcv_url=$(sed -n 's/^sdist = { url = "\([^"]*\)".*/\1/p' <<<"$entry")
     ffcv_sha256=$(sed -n 's/^sdist = .*hash = "sha256:\([0-9a-f]\{64\}\)".*/\1/p' <<<"$entry")
-    [[ -n $ffcv_version && -n $ffcv_url && -n $ffcv_sha256 ]] || {
-        echo "error: uv.lock names no source archive of ffcv with its SHA-256. Restore it: git checkout uv.lock" >&2
-        exit 2
-    }
+    [[ -n $ffcv_version && -n $ffcv_url && -n $ffcv_sha256 ]] ||
+        mistake "uv.lock names no source archive of ffcv with its SHA-256. Restore it: git checkout uv.lock"
 }

@@ -84,18 +84,10 @@ choose_python() {
 
 # Sets `uv` to the one that lies among the wheels: a program, which needs no installing.
 unpack_uv() {
-    uv=$PWD/.uv/bundled/uv
-    mkdir -p .uv/bundled
-    "$python" - "$uv" "$wheels"/uv-*.whl <<'PYTHON'
-import os, sys, zipfile
-target, wheel = sys.argv[1:]
-with zipfile.ZipFile(wheel) as archive:
-    name = next(name for name in archive.namelist() if name.endswith(".data/scripts/uv"))
-    with open(target + ".partial", "wb") as file:
-        file.write(archive.read(name))
-os.chmod(target + ".partial", 0o755)
-os.replace(target + ".partial", target)
-PYTHON
+    rm -rf .uv/bundled
+    "$python" -m zipfile --extract "$wheels"/uv-*.whl .uv/bundled
+    uv=$(echo "$PWD"/.uv/bundled/uv-*.data/scripts/uv)
+    chmod 755 "$uv"
 }
 
 # Makes .venv. The packages of its own win over the machine's, which come last in the search.

@@ -8,7 +8,7 @@ stop() {
         kill -TERM -- "$group$child" 2>/dev/null || true
         wait "$child" 2>/dev/null || true
     fi
-    echo "${0##*/}: stopped; the same command goes on from here" >&2
+    echo "${0##*/}: stopped; the same command resumes from here" >&2
     exit "$1"
 }
 trap 'stop 130' INT
