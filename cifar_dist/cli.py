@@ -139,7 +139,7 @@ def validate(config: Config) -> None:
         UserError: names the setting, its value and what is valid.
     """
     c = config
-    _validate_ranges(c)
+    validate_ranges(c)
     if c.run.resume == "":
         raise UserError("run.resume is empty; valid: never, auto or the path of a checkpoint.")
     if c.run.name is not None and (Path(c.run.name).name != c.run.name or c.run.name == ".."):
@@ -155,14 +155,21 @@ def validate(config: Config) -> None:
     _validate_sizes(c)
 
 
-def _validate_ranges(config: Config) -> None:
-    for section, values in vars(config).items():
-        for key, hint in get_type_hints(type(values), include_extras=True).items():
-            value = getattr(values, key)
-            notes = [note for part in (hint, *get_args(hint)) for note in getattr(part, "__metadata__", ())]
-            for valid in notes:
-                if isinstance(valid, Range) and value is not None and value not in valid:
-                    raise UserError(f"{section}.{key} is {value}; valid: {valid}.")
+def validate_ranges(settings: Any, prefix: str = "") -> None:
+    """Refuse a number outside the `Range` of its field in the dataclass `settings` or in one that it holds.
+
+    Raises:
+        UserError: names the setting, its value and what is valid.
+    """
+    for key, hint in get_type_hints(type(settings), include_extras=True).items():
+        value = getattr(settings, key)
+        if is_dataclass(value):
+            validate_ranges(value, f"{prefix}{key}.")
+        notes = [note for part in (hint, *get_args(hint)) for note in getattr(part, "__metadata__", ())]
+        for valid in (note for note in notes if isinstance(note, Range)):
+            for number in value if isinstance(value, tuple) else (value,):
+                if number is not None and number not in valid:
+                    raise UserError(f"{prefix}{key} is {number}; valid: {valid}.")
 
 
 def _validate_model(model: ModelConfig, optimizer: str) -> None:

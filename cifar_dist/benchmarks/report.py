@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shlex
 import statistics
@@ -27,9 +26,9 @@ def header() -> Report:
     """Command, date, hardware and versions."""
     devices, versions = [summary.device_name(torch.device("cpu"))], summary.versions()
     if torch.cuda.is_available():
+        devices = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())] + devices
         cudnn: Any = torch.backends.cudnn
         nccl: Any = torch.cuda.nccl
-        devices = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())] + devices
         versions |= {"cudnn": str(cudnn.version()), "nccl": ".".join(map(str, nccl.version()))}
     return {
         "format": FORMAT,
@@ -43,6 +42,7 @@ def header() -> Report:
 
 
 def text(report: Report) -> str:
+    """The report for people, one line per row."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [
         report["command"],
@@ -54,36 +54,30 @@ def text(report: Report) -> str:
         if "failure" in content:
             lines += ["", f"FAILED: {content['failure']}"]
         for table in content["tables"]:
-            lines += ["", *_table(table)]
+            title = f"{table['title']} [{table['unit']}]"
+            ratios = any(row["ratio"] for row in table["rows"])
+            lines += ["", f"{title}; ratio to: {table['reference']}" if ratios else title]
+            lines += [*_aligned([_cells(row) for row in table["rows"]]), *(f"  {note}" for note in table["notes"])]
     return "\n".join(lines)
 
 
-def last_lines(output: str) -> str:
-    """The end of a process's output, for an error message."""
-    return "\n".join(output.strip().splitlines()[-15:])
+def _cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """Cells of a row of a table by column."""
+    values, cells = row["values"], {"": row["name"], "median": number(row["median"])}
+    cells["min..max"] = f"{number(min(values))}..{number(max(values))}" if len(values) > 1 else ""
+    if row["ratio"]:
+        cells["ratio"] = f"{row['ratio']:.2f}"
+    if row["busy"]:
+        cells["busy cores"] = f"{statistics.median(row['busy']):.2f}"
+    return cells | {
+        key: number(value) for key, value in row.items() if key not in ("name", "values", "median", "ratio", "busy")
+    }
 
 
-def _table(table: Mapping[str, Any]) -> Iterator[str]:
-    rows = table["rows"]
-    ratios, busy = any(row["ratio"] for row in rows), any(row["busy"] for row in rows)
-    own = ("name", "values", "median", "ratio", "busy")
-    more = list(dict.fromkeys(key for row in rows for key in row if key not in own))
-    cells = [["", "median", "min..max", *["ratio"] * ratios, *["busy cores"] * busy, *more]]
-    for row in rows:
-        values = row["values"]
-        line = [row["name"], number(row["median"])]
-        line.append(f"{number(min(values))}..{number(max(values))}" if len(values) > 1 else "")
-        if ratios:
-            line.append(f"{row['ratio']:.2f}" if row["ratio"] else "")
-        if busy:
-            line.append(f"{statistics.median(row['busy']):.2f}" if row["busy"] else "")
-        cells.append(line + [number(row[key]) if key in row else "" for key in more])
-    yield f"{table['title']} [{table['unit']}]" + (f"; ratio to: {table['reference']}" if ratios else "")
-    yield from _aligned(cells)
-    yield from (f"  {note}" for note in table["notes"])
-
-
-def _aligned(cells: Sequence[Sequence[str]]) -> Iterator[str]:
+def _aligned(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    """A heading and the lines of a table, from the cells of each row by column."""
+    columns = list(dict.fromkeys(["", *(key for row in rows for key in row)]))
+    cells = [columns, *([row.get(column, "") for column in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for first, *rest in cells:
         line = f"  {first:<{widths[0]}}" + "".join(f"  {c:>{w}}" for c, w in zip(rest, widths[1:], strict=True))
@@ -91,11 +85,8 @@ def _aligned(cells: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def number(value: float) -> str:
-    """At least three digits, and all digits before the decimal point."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{min(decimals, 6)}f}"
+    """Three digits, and all digits before the decimal point."""
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
 
 
 def read(path: Path) -> Report:
@@ -105,18 +96,17 @@ def read(path: Path) -> Report:
         UserError: it cannot be read, or is no such file.
     """
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree: Report = json.loads(path.read_text(encoding="utf-8"))
+        if tree.get("format") == FORMAT:
+            compare(tree, tree)
+            return tree
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}). Give a file written by bench --json.") from None
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-        raise UserError(f"{path} was not written by bench --json (its `format` must be {FORMAT!r}).")
-    try:
-        compare(tree, tree)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {type(error).__name__} {error}.") from None
-    return tree
+    raise UserError(f"{path} was not written by bench --json (its `format` must be {FORMAT!r}).")
 
 
 def compare(old: Report, new: Report) -> str:
@@ -125,32 +115,28 @@ def compare(old: Report, new: Report) -> str:
     if old["hardware"] != new["hardware"]:
         lines.append("The hardware differs: compare the ratios, not the rates.")
     before, after = _rows(old), _rows(new)
-    cells, num_marked = [["", "old", "new", "change", "old ratio", "new ratio", ""]], 0
-    for key in [key for key in before if key in after and before[key]["median"]]:
-        then, now = before[key], after[key]
-        change = now["median"] / then["median"] - 1
-        apart = min(now["values"]) > max(then["values"]) or max(now["values"]) < min(then["values"])
-        apart = apart and min(len(then["values"]), len(now["values"])) > 1  # a single value has no spread
-        mark = ("slower" if (change < 0) != then["lower_is_better"] else "faster") if apart else ""
-        num_marked += apart
-        ratios = [f"{row['ratio']:.2f}" if row["ratio"] else "" for row in (then, now)]
-        cells.append([" / ".join(key), number(then["median"]), number(now["median"]), f"{change:+.1%}", *ratios, mark])
-    lines += ["", *_aligned(cells), "", f"{num_marked} of {len(cells) - 1} rows changed by more than their spread."]
-    lines += [
-        f"In one file only: {' / '.join(key)}" for key in {**before, **after} if (key in before) != (key in after)
-    ]
+    changes = [_change(key, before[key], after[key]) for key in before if key in after and before[key]["median"]]
+    num_marked = sum(bool(cells["mark"]) for cells in changes)
+    lines += ["", *_aligned(changes), "", f"{num_marked} of {len(changes)} rows changed by more than their spread."]
+    lines += [f"In one file only: {key}" for key in {**before, **after} if (key in before) != (key in after)]
     return "\n".join(lines)
 
 
-def _rows(report: Report) -> dict[tuple[str, str, str], dict[str, Any]]:
+def _change(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    change = new["median"] / old["median"] - 1
+    apart = min(new["values"]) > max(old["values"]) or max(new["values"]) < min(old["values"])
+    apart = apart and min(len(old["values"]), len(new["values"])) > 1  # a single value has no spread
+    cells = {"": key, "old": number(old["median"]), "new": number(new["median"]), "change": f"{change:+.1%}"}
+    for column, row in (("old ratio", old), ("new ratio", new)):
+        cells[column] = f"{row['ratio']:.2f}" if row["ratio"] else ""
+    slower = (change < 0) != old["lower_is_better"]
+    return cells | {"mark": ("slower" if slower else "faster") if apart else ""}
+
+
+def _rows(report: Report) -> dict[str, dict[str, Any]]:
     """Rows by part, title and name, with `lower_is_better` of their table."""
     return {
-        (part, table["title"], row["name"]): {
-            "values": [float(value) for value in row["values"]],
-            "median": float(row["median"]),
-            "ratio": row.get("ratio"),
-            "lower_is_better": bool(table["lower_is_better"]),
-        }
+        f"{part} / {table['title']} / {row['name']}": {**row, "lower_is_better": table["lower_is_better"]}
         for part, content in report["parts"].items()
         for table in content["tables"]
         for row in table["rows"]

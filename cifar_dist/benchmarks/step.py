@@ -2,168 +2,164 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import product
 from typing import Any
 
 import torch
 import torch._dynamo.config as dynamo
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from cifar_dist.benchmarks import baselines
 from cifar_dist.benchmarks.baselines import TORCHVISION_NCHW, TORCHVISION_NHWC, BareStep
-from cifar_dist.benchmarks.measure import (
-    Cost,
-    Limits,
-    Row,
-    Table,
-    Work,
-    cost_of,
-    failure,
-    interleaved,
-    measure_limits,
-    threads,
-    wait_for,
-)
+from cifar_dist.benchmarks.loader import take
+from cifar_dist.benchmarks.measure import Row, Table, Work, interleaved, torch_as_in_training
 from cifar_dist.benchmarks.settings import BenchConfig, Stem
-from cifar_dist.config import AugmentConfig, ModelConfig, TrainConfig
+from cifar_dist.config import AugmentConfig, ModelConfig
 from cifar_dist.data import augment
-from cifar_dist.distributed import init_distributed
-from cifar_dist.training.precision import Precision, choose_precision, set_backends
-
-_SMALL = 128  # images in a micro-batch for which CUDA graphs are measured
-_VERSIONS = {"V1": "inception_v1", "V2": "inception_v2"}
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """What the rows of a table have in common."""
-
-    stem: Stem
-    num_images: int
-    compiled: bool
-    config: BenchConfig
-    device: torch.device
-    precision: Precision
+from cifar_dist.training.precision import Precision
 
 
 def measure(config: BenchConfig) -> list[Table]:
-    with init_distributed(config.device) as world:
-        precision = choose_precision(config.precision, world.device)
-        set_backends(TrainConfig(), False, world.device)
-        on_gpu = world.device.type == "cuda"
-        # By default torch runs further networks uncompiled after it has compiled the same code eight times.
-        dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 1024
-        limits, tables = measure_limits(config, world.device, precision.inputs)
-        stems, sizes = config.stems(on_gpu), config.micro_batch_sizes(on_gpu)
-        first = _Setting(stems[0], sizes[0], config.compiles(on_gpu), config, world.device, precision)
-        tables.append(_augmentation(first))
-        for stem, num in product(stems, sizes):
-            tables.append(_networks(replace(first, stem=stem, num_images=num), limits))
-        if on_gpu and not config.micro_batch_size:
-            tables.append(_networks(replace(first, num_images=_SMALL), limits, versions=("V1",)))
-        return [*tables, _step_in_parts(first)]
+    # By default torch runs further networks uncompiled after it has compiled the same code eight times.
+    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 1024
+    with torch_as_in_training(config) as (_, precision):
+        tables = _limits(config, precision.inputs)
+        limits = [max(table.rows[0].values) for table in tables]
+        tables.append(_augmentation(config, precision))
+        for stem, num in itertools.product(config.stem, config.micro_batch_size):
+            tables.append(_networks(config, precision, stem, num, limits))
+        return [*tables, _step_in_parts(config, precision)]
 
 
-def _augmentation(setting: _Setting) -> Table:
+def _limits(config: BenchConfig, dtype: torch.dtype) -> list[Table]:
+    """Measure a product of square matrices in `dtype`, and a copy that is much larger than any cache."""
+    side, size = (8192, 2**30) if config.device == "cuda" else (2048, 2**27)
+    a, b = (torch.randn(side, side, device=config.device, dtype=dtype) for _ in range(2))
+    source = torch.ones(size, device=config.device, dtype=torch.uint8)
+    product, target = torch.empty_like(a), torch.empty_like(source)
+
+    def multiply() -> float:
+        torch.mm(a, b, out=product)
+        return 2 * side**3 / 1e12
+
+    def copy() -> float:
+        target.copy_(source)
+        return 2 * size / 1e9
+
+    rows = interleaved({"matrix product": multiply, "copy, read and written": copy}, config)
+    products = f"limits of the device: products of {side} x {side}, {str(dtype).removeprefix('torch.')}"
+    copies = f"limits of the device: copy of {size / 2**20:.0f} MiB"
+    return [Table(products, "TFLOP/s", rows[:1]), Table(copies, "GB/s", rows[1:])]
+
+
+def _augmentation(config: BenchConfig, precision: Precision) -> Table:
     """Sampling of the parameters, flip, translation, cutout and normalisation of a batch in memory."""
-    num, device, dtype = setting.num_images, setting.device, setting.precision.inputs
-    images = torch.randint(0, 256, (num, 32, 32, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
-    indices, augmentation = torch.arange(num, device=device), AugmentConfig()
-
-    def work(apply: Callable[..., torch.Tensor]) -> float:
-        apply(images, augment.sample_params(indices, 0, 0, augmentation), augmentation.cutout, dtype)
-        return float(num)
-
-    def normalize() -> float:
-        augment.normalize(images, dtype)
-        return float(num)
-
-    cases: dict[str, Work] = {"eager": partial(work, augment.apply), "normalised only": normalize}
-    notes = []
-    if setting.compiled:
-        cases["compiled"] = partial(work, torch.compile(augment.apply, dynamic=False))
-        try:
-            cases["compiled"]()
-        except Exception as error:  # noqa: BLE001 - such as no C++ compiler
-            notes.append(f"compiled: {failure(error)}")
-            del cases["compiled"]
-    rows = interleaved(cases, setting.config.repeats, setting.config.seconds / 2, wait_for(device))
-    title = f"augmentation, batches of {num}, {setting.precision.name}{threads(device)}"
-    return Table(title, "images/s", rows, "eager", notes=notes)
+    num, dtype = config.micro_batch_size[0], precision.inputs
+    batches, notes = baselines.blank_batches(num, torch.device(config.device)), list[str]()
+    eager = partial(take, batches, AugmentConfig(), dtype)
+    compiled = partial(eager, torch.compile(augment.apply, dynamic=False))
+    cases: dict[str, Work] = {
+        "eager": eager,
+        "normalised only": lambda: len(augment.normalize(next(batches)[1].images, dtype)),
+    }
+    if config.compile == "on" and _attempt("compiled", compiled, notes):
+        cases["compiled"] = compiled
+    rows = interleaved(cases, config)
+    return Table(f"augmentation, batches of {num}, {precision.name}", "images/s", rows, "eager", notes=notes)
 
 
-def _networks(setting: _Setting, limits: Limits, versions: tuple[str, ...] = ("V1", "V2")) -> Table:
-    """Training steps of the networks that can be built; a note says why another one cannot."""
-    notes, steps, costs = [], dict[str, BareStep](), dict[str, Cost]()
-    for name, build in _builders(setting, versions):
-        try:
-            step = build()
-            costs[name] = cost_of(replace(step, network=step.model))  # uncompiled
-            for _ in range(2):
-                step()
+def _networks(config: BenchConfig, precision: Precision, stem: Stem, num: int, limits: Sequence[float]) -> Table:
+    """Training steps of the networks that can be built, in relation to the `limits` of the device, TFLOP/s and GB/s."""
+    notes, steps, costs = list[str](), dict[str, BareStep](), dict[str, Cost]()
+
+    def add(name: str, create: Callable[[], BareStep]) -> None:
+        def build() -> None:
+            step = create()
+            costs[name] = cost_of(step)
+            step()
             steps[name] = step
-        except Exception as error:  # noqa: BLE001 - such as no memory or no compiler
-            notes.append(f"{name}: {failure(error)}")
-            if setting.device.type == "cuda":
-                torch.cuda.empty_cache()
-    config, num, wait = setting.config, setting.num_images, wait_for(setting.device)
-    rows = interleaved(steps, config.repeats, config.seconds, wait)
+
+        _attempt(name, build, notes)
+
+    for version, merged in itertools.product(("v1", "v2"), ("off", "on")):
+        name = f"{version.upper()}, {'1x1 merged' if merged == 'on' else 'plain'}"
+        values: Any = {"name": f"inception_{version}", "merge_1x1": merged}
+        create = partial(baselines.project_step, ModelConfig(stem=stem, width=config.width, **values), num, precision)
+        add(name, create)
+        if config.compile == "on" and (version == "v1" or merged == "off"):  # not all four, because it takes long
+            add(f"{name}, compiled", partial(create, compiled=True))
+    if baselines.has_torchvision_counterpart(stem, config.width):
+        add(TORCHVISION_NCHW, partial(baselines.torchvision_step, stem, num, precision))
+        add(TORCHVISION_NHWC, partial(baselines.torchvision_step, stem, num, precision, channels_last=True))
+    rows = interleaved(steps, config)
     for row in rows:
-        steps_per_second, cost = row.median / num, costs[row.name]
+        step, cost, steps_per_second = steps[row.name], costs[row.name], row.median / num
         row.more["TFLOP/s"] = steps_per_second * cost.flops / 1e12
-        row.more["% of product"] = 100 * steps_per_second * cost.flops / limits.flops
-        if steps[row.name].network is steps[row.name].model:  # compiled operations move other bytes
-            row.more["% of copy"] = 100 * steps_per_second * cost.bytes / limits.bytes
+        row.more["% of product"] = 100 * row.more["TFLOP/s"] / limits[0]
+        if step.network is step.model:  # compiled operations move other bytes
+            row.more["% of copy"] = 100 * steps_per_second * cost.bytes / 1e9 / limits[1]
             row.more["operations"] = cost.num_operations
     if config.width != 1:
         notes.append(f"width {config.width:g}; without torchvision's googlenet, which has no width")
     notes.append("% of copy: the bytes that each operation reads and writes, including those served by a cache")
     notes.append("torchvision's with its defaults: eager, torch's SGD, dropout, batch-norm statistics kept")
-    title = f"{setting.stem} stem, micro-batch {num}, {setting.precision.name}{threads(setting.device)}, SGD"
+    title = f"{stem} stem, micro-batch {num}, {precision.name}, SGD"
     reference = TORCHVISION_NCHW if TORCHVISION_NCHW in steps else next(iter(steps), "")
     return Table(title, "images/s", rows, reference, notes=notes)
 
 
-def _builders(setting: _Setting, versions: tuple[str, ...]) -> Iterator[tuple[str, Callable[[], BareStep]]]:
-    """Names and builders of the networks to compare.
-
-    Compiled, which takes long, are V1 with and without merged 1x1 and V2 without.
-    """
-    num, precision, width = setting.num_images, setting.precision, setting.config.width
-    graphs = num <= _SMALL and precision.device_type == "cuda"
-    for version, merged in product(versions, ("off", "on")):
-        name: Any = _VERSIONS[version]
-        kind = f"{version}, 1x1 merged" if merged == "on" else f"{version}, plain"
-        model = ModelConfig(name=name, stem=setting.stem, width=width, merge_1x1=merged)  # type: ignore[arg-type]
-        build = partial(baselines.project_step, model, num, precision)
-        yield kind, build
-        if setting.compiled and (version == "V1" or merged == "off"):
-            yield f"{kind}, compiled", partial(build, "default")
-        if setting.compiled and graphs and merged == "off":
-            yield f"{kind}, CUDA graphs", partial(build, "reduce-overhead")
-    if baselines.has_torchvision_counterpart(setting.stem, width):
-        for kind, channels_last in ((TORCHVISION_NCHW, False), (TORCHVISION_NHWC, True)):
-            yield kind, partial(baselines.torchvision_step, setting.stem, num, precision, channels_last)
-
-
-def _step_in_parts(setting: _Setting) -> Table:
+def _step_in_parts(config: BenchConfig, precision: Precision) -> Table:
     """Forward, backward and optimizer of V1."""
-    rows = []
-    for muon in (False, True):
-        model = ModelConfig(stem=setting.stem, width=setting.config.width)
-        mode = "default" if setting.compiled else None
-        step = baselines.project_step(model, setting.num_images, setting.precision, mode, muon)
+    model, num, rows = ModelConfig(stem=config.stem[0], width=config.width), config.micro_batch_size[0], list[Row]()
+    for optimizer in ("SGD", "Muon and SGD"):
+        step = baselines.project_step(model, num, precision, config.compile == "on", muon=optimizer != "SGD")
         for _ in range(3):
             step()
-        times = [step.seconds_by_part(wait_for(setting.device)) for _ in range(max(setting.config.repeats, 3))]
-        forward, backward, optimizer = ([1e3 * seconds for seconds in column] for column in zip(*times, strict=True))
-        if not muon:
-            rows += [Row("forward", forward), Row("backward", backward)]
-        rows.append(Row("Muon and SGD" if muon else "SGD", optimizer))
-    total = sum(statistics.median(row.values) for row in rows[:3])
-    rows = [replace(row, more={"% of step": 100 * row.median / total}) for row in rows[:3]] + rows[3:]
-    title = f"a step of V1 in parts, {setting.stem} stem, micro-batch {setting.num_images}"
-    return Table(title, "ms", rows, lower_is_better=True)
+        times = zip(*(step.seconds_by_part() for _ in range(max(config.repeats, 3))), strict=True)
+        forward, backward, update = ([1e3 * seconds for seconds in part] for part in times)
+        rows = rows or [Row("forward", forward), Row("backward", backward)]
+        rows.append(Row(optimizer, update))
+    total = sum(row.median for row in rows[:3])
+    for row in rows[:3]:
+        row.more["% of step"] = 100 * row.median / total
+    return Table(f"a step of V1 in parts, {model.stem} stem, micro-batch {num}", "ms", rows, lower_is_better=True)
+
+
+def _attempt(name: str, work: Callable[[], object], notes: list[str]) -> bool:
+    """Whether `work` succeeds. If it does not, such as without memory or compiler, `notes` gets the reason."""
+    try:
+        work()
+    except Exception as error:  # noqa: BLE001 - whatever torch raises
+        reason = (str(error).splitlines() or [""])[0][:160]
+        notes.append(f"{name}: not measured: {type(error).__name__}: {reason}")
+        torch.cuda.empty_cache()  # without a GPU, this does nothing
+        return False
+    return True
+
+
+class Cost(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Of what runs inside: flop of products and convolutions, number of operations, bytes that they read and write."""
+
+    flops, bytes, num_operations = 0, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in str(func) and "detach" not in str(func):  # these move nothing
+            self.num_operations += 1
+            tensors = {id(t): t for t in tree_leaves([args, kwargs, output]) if isinstance(t, Tensor)}
+            self.bytes += sum(t.numel() * t.element_size() for t in tensors.values())
+        return output
+
+
+def cost_of(step: Callable[[], object]) -> Cost:
+    """Count while `step` runs, uncompiled."""
+    cost = Cost()  # type: ignore[no-untyped-call]
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter, cost:
+        step()
+    cost.flops = counter.get_total_flops()
+    return cost
