@@ -100,11 +100,15 @@ class HeartbeatThread(threading.Thread):
 
     def find_lost_ranks(self) -> list[int] | None:
         """Wait 3 s, or until there is a notice. The ranks without a new heartbeat; None if the store is lost."""
-        self._read_every = 1
-        before, rounds, deadline = dict(self.seen), self.rounds, time.monotonic() + _LOST_S
+        self._read_every, before = 1, dict[int, Heartbeat]()
+        rounds, deadline = self.rounds, time.monotonic() + _LOST_S
         while self.notice is None and self.is_alive() and time.monotonic() < deadline:
+            if not before and self.rounds < rounds + 2:
+                self._wake.set()
+            elif not before:
+                before = dict(self.seen)  # with all heartbeats that were sent before the connection was lost
             time.sleep(0.1)
-        if not self.is_alive() or self.rounds == rounds:
+        if not self.is_alive() or not before:
             return None
         silent = [rank for rank, heartbeat in self.seen.items() if heartbeat.number == before[rank].number]
         # Ranks that left the run may have done so because of the lost one.
