@@ -21,12 +21,10 @@ _OUT_OF_MEMORY = ("can't allocate memory", "DefaultCPUAllocator", "out of memory
 
 def nonfinite_loss(step: int, ranks: Sequence[int], world_size: int, last_saved: int | None) -> NonFiniteError:
     """The error, the same on every rank, for a loss that was infinite or NaN in `step` on `ranks`."""
-    if world_size == 1:
-        where = ""
-    elif len(ranks) == world_size:
-        where = f" on all {world_size} ranks"
-    else:
-        where = f" on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} of {world_size}"
+    names = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} of {world_size}"
+    if len(ranks) == world_size:
+        names = f"all {world_size} ranks"
+    where = f" on {names}" if world_size > 1 else ""
     return _nonfinite(f"the loss became infinite or NaN in step {step}{where}; nothing was saved since.", last_saved)
 
 
