@@ -37,10 +37,10 @@ def main() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or FFCV would open one of the GPUs
     with quick_imports():
         from cifar_dist.distributed import init_distributed
-        from cifar_dist.fault_tolerance.lost_peers import report_lost_peers
+        from cifar_dist.fault_tolerance.watchdog import Watchdog
         from cifar_dist.training.score_checkpoint import score_checkpoint
 
-    with exit_on_error(), init_distributed(arguments.device) as world, report_lost_peers(world):
+    with exit_on_error(), init_distributed(arguments.device) as world, Watchdog(world, timeout_s=0):
         validation = arguments.split == "validation"
         figures = score_checkpoint(arguments.checkpoint, world, validation, arguments.data_dir)
         if world.is_main:

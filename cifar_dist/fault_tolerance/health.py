@@ -1,54 +1,60 @@
-"""States in which a run must neither continue nor save: values that are not finite, ranks with different models."""
+"""Errors of the computation, explained: values that are not finite, ranks with different models, no memory left."""
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from cifar_dist.config import Config
 from cifar_dist.distributed import World, all_gather, all_gather_text
-from cifar_dist.errors import DivergedError, NonFiniteError
+from cifar_dist.errors import DataError, DivergedError, NonFiniteError, UserError
+from cifar_dist.phase import current
+
+_OUT_OF_MEMORY = ("can't allocate memory", "DefaultCPUAllocator", "out of memory", "ALLOC_FAILED", "bad_alloc")
 
 
 def nonfinite_loss(step: int, ranks: Sequence[int], world_size: int, last_saved: int | None) -> NonFiniteError:
     """The error, the same on every rank, for a loss that was infinite or NaN in `step` on `ranks`."""
-    if world_size == 1:
-        where = ""
-    elif len(ranks) == world_size:
-        where = f" on all {world_size} ranks"
-    else:
-        where = f" on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} of {world_size}"
+    names = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} of {world_size}"
+    if len(ranks) == world_size:
+        names = f"all {world_size} ranks"
+    where = f" on {names}" if world_size > 1 else ""
     return _nonfinite(f"the loss became infinite or NaN in step {step}{where}; nothing was saved since.", last_saved)
 
 
-def refuse_nonfinite(model: nn.Module, step: int, last_saved: int | None) -> None:
-    """Check all parameters; waits for the device.
+def refuse_nonfinite(tensors: Mapping[str, Tensor], step: int, last_saved: int | None) -> None:
+    """Check all `tensors` of the state, by name; waits for the device.
 
     Raises:
-        NonFiniteError: a parameter is infinite or NaN.
+        NonFiniteError: a value is infinite or NaN.
     """
-    named = dict(model.named_parameters())
-    finite = torch.stack([torch.isfinite(parameter).all() for parameter in named.values()])
+    device = next(iter(tensors.values())).device
+    finite = torch.stack([torch.isfinite(tensor).all().to(device) for tensor in tensors.values()])
     if not bool(finite.all()):
-        first = list(named)[int((~finite).nonzero()[0])]
-        what = f"a parameter ({first}) is infinite or NaN after step {step}, so it is not saved."
-        raise _nonfinite(what, last_saved)
+        name, tensor = list(tensors.items())[int((~finite).nonzero()[0])]
+        if " of " not in name:
+            name = f"parameter {name}" if isinstance(tensor, nn.Parameter) else f"buffer {name}"
+        raise _nonfinite(f"the {name} is infinite or NaN after step {step}, so it is not saved.", last_saved)
 
 
 def _nonfinite(what: str, last_saved: int | None) -> NonFiniteError:
-    good = "There is no good checkpoint yet"
-    if last_saved is not None:
-        good = f"The last good checkpoint is that of step {last_saved}"
     advice = "Lower optim.lr, set optim.grad_clip, or see where it starts with --debug.anomaly True."
-    return NonFiniteError(f"{what} {good}. {advice}", on_all_ranks=True)
+    return NonFiniteError(f"{what} {_last_good(last_saved)}. {advice}", on_all_ranks=True)
+
+
+def _last_good(step: int | None) -> str:
+    return "There is no good checkpoint yet" if step is None else f"The last good checkpoint is that of step {step}"
 
 
 def tensors_of_state(model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The tensors, by name, that must be equal on all ranks: model, moving average, optimizer state."""
-    tensors = dict(model.state_dict())
+    tensors = dict(model.state_dict(keep_vars=True))
     if ema is not None:
         tensors |= {f"moving average of {name}": tensor for name, tensor in ema.state_dict().items()}
     for name, parameter in model.named_parameters():
@@ -83,13 +89,11 @@ def refuse_divergence(tensors: Mapping[str, Tensor], world: World, step: int, la
     odd = odd_ranks(table[:, different[0]].tolist())
     suspects = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in (odd or range(len(hosts)))[:8])
     who = f"{suspects} differ{'s' * (len(odd) == 1)} from the other ranks" if odd else f"{suspects}: all suspect"
-    good = "There is no good checkpoint yet"
-    if last_saved is not None:
-        good = f"The last good checkpoint is that of step {last_saved}, from which --run.resume auto resumes"
+    resume = "" if last_saved is None else ", from which --run.resume auto resumes"
     raise DivergedError(
         f"the {len(hosts)} processes do not hold the same model after step {step}, so it is not saved.\n"
         f"First of {len(different)} tensors that differ: {list(tensors)[different[0]]}. {who}.\n"
-        f"{good}.\n"
+        f"{_last_good(last_saved)}{resume}.\n"
         f"A device or its memory is faulty, the nodes differ (processors, versions), or code computes something else\n"
         f"on each rank. Try without what is suspect.",
         on_all_ranks=True,
@@ -100,3 +104,44 @@ def odd_ranks(sums: Sequence[int]) -> list[int] | None:
     """The ranks whose sum differs from that of the majority; None without a majority."""
     (value, count), *_ = Counter(sums).most_common(1)
     return [rank for rank, own in enumerate(sums) if own != value] if 2 * count > len(sums) else None
+
+
+@contextmanager
+def explain_out_of_memory(config: Config, rank: int, world_size: int) -> Iterator[None]:
+    """Convert the out-of-memory errors of torch, CUDA, numpy and the system.
+
+    Raises:
+        UserError: this rank is out of memory; with the setting to lower.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError, DataError) as error:
+        cause = error.__cause__ if isinstance(error, DataError) else error  # a DataError may come from FFCV's thread
+        refused = isinstance(cause, OSError) and cause.errno == errno.ENOMEM  # as when the dataset is mapped
+        if not isinstance(cause, MemoryError) and not refused and not any(s in str(cause) for s in _OUT_OF_MEMORY):
+            raise
+        detail = (str(error).splitlines() or [""])[0][:300] or type(error).__name__
+        where = f"in step {current.step}" if current.step else "before the first step"
+        text = f"rank {rank} ran out of memory {where} ({current.phase.name}): {detail}\n"
+        raise UserError(text + advice(config, current.phase.memory, world_size)) from error
+
+
+def advice(config: Config, setting: str, world_size: int) -> str:
+    """Which setting to lower, from which value, and to which."""
+    if setting != "train.micro_batch_size":
+        value = config.eval.batch_size if setting == "eval.batch_size" else config.eval.bn_samples
+        again = "With --run.resume auto the run resumes from the last checkpoint."
+        return f"{setting} is {value}; lower it, e.g. --{setting} {max(2, value // 2)}. {again}"
+    value, batch_size = config.train.micro_batch_size, config.train.batch_size
+    per_rank, processes = batch_size // world_size, f"{world_size} process{'es' * (world_size > 1)}"
+    lower = next((size for size in range(value - 1, 1, -1) if per_rank % size == 0), None)
+    if lower is None:
+        return (
+            f"{setting} is {value}, and no lower one is possible with train.batch_size {batch_size} on {processes}. "
+            f"Lower model.width, or give another train.batch_size and --run.name."
+        )
+    return (
+        f"{setting} is {value}; the next lower one for train.batch_size {batch_size} on {processes} is {lower}: "
+        f"--{setting} {lower}\n"
+        f"Batch norm then sees fewer samples at a time, which makes it another run: give another --run.name, too."
+    )

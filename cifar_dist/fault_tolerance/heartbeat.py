@@ -11,124 +11,115 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
 
-import psutil
-from torch.distributed import distributed_c10d
+from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
+from cifar_dist.distributed import World
 from cifar_dist.fault_tolerance import processes
+from cifar_dist.process import started_ticks
 
 INTERVAL_S = 1.0
+_LOST_S = 3.0  # without a heartbeat, once a connection is lost
 _NOTICE = "cifar_dist/notice"
-_ENDED = ("", psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-_SUSPENDED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a rank publishes about itself.
+    """What a rank publishes about itself. The default: nothing was received yet."""
 
-    Args:
-        number: counts heartbeats; 0: none was received yet.
-        step: optimizer step, from 1.
-        phase, waits, limit_s: its phase, see phase.Phase.
-        idle_s: seconds since its phase last changed, counted by its own thread.
-        source: the line of this package that it executes, if it has been idle for long.
-        finished: it has left the run.
-        notified: it knows the failure notice.
-        host, pid, started, namespace: which process it is; see fault_tolerance.processes.
-    """
-
-    number: int = 0
-    step: int = 0
-    phase: str = "starting"
+    number: int = 0  # counts heartbeats, from 1
+    step: int = 0  # optimizer step, from 1
+    phase: str = "starting"  # this and the next two: see phase.Phase
     waits: bool = False
     limit_s: float = 0.0
-    idle_s: float = 0.0
-    source: str = ""
-    finished: bool = False
-    notified: bool = False
+    idle_s: float = 0.0  # since its phase last changed, counted by its own thread
+    source: str = ""  # the line of this package that it executes, if it has been idle for long
+    finished: bool = False  # it has left the run
+    notified: bool = False  # it knows the failure notice
     host: str = "?"
     pid: int = 0
-    started: int | None = None
-    namespace: str = ""
+    started: int | None = None  # clock ticks after boot, as process ids are used again
+    silent_s: float = 0.0  # since this heartbeat arrived, counted by the rank that received it
 
-    def is_local(self) -> bool:
-        """Whether its process id can be used here."""
-        return bool(self.namespace) and self.namespace == processes.namespace()
-
-    def has_ended(self) -> bool:
-        """Whether the process is known to have ended; False on another node."""
-        return self.is_local() and processes.status(self.pid, self.started) in _ENDED
-
-    def is_suspended(self) -> bool:
-        """Whether the process is known to be stopped by a signal or debugger."""
-        return self.is_local() and processes.status(self.pid, self.started) in _SUSPENDED
-
-    def is_running(self) -> bool:
-        """Whether the process is known to run."""
-        return self.is_local() and not self.has_ended() and not self.is_suspended()
+    def process_state(self) -> str:
+        """running, suspended (by a signal or a debugger), ended; or elsewhere: on another node."""
+        return processes.state(self.pid, self.started) if self.host == socket.gethostname() else "elsewhere"
 
     def kill(self) -> None:
         """Kill the process if it is on this node."""
-        if self.is_local() and not self.has_ended():
+        if self.process_state() in ("running", "suspended"):
             with suppress(OSError):
                 os.kill(self.pid, signal.SIGKILL)
 
 
 @dataclass(frozen=True)
 class FailureNotice:
-    """Why the run ends, published by the rank that knows.
+    """Why the run ends, published by the rank that knows."""
 
-    Args:
-        kind: class name of the error.
-        text: its message.
-        abort: the run is stalled, so every rank exits at once, without waiting for its training thread.
-        reporter: with `abort`, the rank that prints the message.
-        silent: with `abort`, the ranks without a heartbeat; they are killed.
-    """
-
-    kind: str
-    text: str
-    abort: bool = False
-    reporter: int = 0
-    silent: tuple[int, ...] = ()
+    kind: str  # class name of the error
+    text: str  # its message
+    abort: bool = False  # the run is stalled, so every rank exits at once, without waiting for its training thread
+    reporter: int = 0  # the rank that prints the message if watchdogs end the run
+    silent: list[int] = field(default_factory=list)  # with `abort`: the ranks without a heartbeat, which are killed
 
 
-def identity() -> dict[str, Any]:
-    """The fields of a heartbeat that say which process this is."""
-    pid = os.getpid()
-    started = processes.started_ticks(pid)
-    return {"host": socket.gethostname(), "pid": pid, "started": started, "namespace": processes.namespace()}
+def identity() -> Heartbeat:
+    """A heartbeat that only says which process this is."""
+    return Heartbeat(host=socket.gethostname(), pid=os.getpid(), started=started_ticks(os.getpid()))
 
 
 class HeartbeatThread(threading.Thread):
-    """Publishes this rank's heartbeat once a second and reads those of the others.
+    """Publishes this rank's heartbeat once a second and reads those of all ranks.
 
     Args:
-        own: returns this rank's heartbeat, given its number and whether the rank has finished.
+        own: returns this rank's heartbeat; this thread sets `number`, `finished` and `notified`.
 
-    `seen` has the newest heartbeat of every rank, `notice` the failure notice; `rounds` counts completed exchanges. In
-    large jobs the other ranks are read less often.
+    `seen` has the newest heartbeat of every rank, `notice` the failure notice; `rounds` counts completed exchanges.
     """
 
-    def __init__(self, rank: int, size: int, own: Callable[[int, bool], Heartbeat]) -> None:
+    def __init__(self, world: World, own: Callable[[], Heartbeat]) -> None:
         super().__init__(name="heartbeat", daemon=True)
-        self.rank, self.size, self._own = rank, size, own
-        self.seen = {other: Heartbeat() for other in range(size)}
+        self.rank = world.rank
+        self.seen = dict.fromkeys(range(world.size), Heartbeat())
         self.notice: FailureNotice | None = None
         self.rounds = 0
+        self._own = own
         self._to_publish: FailureNotice | None = None
         self._closed, self._wake = threading.Event(), threading.Event()
-        self._store = distributed_c10d._get_default_store().clone()
+        self._read_every = 1 + world.size // 16  # rounds; in large jobs the ranks are read less often
+        self._store: Store = HashStore() if world.store is None else world.store.clone()
 
     def publish(self, notice: FailureNotice) -> None:
         """Tell all ranks, unless another notice was published before. Does not wait."""
         self._to_publish = notice
         self._wake.set()
+
+    def find_lost_ranks(self) -> list[int] | None:
+        """Wait 3 s, or until there is a notice. The ranks without a new heartbeat; None if the store is lost."""
+        self._read_every, before = 1, dict[int, Heartbeat]()
+        rounds, deadline = self.rounds, time.monotonic() + _LOST_S
+        while self.notice is None and self.is_alive() and time.monotonic() < deadline:
+            if not before and self.rounds < rounds + 2:
+                self._wake.set()
+            elif not before:
+                before = dict(self.seen)  # with all heartbeats that were sent before the connection was lost
+            time.sleep(0.1)
+        if not self.is_alive() or not before:
+            return None
+        silent = [rank for rank, heartbeat in self.seen.items() if heartbeat.number == before[rank].number]
+        # Ranks that left the run may have done so because of the lost one.
+        return [rank for rank in silent if not self.seen[rank].finished] or silent
+
+    def is_first_to_report(self) -> bool:
+        """Whether no other rank of this node has called this, so that the same error is printed once per node."""
+        with suppress(RuntimeError):
+            first = self._store.compare_set(f"cifar_dist/reporter/{socket.gethostname()}", "", str(self.rank))
+            return int(first) == self.rank
+        return True
 
     def close(self) -> None:
         """Publish a last heartbeat and end, unless the store does not answer."""
@@ -143,29 +134,27 @@ class HeartbeatThread(threading.Thread):
                 self._exchange()
                 self._wake.wait(INTERVAL_S)
                 self._wake.clear()
-            self._store.set(_key(self.rank), json.dumps(asdict(self._own(self.rounds + 1, True))))
+            self._send(finished=True)
 
     def _exchange(self) -> None:
-        if self._to_publish is not None and self.notice is None:
+        if self.notice is None and self._to_publish is not None:
             published = self._store.compare_set(_NOTICE, "", json.dumps(asdict(self._to_publish)))
-            self.notice = _decode(published)
+            self.notice = FailureNotice(**json.loads(published))
         elif self.notice is None and self._store.check([_NOTICE]):
-            self.notice = _decode(self._store.get(_NOTICE))
-        heartbeat = self._own(self.rounds + 1, False)
-        self._store.set(_key(self.rank), json.dumps(asdict(heartbeat)))
-        if self.rounds % (1 + self.size // 16) == 0 or self.notice is not None:
-            for other in range(self.size):
-                key = _key(other)
+            self.notice = FailureNotice(**json.loads(self._store.get(_NOTICE)))
+        self._send(finished=False)
+        if self.rounds % self._read_every == 0 or self.notice is not None:
+            for rank, heartbeat in self.seen.items():
                 # get() waits for a key that does not exist yet.
-                if self.seen[other].number or self._store.check([key]):
-                    self.seen[other] = Heartbeat(**json.loads(self._store.get(key)))
+                if heartbeat.number or self._store.check([_key(rank)]):
+                    self.seen[rank] = Heartbeat(**json.loads(self._store.get(_key(rank))))
         self.rounds += 1
+
+    def _send(self, finished: bool) -> None:
+        number, notified = self.rounds + 1, self.notice is not None
+        heartbeat = replace(self._own(), number=number, finished=finished, notified=notified)
+        self._store.set(_key(self.rank), json.dumps(asdict(heartbeat)))
 
 
 def _key(rank: int) -> str:
     return f"cifar_dist/heartbeat/{rank}"
-
-
-def _decode(text: bytes) -> FailureNotice:
-    values = json.loads(text)
-    return FailureNotice(**values | {"silent": tuple(values["silent"])})

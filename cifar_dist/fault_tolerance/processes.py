@@ -1,41 +1,24 @@
-"""Identity and state of other processes."""
+"""Other processes of this node."""
 
 from __future__ import annotations
 
 from contextlib import suppress
-from pathlib import Path
+from typing import Literal
 
 import psutil
 
+from cifar_dist.process import started_ticks
 
-def namespace() -> str:
-    """Equal for two processes if a process id means the same to both: kernel boot and pid namespace.
-
-    Containers on one machine share the boot id, and namespaces of different machines share numbers. Empty if hidden.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {Path('/proc/self/ns/pid').stat().st_ino}"
-    except OSError:
-        return ""
+_SUSPENDED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 
 
-def started_ticks(pid: int) -> int | None:
-    """Start time in clock ticks since boot, None if unknown. psutil's create_time moves with the system clock."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    return int(text.rpartition(")")[2].split()[19])
-
-
-def status(pid: int, ticks: int | None) -> str:
-    """psutil's status of the process that has `pid` and started at `ticks`; empty if it has ended."""
-    if started_ticks(pid) != ticks:
-        return ""
+def state(pid: int, ticks: int | None) -> Literal["running", "suspended", "ended"]:
+    """Of the process that has `pid` and started at `ticks`; suspended: by a signal or a debugger."""
     with suppress(psutil.Error):
-        return str(psutil.Process(pid).status())
-    return ""
+        status = psutil.Process(pid).status()
+        if started_ticks(pid) == ticks and status not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return "suspended" if status in _SUSPENDED else "running"
+    return "ended"
 
 
 def kill_process_tree(pid: int) -> None:

@@ -16,22 +16,36 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import SoftFileLease, Timeout
 
 from cifar_dist.errors import RunInUseError, write_exit_code
 from cifar_dist.fault_tolerance import signals
-from cifar_dist.files import write_text_atomic
+from cifar_dist.files import write_json
 
 LOCK, JOB, REQUEST = ".lock", ".lock.job", ".lock.request"
 LEASE_S = 20.0  # ten heartbeats; a file server may delay one by some seconds
 HEARTBEAT_S = 2.0
-EXIT_S = 60.0
-"""An owner that lost the lease or was asked to exit is killed after this time."""
+EXIT_S = 60.0  # then an owner that lost the lease or was asked to exit is killed
 REQUEST_WAIT_S = 120.0  # longer than EXIT_S, and than a file server keeps the locks of a dead client
 WAIT_S = 30.0  # longer than workers outlive their launcher (signals._ORPHAN_GRACE_S)
-_POLL_S, _LOG_S = 0.5, 15.0
+_POLL_S, _LOG_EVERY_S = 0.5, 15.0
+_LOG_AFTER_S = 1.0  # a lease of a dead process on this node is free at once
+
+
+class Owner(NamedTuple):
+    """A process that owns a run directory, or wants to."""
+
+    pid: int
+    host: str
+    job: str | None = None  # of Slurm
+    restarts: int = 0  # of that job
+    token: str | None = None  # of its lease
+
+    def __str__(self) -> str:
+        restart = f", restart {self.restarts}" if self.restarts else ""
+        return f"process {self.pid} on {self.host}" + (f" (job {self.job}{restart})" if self.job else "")
 
 
 class RunLock:
@@ -48,14 +62,13 @@ class RunLock:
         """Whether this process still owns the directory; True if the marker cannot be read. Costs one small read."""
         if self._lease.compromise is not None:
             return False
+        record = self._lease.owner
+        if record is not None:
+            return record.token == self._token
         try:
-            (self.directory / LOCK).stat()
-        except FileNotFoundError:
-            return False
+            return (self.directory / LOCK).exists()
         except OSError:
             return True
-        owner = self._lease.owner
-        return owner is None or owner.token == self._token
 
     def check(self) -> None:
         """Call before writing.
@@ -64,10 +77,10 @@ class RunLock:
             RunInUseError: the lease is lost.
         """
         if not self.held():
-            owner = _owner(self._lease)
+            other = owner(self.directory)
             raise RunInUseError(
                 f"this run no longer owns its directory {self.directory}: "
-                f"{f'{owner} owns it now' if owner else f'its {LOCK} is gone'}. This process was suspended for longer "
+                f"{f'{other} owns it now' if other else f'its {LOCK} is gone'}. This process was suspended for longer "
                 f"than {LEASE_S:.0f} s, or {LOCK} was removed. It has written nothing since. status.json tells how the "
                 f"run went on; if it did not, resume with --run.resume auto."
             )
@@ -83,7 +96,8 @@ class RunLock:
     def _watch(self) -> None:
         stop_since: float | None = None
         while not self._released.wait(HEARTBEAT_S):
-            successor = self._requested_by()
+            request = _read_json(self.directory / REQUEST)
+            successor = request["by"] if request.get("token") == self._token else None
             if successor is None and self.held():
                 continue
             if stop_since is None:
@@ -96,10 +110,6 @@ class RunLock:
                 os.write(2, b"error: the run did not stop in time after losing its run directory; killed.\n")
                 write_exit_code(RunInUseError.exit_code)
                 os._exit(RunInUseError.exit_code)
-
-    def _requested_by(self) -> str | None:
-        request = _read_json(self.directory / REQUEST)
-        return str(request.get("by")) if request.get("token") == self._token else None
 
 
 def acquire(directory: Path, wait: bool, log: Callable[[str], None]) -> RunLock:
@@ -119,7 +129,7 @@ def acquire(directory: Path, wait: bool, log: Callable[[str], None]) -> RunLock:
     lease = SoftFileLease(
         directory / LOCK, lease_duration=LEASE_S, heartbeat_interval=HEARTBEAT_S, thread_local=False, mode=0o666
     )
-    waiter = _Waiter(directory, lease, wait, log)
+    waiter = _Waiter(directory, wait, log)
     try:
         lease.acquire(poll_interval=_POLL_S, cancel_check=waiter.gives_up)
     except Timeout:
@@ -129,21 +139,21 @@ def acquire(directory: Path, wait: bool, log: Callable[[str], None]) -> RunLock:
             (directory / REQUEST).unlink(missing_ok=True)
     if waiter.owner is not None:
         log(f"{waiter.owner} no longer holds {directory}; taken over")
-    job, restarts = _slurm_job()
+    job, restarts = slurm_job()
     if job is not None:
-        write_text_atomic(directory / JOB, json.dumps({"token": lease.token, "job": job, "restarts": restarts}))
+        write_json(directory / JOB, {"token": lease.token, "job": job, "restarts": restarts})
     return RunLock(directory, lease)
 
 
 class _Waiter:
     """Decides how long to wait for the owner of a lease."""
 
-    def __init__(self, directory: Path, lease: SoftFileLease, wait: bool, log: Callable[[str], None]) -> None:
-        self.directory, self.lease, self.wait, self.log = directory, lease, wait, log
-        self.owner = _owner(lease)  # the last one seen, for messages
+    def __init__(self, directory: Path, wait: bool, log: Callable[[str], None]) -> None:
+        self.directory, self.wait, self.log = directory, wait, log
+        self.owner = owner(directory)  # the last one seen
         self.requested: str | None = None  # the token of the owner that was asked to exit
         self._began = time.monotonic()
-        self._logged = self._began - _LOG_S + 1  # not yet: a lease of a dead process here is free at once
+        self._log_at = self._began + _LOG_AFTER_S
         self._first_mtime_ns: dict[str | None, int] = {}  # by token
 
     def gives_up(self) -> bool:
@@ -152,16 +162,15 @@ class _Waiter:
             mtime_ns = (self.directory / LOCK).stat().st_mtime_ns
         except FileNotFoundError:
             return False
-        record = self.lease.owner
-        token = None if record is None else record.token
+        found, (job, restarts), now = owner(self.directory), slurm_job(), time.monotonic()
+        self.owner = found or self.owner
+        token = None if found is None else found.token
         alive = mtime_ns != self._first_mtime_ns.setdefault(token, mtime_ns)
-        self.owner = _owner(self.lease) or self.owner
-        now = time.monotonic()
-        if self.wait and self._is_earlier_start(token):
+        if self.wait and found and job and found.job == job and found.restarts < restarts:
             if self.requested != token:
-                request = {"token": token, "by": _description(os.getpid(), socket.gethostname(), *_slurm_job())}
-                write_text_atomic(self.directory / REQUEST, json.dumps(request))
-                self.requested, self._began, self._logged = token, now, now - _LOG_S
+                successor = Owner(os.getpid(), socket.gethostname(), job, restarts)
+                write_json(self.directory / REQUEST, {"token": token, "by": str(successor)})
+                self.requested, self._began, self._log_at = token, now, now
             limit_s, reason = REQUEST_WAIT_S, "it is an earlier start of this job and was asked to save and exit"
         elif alive:
             limit_s, reason = WAIT_S if self.wait else 0.0, f"it is alive; waiting {WAIT_S:.0f} s for it to exit"
@@ -170,58 +179,42 @@ class _Waiter:
             reason = f"no heartbeat seen yet; without one for {LEASE_S:.0f} s its lease expires"
         if now - self._began >= limit_s:
             return True
-        if now - self._logged >= _LOG_S:
-            self._logged = now
+        if now >= self._log_at:
+            self._log_at = now + _LOG_EVERY_S
             self.log(f"waiting for {self.owner or 'another process'} in {self.directory}: {reason}")
         return False
 
-    def _is_earlier_start(self, token: str | None) -> bool:
-        job, restarts = _slurm_job()
-        if job is None or token is None:
-            return False
-        other = _read_json(self.directory / JOB)
-        return other.get("token") == token and other.get("job") == job and other.get("restarts", restarts) < restarts
-
     def error(self) -> RunInUseError:
-        owner = self.owner or "another process"
-        if self.requested is not None:
-            return RunInUseError(
-                f"the run directory {self.directory} is in use by {owner}, an earlier start of this job, which was "
-                f"asked to exit and has not within {REQUEST_WAIT_S:.0f} s. Kill that process (scontrol show job names "
-                f"its node), then start again with --run.resume auto; nothing of the run is lost."
-            )
+        in_use = f"the run directory {self.directory} is in use by {self.owner or 'another process'}"
+        if self.requested is None:
+            return RunInUseError(f"{in_use}. Wait for that job or stop it, or choose another --run.name.")
         return RunInUseError(
-            f"the run directory {self.directory} is in use by {owner}. Wait for that job or stop it, or choose another "
-            f"--run.name."
+            f"{in_use}, an earlier start of this job, which was asked to exit and has not within {REQUEST_WAIT_S:.0f} "
+            f"s. Kill that process (scontrol show job names its node), then start again with --run.resume auto; "
+            f"nothing of the run is lost."
         )
 
 
-def _slurm_job() -> tuple[str | None, int]:
-    """The id of this Slurm job, and how often it was requeued."""
-    count = os.environ.get("SLURM_RESTART_COUNT", "0")
-    return os.environ.get("SLURM_JOB_ID"), int(count) if count.isdecimal() else 0
-
-
-def _owner(lease: SoftFileLease) -> str | None:
-    """The owner that the marker names, for messages."""
-    record = lease.owner
+def owner(directory: Path) -> Owner | None:
+    """The owner of `directory`, None without one."""
+    record, job = SoftFileLease(directory / LOCK).owner, _read_json(directory / JOB)
     if record is None:
         return None
-    job = _read_json(Path(lease.lock_file).with_name(JOB))
-    mine = job if job.get("token") == record.token else {}
+    if job.get("token") != record.token:
+        job = {}
     # In a container filelock appends the namespace of process ids to the host name.
-    return _description(record.pid, record.hostname.split("?")[0], mine.get("job"), mine.get("restarts", 0))
+    return Owner(record.pid, record.hostname.split("?")[0], job.get("job"), job.get("restarts", 0), record.token)
 
 
-def _description(pid: int, host: str, job: str | None, restarts: int) -> str:
-    restart = f", restart {restarts}" if restarts else ""
-    return f"process {pid} on {host}" + (f" (job {job}{restart})" if job else "")
+def slurm_job() -> tuple[str | None, int]:
+    """The id of this Slurm job, and how often it was requeued."""
+    return os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """Empty if it cannot be read."""
     try:
-        values = json.loads(path.read_bytes())
+        values: dict[str, Any] = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return values if isinstance(values, dict) else {}
+    return values

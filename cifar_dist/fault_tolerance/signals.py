@@ -19,14 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from cifar_dist.errors import (
-    PeerError,
-    StopError,
-    begin_shutdown,
-    is_main_process,
-    shutting_down,
-    write_exit_code,
-)
+from cifar_dist.errors import PeerError, StopError, begin_shutdown, is_main_process, shutting_down, write_exit_code
 from cifar_dist.process import STOP_SIGNALS
 
 LAUNCHER = "CIFAR_DIST_LAUNCHER"
@@ -54,8 +47,11 @@ def install_handlers() -> None:
     signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
     for number in STOP_SIGNALS:
         signal.signal(number, _handle)
-    atexit.register(_ignore_signals)
-    threading.Thread(target=_watch, args=(reader, launcher_pid()), daemon=True).start()
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        # At exit Python restores the default handlers; a late SIGUSR1 would turn exit code 75 into -10.
+        atexit.register(signal.signal, number, signal.SIG_IGN)
+    launcher = int(os.environ.get(LAUNCHER, os.getppid())) if "TORCHELASTIC_RUN_ID" in os.environ else None
+    threading.Thread(target=_watch, args=(reader, launcher), daemon=True).start()
 
 
 def requested() -> signal.Signals | None:
@@ -70,7 +66,8 @@ def raise_if_requested() -> None:
         StopError: a stop signal was received.
     """
     if _state.received is not None:
-        raise _stop_error(_state.received)
+        name = _state.received.name
+        raise StopError(f"stopped by {name} before the first step or after the last; nothing was left to save.")
 
 
 @contextmanager
@@ -108,33 +105,16 @@ def _handle(number: int, _: FrameType | None) -> None:
         return
     _state.received = signal.Signals(number)
     if not _state.deferred:
-        raise _stop_error(_state.received)
-    if number == signal.SIGINT and is_main_process():
+        raise_if_requested()
+    elif number == signal.SIGINT and is_main_process():
         os.write(2, b"\nstopping after this step; Ctrl-C again exits at once\n")
-
-
-def _ignore_signals() -> None:
-    """At exit Python restores the default handlers; a late SIGUSR1 would turn exit code 75 into -10."""
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _stop_error(number: signal.Signals) -> StopError:
-    return StopError(f"stopped by {number.name} before the first step or after the last; nothing was left to save.")
-
-
-def launcher_pid() -> int | None:
-    """The process that started this one as a worker; None without torchrun."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return None
-    return int(os.environ.get(LAUNCHER, os.getppid()))
 
 
 def _watch(reader: socket.socket, launcher: int | None) -> None:
     """End this process if it cannot stop by itself.
 
-    That is: a signal arrives while it waits for other ranks before the first step; or `launcher` was killed, which
-    leaves its workers running.
+    Either a signal arrives while it waits for other ranks before the first step, or `launcher` (the process that
+    started it as a worker; None without torchrun) was killed, which leaves its workers running.
     """
     signalled_at: float | None = None
     while launcher is None or os.getppid() == launcher:

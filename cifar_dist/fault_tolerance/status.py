@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from cifar_dist.errors import StopError, UserError, begin_shutdown
+from cifar_dist.fault_tolerance.run_lock import slurm_job
 from cifar_dist.files import write_json
 from cifar_dist.training import checkpoint
-
-FILE = "status.json"
 
 
 @contextmanager
@@ -30,20 +28,21 @@ def status_file(directory: Path, may_write: Callable[[], bool]) -> Iterator[None
     Raises:
         UserError: it cannot be written.
     """
-    if may_write():
-        write(directory, "running", None)
+
+    def write_if_owner(status: str, exit_code: int | None, message: str = "") -> None:
+        if may_write():
+            write(directory, status, exit_code, message)
+
+    write_if_owner("running", None)
     try:
         yield
     except BaseException as error:
         begin_shutdown()
-        status = "stopped" if isinstance(error, StopError) else "failed"
-        code = error.exit_code if isinstance(error, (UserError, StopError)) else 1
-        if may_write():
-            with suppress(UserError):  # the first error is the one to report
-                write(directory, status, code, str(error))
+        with suppress(UserError):  # the first error is the one to report
+            stopped = isinstance(error, StopError)
+            write_if_owner("stopped" if stopped else "failed", getattr(error, "exit_code", 1), str(error))
         raise
-    if may_write():
-        write(directory, "done", 0)
+    write_if_owner("done", 0)
 
 
 def write(directory: Path, status: str, exit_code: int | None, message: str = "") -> None:
@@ -52,21 +51,21 @@ def write(directory: Path, status: str, exit_code: int | None, message: str = ""
     Raises:
         UserError: it cannot be written.
     """
-    steps = checkpoint.all_steps(directory / "checkpoints")
-    values: dict[str, Any] = {"status": status, "exit_code": exit_code}
-    if message:
-        values["message"] = message[:2000]
-    values |= {
-        "last_checkpoint_step": steps[-1] if steps else None,
+    job, restarts = slurm_job()
+    values = {
+        "status": status,
+        "exit_code": exit_code,
+        **({"message": message[:2000]} if message else {}),
+        "last_checkpoint_step": max(checkpoint.all_steps(directory / "checkpoints"), default=None),
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "job": os.environ.get("SLURM_JOB_ID"),
-        "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        "job": job,
+        "restarts": restarts,
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
+    path = directory / "status.json"
     try:
-        write_json(directory / FILE, values)
+        write_json(path, values)
     except OSError as error:
-        raise UserError(
-            f"{directory / FILE} cannot be written: {error.strerror}. Make room, then resume with --run.resume auto."
-        ) from None
+        text = f"{path} cannot be written: {error.strerror}. Make room, then resume with --run.resume auto."
+        raise UserError(text) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+from signal import Signals
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from cifar_dist.distributed import World
 from cifar_dist.fault_tolerance import signals
 from cifar_dist.phase import Phase, in_phase
 
-_VOTE = Phase("the start of the step before", waits=True)
+_WAIT = Phase("the exchange of stop requests", waits=True)
 
 
 class StopConsensus:
@@ -27,32 +27,26 @@ class StopConsensus:
         self._world = world
         self._pending: tuple[Any, Tensor] | None = None
 
-    def after_step(self) -> signal.Signals | None:
-        """The signal because of which all ranks stop now; a collective, to be called after every step."""
+    def agreed_signal(self, last_step: bool) -> Signals | None:
+        """The signal because of which all ranks stop now; a collective, to be called after every step.
+
+        Once more with `last_step` before the final test; then the result is not late.
+        """
         if self._world.size == 1:
             return signals.requested()
-        agreed = self._result()
-        if agreed is None:
-            self._start()
-        return agreed
+        number = self._result()
+        if last_step or not number:
+            requests = torch.tensor(signals.requested() or 0)
+            self._pending = (dist.all_reduce(requests, dist.ReduceOp.MAX, async_op=True), requests)
+        if last_step:
+            number = self._result()
+        return Signals(number) if number else None
 
-    def after_last_step(self) -> signal.Signals | None:
-        """The signal because of which all ranks stop before the final test; a collective, to be called once."""
-        if self._world.size == 1:
-            return signals.requested()
-        self._result()
-        self._start()
-        return self._result()
-
-    def _start(self) -> None:
-        votes = torch.tensor(signals.requested() or 0)
-        self._pending = (dist.all_reduce(votes, dist.ReduceOp.MAX, async_op=True), votes)
-
-    def _result(self) -> signal.Signals | None:
+    def _result(self) -> int:
+        """The highest signal number that a rank sent, 0 without one."""
         if self._pending is None:
-            return None
-        work, votes = self._pending
-        self._pending = None
-        with in_phase(_VOTE):
+            return 0
+        (work, requests), self._pending = self._pending, None
+        with in_phase(_WAIT):
             work.wait()
-        return signal.Signals(int(votes)) if int(votes) else None
+        return int(requests)

@@ -25,7 +25,7 @@ from cifar_dist.data.loader import Batch
 from cifar_dist.data.order import Order, split
 from cifar_dist.distributed import World, init_distributed
 from cifar_dist.errors import UserError
-from cifar_dist.fault_tolerance.out_of_memory import explain_out_of_memory
+from cifar_dist.fault_tolerance.health import explain_out_of_memory
 from cifar_dist.models.layers import num_parameters
 from cifar_dist.reports.finished_runs import changes, read_run
 from cifar_dist.training import checkpoint, run_directory

@@ -14,6 +14,7 @@ from signal import Signals
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from cifar_dist.config import NUM_TEST, Config, to_yaml
 from cifar_dist.data.dataset import prepared_folder, read_split, scored_samples
@@ -22,10 +23,8 @@ from cifar_dist.data.order import Split
 from cifar_dist.distributed import World, all_gather_text, broadcast_bytes, broadcast_from_main, run_and_sync_errors
 from cifar_dist.errors import UserError
 from cifar_dist.fault_tolerance import health, run_lock, signals, status
-from cifar_dist.fault_tolerance.lost_peers import convert_peer_errors, report_lost_peers
-from cifar_dist.fault_tolerance.out_of_memory import explain_out_of_memory
 from cifar_dist.fault_tolerance.stop_consensus import StopConsensus
-from cifar_dist.fault_tolerance.watchdog import watchdog
+from cifar_dist.fault_tolerance.watchdog import Watchdog
 from cifar_dist.files import write_json, write_text_atomic
 from cifar_dist.phase import SLOW_S, VERY_SLOW_S, Phase, set_phase
 from cifar_dist.tracking.curves import draw_curves
@@ -66,7 +65,7 @@ class Run(Hooks):
             StopError: a signal came, and the state is saved.
         """
         config, world = self.config, self.world
-        with watchdog(world, config.run.stall_timeout_s) as watch, report_lost_peers(world) as roll_call:
+        with Watchdog(world, config.run.stall_timeout_s) as watch:
             set_phase(Phase("preparing or verifying the dataset", limit_s=VERY_SLOW_S))
             precision = run_and_sync_errors(world, lambda: choose_precision(config.train.precision, world.device))
             set_backends(config.train, config.run.deterministic, world.device)
@@ -78,9 +77,7 @@ class Run(Hooks):
             with (
                 status.status_file(self.directory, self.owns_directory),
                 watch.share_errors(),
-                explain_out_of_memory(config, world.rank, world.size),
-                # Again, so that the contexts above see a PeerError instead of the RuntimeError of gloo or NCCL.
-                convert_peer_errors(world, roll_call),
+                health.explain_out_of_memory(config, world.rank, world.size),
             ):
                 path = self.directory / "logs" / f"rank-{world.rank}.log"
                 run_and_sync_errors(world, lambda: self.stack.enter_context(rank_log(path)))
@@ -134,6 +131,7 @@ class Run(Hooks):
             self.log(f"this run is complete; its results are in {summary}")
             return
         run_and_sync_errors(world, self._write_config, only_if=world.is_main)
+        # With debug.overfit_steps it trains on one batch, on a CPU for many minutes, but on all ranks alike.
         set_phase(Phase("the self-check", limit_s=VERY_SLOW_S))
         run_and_sync_errors(world, lambda: debug.check(config, trainer, self.log))
         set_phase(Phase("the start of tracking", limit_s=SLOW_S))
@@ -207,7 +205,7 @@ class Run(Hooks):
             self.tracker.progress(step)
 
     def stop_requested(self, last_step: bool = False) -> Signals | None:
-        return self._stop.after_last_step() if last_step else self._stop.after_step()
+        return self._stop.agreed_signal(last_step)
 
     def check_window(self, trainer: Trainer, window: Window) -> None:
         progress, every = trainer.progress, self.config.train.check_ranks_every_steps
@@ -220,7 +218,7 @@ class Run(Hooks):
     def before_save(self, trainer: Trainer) -> None:
         progress = trainer.progress
         self._compare_ranks(trainer)  # first: the next check is local, and after this one all ranks decide alike
-        health.refuse_nonfinite(trainer.train_step.model, progress.step, progress.last_saved)
+        health.refuse_nonfinite(self._state(trainer), progress.step, progress.last_saved)
 
     def before_write(self) -> None:
         if self._tracking_error is not None:
@@ -229,8 +227,11 @@ class Run(Hooks):
             self.lock.check()
 
     def _compare_ranks(self, trainer: Trainer) -> None:
-        train_step, progress = trainer.train_step, trainer.progress
-        ema = train_step.ema and train_step.ema.module
-        tensors = health.tensors_of_state(train_step.model, ema, train_step.optimizer)
-        health.refuse_divergence(tensors, self.world, progress.step, progress.last_saved)
+        progress = trainer.progress
+        health.refuse_divergence(self._state(trainer), self.world, progress.step, progress.last_saved)
         self._compared_step = progress.step
+
+    def _state(self, trainer: Trainer) -> dict[str, Tensor]:
+        train_step = trainer.train_step
+        ema = train_step.ema and train_step.ema.module
+        return health.tensors_of_state(train_step.model, ema, train_step.optimizer)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from cifar_dist.config import Config, TrainConfig
-from cifar_dist.fault_tolerance.health import checksums, odd_ranks
-from cifar_dist.fault_tolerance.out_of_memory import advice
+from cifar_dist.errors import NonFiniteError
+from cifar_dist.fault_tolerance.health import advice, checksums, odd_ranks, refuse_nonfinite, tensors_of_state
 
 FORMATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
 
@@ -56,6 +58,23 @@ def test_formats_side_by_side() -> None:
 )
 def test_majority(sums: list[int], expected: list[int] | None) -> None:
     assert odd_ranks(sums) == expected
+
+
+@pytest.mark.parametrize("name", ["parameter 0.weight", "buffer 1.running_var", "moving average of 1.bias",
+                                  "momentum_buffer of 0.bias"])  # fmt: skip
+def test_what_is_not_finite_is_named(name: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(4, 2)).sum().backward()
+    optimizer.step()
+    tensors = tensors_of_state(model, copy.deepcopy(model), optimizer)
+    refuse_nonfinite(tensors, 7, None)
+    with torch.no_grad():
+        tensors[name.removeprefix("parameter ").removeprefix("buffer ")].view(-1)[1] = float("nan")
+    with pytest.raises(
+        NonFiniteError, match=rf"the {name} is infinite or NaN after step 7, so it is not saved\. There"
+    ):
+        refuse_nonfinite(tensors, 7, None)
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import filelock
 import pytest
 
-from cifar_dist import phase
 from cifar_dist.errors import RunInUseError
 from cifar_dist.fault_tolerance import processes, run_lock
 from cifar_dist.fault_tolerance.run_lock import JOB, LOCK, REQUEST, acquire
+from cifar_dist.process import process_age_s, started_ticks
 from tests.support import runs
 
 pytestmark = pytest.mark.xdist_group("clock")
@@ -71,8 +70,8 @@ def _short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def owner(directory: Path) -> tuple[int, str]:
     """Process id and host of the owner; (0, "") without one."""
-    record = filelock.SoftFileLease(directory / LOCK).owner
-    return (0, "") if record is None else (record.pid, record.hostname.split("?")[0])
+    found = run_lock.owner(directory)
+    return (0, "") if found is None else (found.pid, found.host)
 
 
 def wait_for_owner(directory: Path, process: subprocess.Popen[str]) -> None:
@@ -95,17 +94,17 @@ def started() -> Iterator[list[subprocess.Popen[str]]]:
 
 def test_a_process_is_known_by_id_and_start_time() -> None:
     child = subprocess.Popen(["sleep", "100"])
-    ticks = processes.started_ticks(child.pid)
+    ticks = started_ticks(child.pid)
     assert ticks is not None
-    assert processes.status(child.pid, ticks) in ("running", "sleeping")
-    assert processes.status(child.pid, ticks - 1) == ""  # an earlier process with that id
+    assert processes.state(child.pid, ticks) == "running"
+    assert processes.state(child.pid, ticks - 1) == "ended"  # an earlier process with that id
     child.kill()
     deadline = time.monotonic() + 10
-    while processes.status(child.pid, ticks) != "zombie":
+    while processes.state(child.pid, ticks) != "ended":  # a zombie
         assert time.monotonic() < deadline
     child.wait()
-    assert processes.status(child.pid, ticks) == ""
-    assert 0 < phase.process_age_s() < 24 * 3600
+    assert processes.state(child.pid, ticks) == "ended"
+    assert 0 < process_age_s() < 24 * 3600
 
 
 @pytest.mark.usefixtures("_short_lease")

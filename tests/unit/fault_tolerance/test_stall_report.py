@@ -1,7 +1,8 @@
-"""Which rank stalls the run, by the heartbeats of all ranks, and the message about it."""
+"""Which rank stalls the run, by the heartbeats of all ranks, the message about it, and who may write it down."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,10 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from cifar_dist.fault_tolerance.heartbeat import Heartbeat, identity
-from cifar_dist.fault_tolerance.stall_report import describe, find_stalled_ranks
+from cifar_dist.distributed import World
+from cifar_dist.fault_tolerance import run_lock, watchdog
+from cifar_dist.fault_tolerance.heartbeat import FailureNotice, Heartbeat, identity
+from cifar_dist.fault_tolerance.stall_report import describe, find_stalled_ranks, stall_notice
 from cifar_dist.phase import Phase, current, in_phase, set_phase, waiting
+from cifar_dist.process import started_ticks
 
 WAITS = Heartbeat(number=9, step=17, phase="the gradient exchange", waits=True, idle_s=6, host="n1", pid=1)
 READS = replace(WAITS, phase="reading data", waits=False)
@@ -22,32 +27,66 @@ SAVES = replace(READS, phase="writing the checkpoint", limit_s=540)
 TIMEOUT_S = 5
 
 
+def silent(heartbeat: Heartbeat, seconds: float = 5) -> Heartbeat:
+    return replace(heartbeat, silent_s=seconds)
+
+
+def finished(heartbeat: Heartbeat) -> Heartbeat:
+    return replace(heartbeat, finished=True)
+
+
 @pytest.mark.parametrize(
-    ("beats", "silent_s", "expected"),
+    ("beats", "expected"),
     [
-        ([WAITS, READS], [0, 0], [1]),
-        ([WAITS, READS, READS], [0, 0, 0], [1, 2]),
-        ([WAITS, replace(READS, idle_s=4)], [0, 0], None),  # it moved a moment ago
-        ([WAITS, SAVES], [0, 0], None),
-        ([WAITS, replace(SAVES, idle_s=541)], [0, 0], [1]),
-        ([WAITS, WAITS], [0, 5], [1]),
-        ([WAITS, SAVES], [0, 5], [1]),  # a slow disk is no excuse for silence
-        ([WAITS, READS], [5, 0], [0]),
-        ([WAITS, WAITS], [0, 0], []),
-        ([WAITS, replace(WAITS, step=16)], [0, 0], [1]),
-        ([WAITS, replace(WAITS, idle_s=1)], [0, 0], None),
-        ([SAVES, replace(READS, finished=True)], [0, 9], None),
-        ([WAITS, Heartbeat()], [0, 5], [1]),
-        ([READS], [0], [0]),
-        ([SAVES], [0], None),
+        ([WAITS, READS], [1]),
+        ([WAITS, READS, READS], [1, 2]),
+        ([WAITS, replace(READS, idle_s=4)], None),  # it moved a moment ago
+        ([WAITS, SAVES], None),
+        ([WAITS, replace(SAVES, idle_s=541)], [1]),
+        ([WAITS, silent(WAITS)], [1]),
+        ([WAITS, silent(SAVES)], [1]),  # a slow disk is no excuse for silence
+        ([silent(WAITS), READS], [0]),
+        ([WAITS, WAITS], []),
+        ([WAITS, replace(WAITS, step=16)], [1]),
+        ([WAITS, replace(WAITS, idle_s=1)], None),
+        ([SAVES, finished(silent(READS, 9))], None),
+        ([WAITS, silent(Heartbeat())], [1]),
+        ([READS], [0]),
+        ([SAVES], None),
     ],
 )
-def test_stalled_ranks(beats: list[Heartbeat], silent_s: list[float], expected: list[int] | None) -> None:
-    assert find_stalled_ranks(dict(enumerate(beats)), dict(enumerate(silent_s)), TIMEOUT_S) == expected
+def test_stalled_ranks(beats: list[Heartbeat], expected: list[int] | None) -> None:
+    assert find_stalled_ranks(dict(enumerate(beats)), TIMEOUT_S) == expected
+
+
+@pytest.mark.parametrize(
+    ("beats", "reporter", "killed"),
+    [
+        ([WAITS, READS], 0, []),
+        ([silent(WAITS), READS], 1, [0]),
+        ([finished(WAITS), WAITS, READS], 1, []),
+        ([finished(silent(WAITS)), silent(WAITS), READS], 2, [1]),
+    ],
+)
+def test_a_rank_that_has_finished_neither_reports_nor_is_killed(
+    beats: list[Heartbeat], reporter: int, killed: list[int]
+) -> None:
+    notice = stall_notice(dict(enumerate(beats)), TIMEOUT_S, store_s=0)
+    assert notice is not None
+    assert (notice.reporter, notice.silent) == (reporter, killed)
+
+
+def test_without_a_store_the_lowest_rank_that_runs_here_reports() -> None:
+    here = replace(WAITS, **{name: getattr(identity(), name) for name in ("host", "pid", "started")})
+    seen = dict(enumerate([silent(here, 6), WAITS, finished(here), here, here]))
+    notice = stall_notice(seen, TIMEOUT_S, store_s=6)
+    assert notice is not None
+    assert (notice.reporter, notice.silent) == (3, [0])
+    assert "No heartbeats for 6 s: the store, in rank 0's process at " in notice.text
 
 
 def test_report_names_the_stalled_rank_first() -> None:
-    text = describe({0: WAITS, 1: replace(READS, host="n2", pid=2)}, {0: 0.0, 1: 4.0}, [1], TIMEOUT_S)
+    text = describe({0: WAITS, 1: replace(READS, host="n2", pid=2, silent_s=4)}, [1], TIMEOUT_S)
     first, second, third, *_ = text.splitlines()
     assert "stalled: rank 1" in first
     assert second.strip() == "rank 1 (host n2, pid 2): step 17, reading data; for 6 s, last heartbeat 4 s ago"
@@ -56,11 +95,32 @@ def test_report_names_the_stalled_rank_first() -> None:
 
 
 def test_report_fits_a_screen() -> None:
-    seen = dict.fromkeys(range(256), WAITS)
-    text = describe(seen, dict.fromkeys(seen, 9.0), list(seen)[100:], TIMEOUT_S, store_s=9.0)
+    seen = dict.fromkeys(range(256), silent(WAITS, 9))
+    text = describe(seen, list(seen)[100:], TIMEOUT_S, store_s=9.0)
     assert len(text.splitlines()) <= 20
     assert "and 245 more ranks" in text
     assert "does not answer" in text
+
+
+@pytest.mark.parametrize("owned", [True, False])
+def test_only_a_run_that_owns_its_directory_writes_its_status(
+    owned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 reports that rank 0 was suspended; by then another run may own the directory."""
+    watch = watchdog.Watchdog(World(1, 2, 1, 2, torch.device("cpu")), TIMEOUT_S)
+    watch.directory = tmp_path
+    watch._heartbeats.seen[0] = identity() if owned else replace(identity(), pid=1)
+    codes: list[int] = []
+    monkeypatch.setattr(watchdog, "begin_shutdown", lambda: None)
+    monkeypatch.setattr(watchdog, "_EXIT_DELAY_S", 0)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    lock = run_lock.acquire(tmp_path, False, print)
+    watch._abort(FailureNotice("PeerError", "the run is stalled", True, reporter=1))
+    lock.release()
+    assert codes == [6]
+    path = tmp_path / "status.json"
+    assert path.exists() == owned
+    assert not owned or json.loads(path.read_text())["status"] == "failed"
 
 
 def test_phases() -> None:
@@ -77,18 +137,17 @@ def test_phases() -> None:
 
 def test_only_that_very_process_is_killed() -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
-        born = Heartbeat(**identity() | {"pid": process.pid, "started": 0})
+        born = replace(identity(), pid=process.pid, started=0)
         born.kill()
-        assert born.has_ended()
-        elsewhere = Heartbeat(**identity() | {"namespace": "another"})
-        assert not elsewhere.is_running()
-        assert not elsewhere.has_ended()
+        assert born.process_state() == "ended"
+        true = replace(born, started=started_ticks(process.pid))
+        elsewhere = replace(true, host="another")
+        elsewhere.kill()
+        assert elsewhere.process_state() == "elsewhere"
         os.kill(process.pid, signal.SIGSTOP)
-        fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        true = replace(born, started=int(fields[19]))
         deadline = time.monotonic() + 5
-        while not true.is_suspended():
+        while true.process_state() != "suspended":
             assert time.monotonic() < deadline
         true.kill()
         assert process.wait(timeout=5) == -signal.SIGKILL
-    assert Heartbeat(**identity()).is_running()
+    assert identity().process_state() == "running"
