@@ -5,11 +5,13 @@ Until the end of the first step every change is recorded, which gives the second
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 SLOW_S = 540.0  # for work of unknown length; shorter than the other ranks wait in a collective (distributed.TIMEOUT_S)
@@ -71,3 +73,17 @@ def in_phase(phase: Phase) -> Iterator[None]:
 def waiting() -> AbstractContextManager[None]:
     """Inside, the current phase counts as waiting for other ranks."""
     return in_phase(current.phase._replace(waits=True, limit_s=0.0))
+
+
+def started_ticks(pid: int) -> int | None:
+    """Start time in clock ticks since boot, None if unknown. psutil's create_time moves with the system clock."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return int(text.rpartition(")")[2].split()[19])
+
+
+def process_age_s() -> float:
+    """Seconds since this process started. Setting the system clock does not change it."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - (started_ticks(os.getpid()) or 0) / os.sysconf("SC_CLK_TCK")

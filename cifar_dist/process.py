@@ -9,10 +9,8 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import NoReturn
 
 from cifar_dist.errors import begin_shutdown
@@ -73,20 +71,6 @@ def _flush() -> int:
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).fflush(None)
     return failed
-
-
-def started_ticks(pid: int) -> int | None:
-    """Start time in clock ticks since boot, None if unknown. psutil's create_time moves with the system clock."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    return int(text.rpartition(")")[2].split()[19])
-
-
-def process_age_s() -> float:
-    """Seconds since this process started. Setting the system clock does not change it."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - (started_ticks(os.getpid()) or 0) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager

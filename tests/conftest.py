@@ -19,15 +19,15 @@ from cifar_dist.data.prepare import beton, install
 from cifar_dist.data.prepare.sources import Bytes, Cifar10
 from tests.support import runs
 
-# Numbers are asserted for CPUs, several ranks on any machine; child processes inherit it.
+# Asserted numbers are those of CPUs, also on a machine with GPUs. Child processes inherit this.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # A shell starts what it puts in the background with Ctrl-C ignored, and child processes inherit that too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 REPOSITORY = Path(__file__).parents[1]
-# All that the tests start inherits it, so that what is left at the end is found.
+# Every process that a test starts inherits it, so that those left at the end are found.
 SESSION = "CIFAR_DIST_TEST_SESSION"
 os.environ.setdefault(SESSION, secrets.token_hex(8))
-# Groups that take longest are begun first: else one worker ends long before the other.
+# The longest groups start first; otherwise one worker ends long before the other.
 FIRST = ("clock", "test_slurm", "test_elastic", "test_wheel", "test_bundle", "test_world_size", "test_bench")
 
 

@@ -13,9 +13,10 @@ import itertools
 import os
 import queue
 from collections.abc import Generator
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numba
 import numba.typed
@@ -134,7 +135,7 @@ def end_reading(reading: EpochIterator) -> None:
     reading.close()
 
 
-class BetonLoader:
+class BetonLoader(AbstractContextManager["BetonLoader"]):
     """Reads batches of a .beton to `device`; a context manager that ends its threads.
 
     Args:
@@ -202,15 +203,9 @@ class BetonLoader:
             end_reading(reading)
             self._readings.remove(reading)
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         for reading in self._readings:
             end_reading(reading)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def read_labels(path: Path) -> npt.NDArray[np.int64]:

@@ -20,7 +20,7 @@ from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
 from cifar_dist.distributed import World
 from cifar_dist.fault_tolerance import processes
-from cifar_dist.process import started_ticks
+from cifar_dist.phase import started_ticks
 
 INTERVAL_S = 1.0
 _LOST_S = 3.0  # without a heartbeat, once a connection is lost

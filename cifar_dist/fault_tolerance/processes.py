@@ -7,7 +7,7 @@ from typing import Literal
 
 import psutil
 
-from cifar_dist.process import started_ticks
+from cifar_dist.phase import started_ticks
 
 _SUSPENDED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 

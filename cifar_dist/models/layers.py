@@ -101,7 +101,7 @@ def halving_pool(variant: Variant, kernel_size: int = 3) -> nn.MaxPool2d:
     return nn.MaxPool2d(kernel_size, stride=2, padding=(kernel_size - 1) // 2)
 
 
-def initialize(module: nn.Module, variant: Variant = DEFAULT) -> None:
+def init_weights(module: nn.Module, variant: Variant = DEFAULT) -> None:
     """Random weights, from torch's global generator, for all convolutions and linear layers that a ReLU follows.
 
     With batch norm: He initialisation (arXiv 1502.01852), biases 0. Without: as Caffe's GoogLeNet, uniform with
@@ -113,23 +113,23 @@ def initialize(module: nn.Module, variant: Variant = DEFAULT) -> None:
         if variant.norm == "none":
             # He initialisation also trains, but only at lower learning rates: after 175 steps of SGD on 128 images
             # (rate 0.03, width 0.25), training accuracy was 28 %, with these weights 40 %.
-            _initialize_as_caffe(layer, bias=0.2)
+            _init_as_caffe(layer, bias=0.2)
         else:
             nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
 
-def initialize_classifier(layer: nn.Linear, variant: Variant = DEFAULT) -> None:
+def init_classifier(layer: nn.Linear, variant: Variant = DEFAULT) -> None:
     """Small random weights from torch's global generator, so that all initial logits are nearly equal."""
     if variant.norm == "none":
-        _initialize_as_caffe(layer, bias=0.0)
+        _init_as_caffe(layer, bias=0.0)
     else:
         nn.init.normal_(layer.weight, std=0.01)
         nn.init.zeros_(layer.bias)
 
 
-def _initialize_as_caffe(layer: nn.Conv2d | nn.Linear, bias: float) -> None:
+def _init_as_caffe(layer: nn.Conv2d | nn.Linear, bias: float) -> None:
     bound = math.sqrt(3 / layer.weight[0].numel())
     nn.init.uniform_(layer.weight, -bound, bound)
     assert layer.bias is not None

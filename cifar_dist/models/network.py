@@ -9,15 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar_dist.models.inception import Inception, Rows
-from cifar_dist.models.layers import (
-    DEFAULT,
-    ConvNormAct,
-    Variant,
-    halving_pool,
-    initialize,
-    initialize_classifier,
-    scaled,
-)
+from cifar_dist.models.layers import DEFAULT, ConvNormAct, Variant, halving_pool, init_classifier, init_weights, scaled
 from cifar_dist.models.stems import Stem
 
 AUXILIARY_WEIGHT = 0.3  # of each auxiliary loss; the main loss has 1 (arXiv 1409.4842, section 5)
@@ -89,9 +81,9 @@ class InceptionNetwork(nn.Module):
                 channels = outputs[name] = module.out_channels
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(channels, num_classes)
-        initialize(self.stem, variant)
-        initialize(self.blocks, variant)
-        initialize_classifier(self.classifier, variant)
+        init_weights(self.stem, variant)
+        init_weights(self.blocks, variant)
+        init_classifier(self.classifier, variant)
         # Last, so that the other layers get the same random weights with and without auxiliary classifiers.
         self.auxiliary = nn.ModuleDict()
         for name in AUXILIARY_AFTER if auxiliary else ():
@@ -127,9 +119,9 @@ class AuxiliaryHead(nn.Module):
         self.hidden = nn.Linear(channels * pooled**2, features)
         self.dropout = nn.Dropout(0.7)
         self.classifier = nn.Linear(features, num_classes)
-        initialize(self.conv, variant)
-        initialize(self.hidden, variant)
-        initialize_classifier(self.classifier, variant)
+        init_weights(self.conv, variant)
+        init_weights(self.hidden, variant)
+        init_classifier(self.classifier, variant)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(self.pool(x)).flatten(1)

@@ -42,13 +42,10 @@ def _layers(kind: str, hidden: int, out_channels: int, variant: Variant) -> list
         return [ConvNormAct(3, hidden, 3, variant=variant), halving_pool(variant), pointwise, conv3x3]
     first = ConvNormAct(3, hidden, 7, stride=2, variant=variant)
     if variant.norm == "none":
-        return [first, halving_pool(variant), _lrn(), pointwise, conv3x3, _lrn(), halving_pool(variant)]
+        # As in Caffe's bvlc_googlenet; the paper gives no parameters.
+        lrns = [nn.LocalResponseNorm(size=5, alpha=1e-4, beta=0.75, k=1.0) for _ in range(2)]
+        return [first, halving_pool(variant), lrns[0], pointwise, conv3x3, lrns[1], halving_pool(variant)]
     return [first, halving_pool(variant), pointwise, conv3x3, halving_pool(variant)]
-
-
-def _lrn() -> nn.LocalResponseNorm:
-    """Local response normalisation as in Caffe's bvlc_googlenet; the paper gives no parameters."""
-    return nn.LocalResponseNorm(size=5, alpha=1e-4, beta=0.75, k=1.0)
 
 
 class WhiteningConv(nn.Module):

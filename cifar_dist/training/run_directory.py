@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,12 +33,13 @@ def path_of(config: Config) -> Path:
         return config.run.dir
     if config.run.name is not None:
         return Path("runs") / config.run.name
-    stem = f"{config.model.name}-seed{config.run.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    directory, n = Path("runs") / stem, 1
-    while directory.exists():
-        n += 1
-        directory = Path("runs") / f"{stem}-{n}"
-    return directory
+    return _unused(Path("runs") / f"{config.model.name}-seed{config.run.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3 and so on, that does not exist."""
+    others = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
+    return next(free for free in itertools.chain([path], others) if not free.exists())
 
 
 @contextmanager
@@ -141,13 +143,10 @@ def _why_unfit(data: bytes, step: int, path: Path, config: Config | None) -> str
 
 
 def _set_aside(path: Path) -> Path:
-    suffix, n = ".other", 1
-    while path.with_name(path.name + suffix).exists():
-        n += 1
-        suffix = f".other{n}"
+    target = _unused(path.with_name(f"{path.name}.other"))
     for file in (checkpoint.digest_path(path), path):
-        file.rename(file.with_name(file.name + suffix))
-    return path.with_name(path.name + suffix)
+        file.rename(file.with_name(file.name + target.name.removeprefix(path.name)))
+    return target
 
 
 def config_of(text: str, origin: str) -> Config:

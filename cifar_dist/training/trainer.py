@@ -17,8 +17,7 @@ from cifar_dist.data.loader import Batch, BetonLoader
 from cifar_dist.data.order import Order, Split
 from cifar_dist.distributed import run_and_sync_errors
 from cifar_dist.errors import CheckpointError, StopError
-from cifar_dist.phase import SLOW_S, Phase, current, end_startup, set_phase
-from cifar_dist.process import process_age_s
+from cifar_dist.phase import SLOW_S, Phase, current, end_startup, process_age_s, set_phase
 from cifar_dist.training import checkpoint
 from cifar_dist.training.evaluation import Evaluator, bn_samples
 from cifar_dist.training.metrics import Metrics, Receipt, Window

@@ -1,4 +1,4 @@
-"""Runs that go on by themselves: processes started again in place, and other numbers of processes and machines."""
+"""Runs that restart by themselves: lost processes, and other numbers of processes and nodes."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def same_but_for_time(run_dir: Path, other: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_killed_rank_is_started_again(two_ranks: Path, data_dir: Path, tmp_path: Path) -> None:
-    """Twice, as the second restart meets what the first one left."""
+def test_killed_rank_is_restarted(two_ranks: Path, data_dir: Path, tmp_path: Path) -> None:
+    """Twice, because the second restart finds what the first one left behind."""
     run_dir = tmp_path / "run"
     arguments = (*OPTIONS, "--data.dir", data_dir, "--run.dir", run_dir)
     process = start("node", *arguments, NPROC_PER_NODE="2", MAX_RESTARTS="2")
@@ -77,7 +77,7 @@ def test_killed_rank_of_two_machines(two_ranks: Path, data_dir: Path, tmp_path: 
     assert runs.children_with(str(run_dir)) == []
 
 
-def test_what_would_fail_again_is_not_started_again(data_dir: Path, tmp_path: Path) -> None:
+def test_errors_that_would_repeat_are_not_restarted(data_dir: Path, tmp_path: Path) -> None:
     """A loss that explodes stops every rank, with one message and nothing saved."""
     explodes = ("--optim.name", "sgd", "--optim.lr", "1e5", "--optim.warmup_min_steps", "0",
                 "--train.checkpoint_every_steps", "0")  # fmt: skip
@@ -92,7 +92,7 @@ def test_what_would_fail_again_is_not_started_again(data_dir: Path, tmp_path: Pa
     assert runs.children_with(str(tmp_path)) == []
 
 
-def test_restarts_need_a_run_to_go_on_with(tmp_path: Path) -> None:
+def test_restarts_need_resume_auto(tmp_path: Path) -> None:
     options = ("--run.dir", tmp_path / "run", "--run.resume", "never")
     output = runs.finish(start("node", *options, MAX_RESTARTS="1"), expected=2)
     assert "--run.resume auto" in output
@@ -108,13 +108,13 @@ def test_mistyped_numbers_of_machines(setting: str, value: str) -> None:
 
 
 @pytest.mark.parametrize("changing", [{"NNODES": "1:2"}, {"NNODES": "2", "MAX_RESTARTS": "1"}])
-def test_numbered_machines_are_not_started_again(changing: dict[str, str]) -> None:
+def test_nodes_with_fixed_ranks_are_not_restarted(changing: dict[str, str]) -> None:
     output = runs.finish(start("multinode", MASTER_ADDR="127.0.0.1", NODE_RANK="0", **changing), expected=2)
     assert "Leave NODE_RANK out" in output
 
 
 def test_machine_is_lost_and_another_joins(two_ranks: Path, data_dir: Path, tmp_path: Path) -> None:
-    """Two machines, then one, then two again; the one left is suspended meanwhile, lest it be done too soon."""
+    """Two nodes, then one, then two again; the remaining one is suspended meanwhile, so that it does not finish."""
     run_dir, port = tmp_path / "run", free_port()
     arguments = (*OPTIONS, "--data.dir", data_dir, "--run.dir", run_dir)
     first = machine(0, port, *arguments, NNODES="1:2")
@@ -145,8 +145,8 @@ def test_machine_is_lost_and_another_joins(two_ranks: Path, data_dir: Path, tmp_
 
 
 @pytest.mark.slow
-def test_machine_too_many_waits_and_leaves(data_dir: Path, tmp_path: Path) -> None:
-    """It hears of the end of the run, or finds the other machine gone."""
+def test_surplus_node_waits_and_exits(data_dir: Path, tmp_path: Path) -> None:
+    """It is told that the run ended, or finds that the other node has gone."""
     run_dir, port = tmp_path / "run", free_port()
     arguments = (*OPTIONS, "--train.max_steps", "60", "--data.dir", data_dir, "--run.dir", run_dir)
     first = machine(0, port, *arguments, NNODES="1:1")

@@ -1,4 +1,4 @@
-"""Faults of one machine among several: what the others do, what they say, and that nothing stays behind."""
+"""Faults of one of several nodes: actions and messages of the others, and no process left behind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPTIONS = (*runs.SMALL, "--train.precision", "fp32", "--train.max_steps", "4000"
            "--train.log_every_steps", "2", "--run.resume", "auto")  # fmt: skip
 RENDEZVOUS = ["static", "c10d"]
 SLOW = pytest.mark.slow
-# In a network with nothing in it, so that no other machine is ever asked for anything.
+# In an empty network namespace, so that no other machine is contacted.
 ALONE = ("unshare", "--net", "sh", "-c", 'ip link set lo up; exec "$@"', "alone")
 
 
@@ -54,7 +54,7 @@ def wait_for_end(run_dir: Path, limit_s: float) -> None:
     [("static", 1), pytest.param("static", 0, marks=SLOW), pytest.param("c10d", 1, marks=SLOW), ("c10d", 0)],
 )
 def test_lost_machine_is_named(rendezvous: str, lost: int, data_dir: Path, tmp_path: Path) -> None:
-    """The machine that the others meet at, and the other one."""
+    """The node that hosts the rendezvous, and the other one."""
     run_dir = tmp_path / "run"
     machines = two_machines(rendezvous, *OPTIONS, "--data.dir", data_dir, "--run.dir", run_dir)
     runs.wait_until(lambda: runs.logged_steps(run_dir), machines[1 - lost])
@@ -86,7 +86,7 @@ def test_lost_launcher_of_one_machine(data_dir: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.parametrize("rendezvous", RENDEZVOUS)
-def test_machine_that_they_meet_at_stops_first(rendezvous: str, data_dir: Path, tmp_path: Path) -> None:
+def test_rendezvous_node_stops_first(rendezvous: str, data_dir: Path, tmp_path: Path) -> None:
     """The launcher of the other one is suspended until the first has gone, with the port."""
     run_dir = tmp_path / "run"
     machines = two_machines(rendezvous, *OPTIONS, "--data.dir", data_dir, "--run.dir", run_dir)
@@ -111,7 +111,7 @@ def test_machine_that_they_meet_at_stops_first(rendezvous: str, data_dir: Path, 
 @pytest.mark.data
 @pytest.mark.parametrize("fault", ["missing", "different"])
 def test_dataset_of_one_machine(fault: str, data_dir: Path, tmp_path: Path) -> None:
-    """Each machine has a working directory of its own, and with it its data; the second has no network."""
+    """Each node has its own working directory with its own data; the second has no network."""
     port, run_dir = free_port(), tmp_path / "run"
     machines = []
     for rank in (0, 1):
@@ -140,7 +140,7 @@ def test_dataset_of_one_machine(fault: str, data_dir: Path, tmp_path: Path) -> N
         )
         machines.append(process)
     outputs = [runs.finish(process, expected=3) for process in machines]
-    for output in outputs:  # the machine at fault, and rank 0 as for everything
+    for output in outputs:  # from the node at fault and from rank 0
         assert output.count(f"error: rank 1 on {HOST}: data") == 1
         assert "Traceback" not in output
         assert len(output.splitlines()) < 30
@@ -186,7 +186,7 @@ ALONE_AT: list[tuple[str, str | None, int, str]] = [
 ]
 
 
-def test_machines_that_do_not_meet(tmp_path: Path) -> None:
+def test_failed_rendezvous(tmp_path: Path) -> None:
     """All at once, as they do nothing but wait."""
     if subprocess.run([*ALONE, "true"], check=False).returncode:
         pytest.skip("NOT TESTED: machines that do not meet, as a network of its own takes root")

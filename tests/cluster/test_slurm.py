@@ -72,7 +72,7 @@ def whole(running_cluster: SlurmCluster, data_dir: Path, tmp_path_factory: pytes
     return submission
 
 
-def test_two_nodes_feed_what_one_process_feeds(whole: Submission, data_dir: Path, tmp_path: Path) -> None:
+def test_two_nodes_read_the_samples_of_one_process(whole: Submission, data_dir: Path, tmp_path: Path) -> None:
     figures = runs.summary(whole.directory)
     assert (figures["world_size"], figures["num_nodes"], figures["steps"]) == (4, 2, STEPS)
     assert f"dataset {whole.folder}/stage: verified 192 MB" in whole.output
@@ -95,7 +95,7 @@ def test_evaluate(running_cluster: SlurmCluster, whole: Submission, data_dir: Pa
 
 
 @pytest.mark.slow
-def test_time_limit_saves_requeues_and_goes_on(
+def test_time_limit_saves_requeues_and_resumes(
     cluster: SlurmCluster, whole: Submission, data_dir: Path, tmp_path: Path
 ) -> None:
     """Slurm counts limits in minutes, looks at them each half minute, and signals up to one before."""
@@ -131,7 +131,7 @@ def endless(
     return both
 
 
-def test_cancelled_leaves_a_checkpoint_and_says_how_to_go_on(endless: dict[str, Submission]) -> None:
+def test_cancelled_job_saves_and_prints_how_to_resume(endless: dict[str, Submission]) -> None:
     submission = endless["cancelled"]
     submission.wait_for_step(5)
     submission.cluster.command("scancel", submission.job)
@@ -283,7 +283,7 @@ def test_steps_get_the_gpus(gpus: int, quick_jobs: QuickJobs) -> None:
 
 @pytest.mark.slow
 def test_two_jobs_share_the_nodes(cluster: SlurmCluster, data_dir: Path, tmp_path: Path) -> None:
-    """Each with a processor of both nodes: their ports, locks and copies of the data do not meet."""
+    """Each with a processor of both nodes: their ports, locks and copies of the data do not collide."""
     part, settings = (*PART, "--nodes=2"), (*SHORT, "--eval.test_subset", "500")
     folders = [tmp_path / name for name in ("one", "two")]
     for folder in folders:

@@ -102,7 +102,7 @@ def test_missing_data_without_network(tmp_path: Path) -> None:
 
 
 @pytest.mark.data
-def test_what_is_no_checkpoint(data_dir: Path, tmp_path: Path) -> None:
+def test_file_without_a_checkpoint(data_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "step-00000001.pt"
     path.write_bytes(b"not a checkpoint")
     output = runs.run(1, "--checkpoint", path, "--data_dir", data_dir, module="evaluate", expected=4)
@@ -143,7 +143,7 @@ def test_mistakes_under_torchrun_are_told_once() -> None:
 
 
 @pytest.mark.parametrize(("rank", "said", "waits"), [("0", "error: nonsense\n", []), ("3", "", [3])])
-def test_rank_0_has_time_to_say_what_all_ranks_know(
+def test_rank_0_prints_before_torchrun_stops_it(
     rank: str, said: str, waits: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """torchrun stops every process as soon as one of them has ended, so the others end 3 s later."""

@@ -79,10 +79,10 @@ def test_disk_full_while_a_checkpoint_is_written(short_run: Path, data_dir: Path
 
 
 def test_disk_full_for_the_metrics(data_dir: Path, disk: Path) -> None:
-    """Two ranks, of which one writes: the message comes once, and the last checkpoint is what is left."""
+    """Two ranks, of which one writes: the message is printed once, and the last checkpoint is kept."""
     run_dir = disk / "run"
     make_room(disk)
-    # Some 20 lines may still fit into the last page: the metrics meet the full disk before the next checkpoint does.
+    # Some 20 lines may still fit into the last page; the metrics fail before the next checkpoint does.
     options = (*OPTIONS, "--train.max_steps", "8000", "--train.log_every_steps", "1",
                "--train.checkpoint_every_steps", "60", "--data.dir", data_dir)  # fmt: skip
     words = [sys.executable, "-m", "cifar_dist.cluster.launcher", "--standalone", "--nproc-per-node", "2", "-m"]
@@ -133,8 +133,8 @@ def test_damaged_and_foreign_checkpoints_are_passed_over(short_run: Path, data_d
     assert foreign.with_name(foreign.name + ".other").read_bytes() == data
 
 
-def test_checkpoints_that_lie_are_refused(short_run: Path, data_dir: Path, tmp_path: Path) -> None:
-    """With a right digest and the settings of this run, and nothing older to go on from."""
+def test_checkpoints_with_false_contents_are_refused(short_run: Path, data_dir: Path, tmp_path: Path) -> None:
+    """With a right digest and the settings of this run, and no older checkpoint to resume from."""
     good = torch.load(checkpoint.path_of(short_run / "checkpoints", 20), weights_only=True)
     path_of = {wrong: checkpoint.path_of(tmp_path / wrong / "checkpoints", 20) for wrong in ("shapes", "step", "keys")}
     processes = {}
@@ -230,8 +230,8 @@ def processes_of(home: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("login", ["none", pytest.param("dead", marks=pytest.mark.slow)])
-def test_wandb_online_that_cannot_be(login: str, data_dir: Path, tmp_path: Path) -> None:
-    """Two ranks each: without a login, and with one for a server where nobody answers, which takes 20 s to see."""
+def test_wandb_online_that_fails(login: str, data_dir: Path, tmp_path: Path) -> None:
+    """Two ranks each: without a login, and with a login for a server that does not answer, which takes 20 s."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         dead = f"http://127.0.0.1:{probe.getsockname()[1]}"

@@ -62,13 +62,13 @@ def flat(record: Record) -> Record:
     return {**numbers, **record["objects"]}
 
 
-def test_nothing_grows(measured: list[list[Record]]) -> None:
+def test_memory_and_files_do_not_grow(measured: list[list[Record]]) -> None:
     """Over five epochs, the first one aside, which fills caches."""
     for records in measured:
         assert grown(records, growing.WARM, growing.LEAKS_FROM - 1) == {}
 
 
-def test_what_grows_is_seen(measured: list[list[Record]]) -> None:
+def test_growth_is_detected(measured: list[list[Record]]) -> None:
     for records in measured:
         found = grown(records, growing.LEAKS_FROM, growing.LAST)
         assert found.keys() >= set(records[0]) - {"epoch", "objects"}

@@ -20,7 +20,7 @@ REDUCED = ("--model.width", "0.0625", "--data.subset", "32", "--train.batch_size
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_header_says_what_to_expect(name: str) -> None:
+def test_config_headers_state_hardware_and_accuracy(name: str) -> None:
     text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
     header = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
     assert text.startswith(header)

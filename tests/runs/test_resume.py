@@ -1,4 +1,4 @@
-"""Promises 5 and 6 in whole runs: killed at any moment, a run goes on to the same weights, and nothing is lost."""
+"""Promises 5 and 6 in whole runs: a run that is killed at any moment resumes to the same weights, and loses nothing."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_damaged_newest_checkpoint_is_passed_over(uninterrupted: Path, data_dir:
     assert runs.summary(run_dir)["model_sha256"] == runs.summary(uninterrupted)["model_sha256"]
 
 
-def test_other_settings_cannot_go_on(uninterrupted: Path, data_dir: Path) -> None:
+def test_other_settings_cannot_resume(uninterrupted: Path, data_dir: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.is_file()}
     options = (*OPTIONS, "--data.dir", data_dir, "--run.dir", uninterrupted)
     output = runs.run(1, *options, "--run.resume", "auto", "--optim.lr", "0.123", expected=4)

@@ -94,7 +94,7 @@ def test_one_process_that_hangs(data_dir: Path, tmp_path: Path) -> None:
     check_end(tmp_path, 6, message, 8)
 
 
-def test_what_is_no_stall(data_dir: Path, tmp_path: Path) -> None:
+def test_slow_runs_are_not_stalled(data_dir: Path, tmp_path: Path) -> None:
     """All ranks stopped and continued, and checkpoints that take twice the timeout."""
     process = start("slow_disk:0:22", 2, tmp_path, "--data.dir", data_dir)
     runs.wait_until((tmp_path / "checkpoints/step-00000008.pt").exists, process)
@@ -102,7 +102,7 @@ def test_what_is_no_stall(data_dir: Path, tmp_path: Path) -> None:
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for pid in ranks:
             os.kill(pid, number)
-        time.sleep(8 if number == signal.SIGSTOP else 0)
+        time.sleep(6 if number == signal.SIGSTOP else 0)
     output = runs.finish(process)
     assert "is stalled" not in output
     assert status(tmp_path)["status"] == "done"
@@ -145,7 +145,7 @@ def test_drifted_rank(data_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_drift_is_looked_for_between_checkpoints(data_dir: Path, tmp_path: Path) -> None:
+def test_ranks_are_compared_between_checkpoints(data_dir: Path, tmp_path: Path) -> None:
     options = ("--train.checkpoint_every_steps", "0", "--train.check_ranks_every_steps", "7", "--data.dir", data_dir)
     message = said(runs.finish(start("flip_bit:0:3", 2, tmp_path, *options), expected=8))
     assert "after step 8, so it is not saved" in message  # the first log step from the seventh on

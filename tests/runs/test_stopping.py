@@ -1,4 +1,4 @@
-"""Stop signals in whole runs: what is saved, what is said, and that nothing stays behind."""
+"""Stop signals in whole runs: checkpoints, messages, and no process left behind."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def stop(
     return output, max(all_steps(run_dir / "checkpoints"), default=None)
 
 
-def test_stopped_again_and_again_it_ends_bitwise_as_whole(two_ranks: Path, data_dir: Path, tmp_path: Path) -> None:
+def test_run_stopped_repeatedly_ends_with_the_same_bits(two_ranks: Path, data_dir: Path, tmp_path: Path) -> None:
     """By each signal, to the launcher or to one rank, which is no failure to restart after; and by a killed rank."""
     run_dir, before = tmp_path / "run", 0
     for number, to, restarts in (
@@ -103,8 +103,9 @@ def test_stopped_again_and_again_it_ends_bitwise_as_whole(two_ranks: Path, data_
     assert status(run_dir)["status"] == "done"
 
 
-def test_stopped_where_it_validates(data_dir: Path, tmp_path: Path) -> None:
-    """Every step is an epoch with a validation; the one that was due is done when the run goes on."""
+@pytest.mark.slow
+def test_stopped_where_a_validation_is_due(data_dir: Path, tmp_path: Path) -> None:
+    """Every step is an epoch with a validation; the one that was due is done when the run resumes."""
     options = (*runs.SMALL, "--data.train_on", "train", "--data.subset", "96", "--train.max_steps", "3",
                "--eval.every_epochs", "1", "--train.log_every_steps", "1", "--data.dir", data_dir,
                "--train.precision", "fp32", "--run.resume", "auto")  # fmt: skip
@@ -123,7 +124,7 @@ def test_stopped_where_it_validates(data_dir: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_before_the_first_step(number: signal.Signals, data_dir: Path, tmp_path: Path) -> None:
-    """At moments of the start that differ in what runs: imports of the launcher, of the workers, ranks that meet."""
+    """In the phases of the start: imports of the launcher, imports of the workers, the rendezvous."""
     moments: list[tuple[str, Callable[[subprocess.Popen[str], Path], Any]]] = [
         ("imports", lambda process, _: catches(process.pid)),
         ("workers", runs.workers_of),
@@ -204,5 +205,5 @@ def test_codes_of_failures(data_dir: Path, tmp_path: Path) -> None:
         ([], set(), 0),
     ],
 )
-def test_code_that_says_most(failures: list[int], left: set[int], code: int) -> None:
+def test_most_informative_exit_code(failures: list[int], left: set[int], code: int) -> None:
     assert failure_code(failures, left) == code

@@ -1,4 +1,4 @@
-"""Promises 1 to 4 in whole runs: what is trained and scored does not depend on the number of processes."""
+"""Promises 1 to 4 in whole runs: training and scores do not depend on the number of processes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_scores_agree(three_runs: dict[int, Path]) -> None:
 
 
 @pytest.mark.parametrize("ema_decay", [pytest.param("None", marks=pytest.mark.slow), "0.9"])
-def test_evaluate_counts_alike_on_any_number_of_ranks(ema_decay: str, data_dir: Path, tmp_path: Path) -> None:
+def test_evaluate_counts_are_equal_for_any_world_size(ema_decay: str, data_dir: Path, tmp_path: Path) -> None:
     """In bf16, where a hardly trained network's answers hang on the last bit, and on more threads with one rank; with
     auxiliary heads, which evaluation leaves out, and filters that are no parameters."""
     run_dir = tmp_path / "run"

@@ -112,7 +112,7 @@ def test_all(data_dir: Path, tmp_path: Path) -> None:
 
 
 def _check_loader(one_core: dict[str, Any]) -> None:
-    """Far below what a quiet machine gives, but far above what a mistake would leave."""
+    """Bounds far below the ratios on an idle machine, but far above those with a mistake."""
     rates = {row["name"]: row["median"] for row in one_core["rows"]}
     assert rates["this project, uint8"] > 10 * rates["torchvision v2 + DataLoader"]
     assert rates["this project, uint8"] > rates["this project, augmented"] > 3 * rates["torchvision v2 + DataLoader"]

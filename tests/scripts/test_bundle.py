@@ -78,7 +78,7 @@ def names(folder: Path) -> set[str]:
 
 
 @pytest.mark.slow
-def test_it_holds_what_git_tracks_and_nothing_else_of_the_users(bundle: Path) -> None:
+def test_bundle_holds_the_tracked_files_only(bundle: Path) -> None:
     listing = subprocess.check_output(["git", "-C", str(runs.REPOSITORY), "ls-files", "-z"], text=True)
     tracked = {name for name in listing.split("\0") if name}
     data = {"data/train.beton", "data/test.beton"}
@@ -194,7 +194,7 @@ def rewrite(path: Path, change: bytes) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_damaged_is_named(bundle: Path, system_python: Path, tmp_path: Path) -> None:
+def test_damaged_files_are_named(bundle: Path, system_python: Path, tmp_path: Path) -> None:
     numpy = next(bundle.glob("wheels/numpy-*.whl")).name
     damaged = bytearray((bundle / "wheels" / numpy).read_bytes())
     damaged[len(damaged) // 2] ^= 1
@@ -240,7 +240,7 @@ def test_another_python_is_refused(bundle: Path, tmp_path: Path) -> None:
     assert not (here / ".venv").exists()
 
 
-def test_what_bundle_refuses(tmp_path: Path) -> None:
+def test_bundle_refusals(tmp_path: Path) -> None:
     need_a_checkout()
     (tmp_path / "good").mkdir()
     wheel = stand_in(tmp_path / "good")

@@ -24,7 +24,7 @@ TINY = ("--config", str(runs.REPOSITORY / "configs/quickstart.yaml"), "--model.w
 
 
 def start(script: str, *arguments: str | Path, cpu: str = "", **environment: str) -> subprocess.Popen[str]:
-    """Start a script; `cpu` keeps it to one processor, as machines of their own do not share any."""
+    """Start a script; `cpu` binds it to one processor, because real nodes do not share processors."""
     pinned = ["taskset", "-c", cpu] if cpu else []
     return subprocess.Popen(
         [*pinned, str(LAUNCH / script), *map(str, arguments)],
@@ -77,7 +77,7 @@ def test_test_explains_its_arguments() -> None:
 
 
 @pytest.mark.data
-def test_quickstart_trains_and_goes_on(data_dir: Path, tmp_path: Path) -> None:
+def test_quickstart_trains_and_resumes(data_dir: Path, tmp_path: Path) -> None:
     arguments = (*TINY[2:], "--data.dir", data_dir, "--run.dir", tmp_path / "my run")
     output = runs.finish(start("quickstart", *arguments))
     assert re.search(r"test accuracy [\d.]+% on 10000 images", output)
@@ -88,8 +88,8 @@ def test_quickstart_trains_and_goes_on(data_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rendezvous", ["static", "c10d"])
-def test_two_machines_meet(rendezvous: str) -> None:
-    """Two launchers on this machine stand for two machines; rank 0 alone answers."""
+def test_two_nodes_rendezvous(rendezvous: str) -> None:
+    """Two launchers on this machine stand for two nodes; only rank 0 prints."""
     common = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "NPROC_PER_NODE": "2"}
     places = [{"NODE_RANK": rank} if rendezvous == "static" else {} for rank in ("0", "1")]
     sizes = ("--train.batch_size", "64", "--train.micro_batch_size", "16", "--print-config")
@@ -132,7 +132,7 @@ def readme_commands() -> list[str]:
 TESTED = {
     "git clone <this repository> && cd cifar_dist": "CI runs in a fresh clone",
     "source .venv/bin/activate": "runs.command uses the same environment",
-    "./launch/quickstart": "test_quickstart_trains_and_goes_on",
+    "./launch/quickstart": "test_quickstart_trains_and_resumes",
     "./launch/build-ffcv-wheel": "test_wheel.py: test_built_again_it_has_the_same_bytes",
     "./launch/setup --ffcv-wheel PATH": "test_wheel.py: test_setup_from_the_wheel_on_a_bare_machine",
     "./launch/test": "CI",
@@ -155,7 +155,7 @@ TESTED = {
     "./launch/setup": "test_setup_with_nothing_to_do_is_quick",
     "sbatch slurm/train.sh --config configs/googlenet.yaml": "test_slurm.py: test_bounded_requeues",
     "sbatch --nodes=2 --gpus-per-node=4 slurm/train.sh --config configs/googlenet.yaml":
-        "test_slurm.py: test_two_nodes_feed_what_one_process_feeds; without GPUs",
+        "test_slurm.py: test_two_nodes_read_the_samples_of_one_process; without GPUs",
     "sbatch --oversubscribe --gpus-per-node=1 --cpus-per-task=8 --mem=32G slurm/train.sh "
     "--config configs/googlenet.yaml":
         "test_slurm.py: test_two_jobs_share_the_nodes; without GPUs",

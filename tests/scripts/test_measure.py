@@ -20,6 +20,7 @@ def words(data_dir: Path, *arguments: str) -> list[str]:
     return [MEASURE, *arguments, *runs.SHORT[2:], "--data.dir", str(data_dir)]
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_an_interrupted_run_is_resumed_although_other_parts_fail(
     data_dir: Path, tmp_path: Path, short_run: Path

@@ -46,7 +46,7 @@ LIBC.malloc.restype, LIBC.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 
 
 class Kept:
-    """An object that nobody lets go of."""
+    """An object that is never released."""
 
 
 def leak_in_step() -> None:

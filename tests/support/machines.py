@@ -1,4 +1,4 @@
-"""Launchers on this machine that stand for machines of a run."""
+"""Launchers on this machine that stand for nodes of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support import runs
 
 
 def machine(cpu: int, port: str, *arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
-    """One of several launchers that stand for machines, with a processor of its own and one process."""
+    """One of several launchers that stand for nodes, with its own processor and one process."""
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NPROC_PER_NODE": "1"} | environment
     return start("multinode", *arguments, cpu=runs.CPUS[cpu % len(runs.CPUS)], **common)
 
@@ -24,7 +24,7 @@ def listens(port: str) -> bool:
 
 
 def lose(process: subprocess.Popen[str]) -> None:
-    """Kill a launcher and all that it started, at once, as when a machine loses power."""
+    """Kill a launcher and all its descendants at once, as when a node loses power."""
     processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for one in processes:
         one.suspend()

@@ -1,6 +1,6 @@
 """Faults that were once put into the product by hand, one at a time, and the tests that notice each of them.
 
-    python -m tests.support.mutants [NAME...]     all, which takes three minutes, or those
+    python -m tests.support.mutants [NAME...]     all, or those; all take six minutes
 
 Run by hand, from the repository. Each mutant is applied to a copy of the checkout, in which the named tests must fail;
 they are about the very line that is changed. Without a mutant they must pass.
@@ -168,7 +168,7 @@ def lived(mutant: Mutant) -> bool:
 
 
 def check_unchanged(mutants: list[Mutant]) -> None:
-    """Each mutant can be applied, the copy is what is imported, and without a mutant all tests pass."""
+    """Each mutant applies, the copy is the code that is imported, and without a mutant all tests pass."""
     for mutant in mutants:
         changed(mutant)
     with tempfile.TemporaryDirectory() as scratch:

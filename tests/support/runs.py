@@ -149,7 +149,7 @@ _ports = itertools.cycle(range(10_000 + 1_000 * _WORKER, 11_000 + 1_000 * _WORKE
 
 
 def free_port() -> str:
-    """A port of this machine that nobody listens at, another one each time."""
+    """A free port of this machine, another one each time."""
     for port in _ports:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)):

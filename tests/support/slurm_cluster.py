@@ -123,7 +123,7 @@ class SlurmCluster:
         self._start(name, "-D", "-N", name, program="slurmd")
 
     def stop(self, name: str, number: signal.Signals = signal.SIGTERM) -> None:
-        """Stop a daemon: munged, slurmctld or a node's slurmd. The jobs of a node go on."""
+        """Stop a daemon: munged, slurmctld or a node's slurmd. The jobs of a node keep running."""
         daemon = self._daemons[name]
         daemon.send_signal(number)
         try:
@@ -133,7 +133,7 @@ class SlurmCluster:
             daemon.wait()
 
     def crash(self, name: str) -> None:
-        """Kill a node's slurmd and everything that it runs, as when the machine is lost."""
+        """Kill a node's slurmd and everything that it runs, as when the node is lost."""
         self.stop(name, signal.SIGKILL)
         for pid in self._processes(name):
             with suppress(ProcessLookupError):

@@ -251,7 +251,7 @@ def test_configs_load(path: Path) -> None:
     assert path.name != "googlenet.yaml" or config == asdict(Config())  # it states the defaults
 
 
-# Per key: values just inside of what is valid, then values outside.
+# Per key: values just inside the valid range, then values outside.
 LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "run.seed": ([0, 2**63 - 1], [-1, 2**63]),
     "run.resume": (["never"], [""]),
@@ -338,7 +338,7 @@ def test_contradictions(args: str, message: str) -> None:
         "--data.train_on all --train.batch_size 49920",
     ],
 )
-def test_what_belongs_together_is_accepted(args: str) -> None:
+def test_compatible_settings_are_accepted(args: str) -> None:
     assert cli.load_config(args.split()) != Config()
 
 

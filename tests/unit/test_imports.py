@@ -39,7 +39,7 @@ MAX_LINES, MIN_CORE_LINES = 300, 60
 CONSTANTS = {"cifar_dist.data.cifar10"}  # may be shorter
 # Ceilings in lines; an issue that adds to the core may raise one, with the reason in its commit.
 MAX_PACKAGE, MAX_CORE, MAX_TRAINER_MODULES, MAX_TRAINER_LINES = 11_660, 3_700, 26, 3_330
-# Calls that change or ask the process or the machine, and so have no place in an import.
+# Calls that change or query the process or the machine; an import must not make them.
 UNDOES_FFCV = "torch.set_num_threads"  # importing ffcv sets torch to one thread
 NOT_AT_IMPORT = (
     "torch.cuda.", "torch.set_", "torch.manual_seed", "random.seed", "np.random.seed", "os.sched", "signal.",

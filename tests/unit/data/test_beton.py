@@ -61,7 +61,7 @@ def wait_for(condition: Callable[[], Any], limit_s: float = 30) -> Any:
     return result
 
 
-def test_what_is_written(written: Path, arrays: Arrays, capfd: pytest.CaptureFixture[str]) -> None:
+def test_written_file(written: Path, arrays: Arrays, capfd: pytest.CaptureFixture[str]) -> None:
     images, labels = arrays
     assert written.stat().st_size == beton.num_bytes(N) == 4 * PAGE_BYTES + 24 * N
     found_images, found_labels = beton.read_arrays(written)

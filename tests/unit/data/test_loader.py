@@ -99,8 +99,8 @@ def test_without_a_cache_of_compiled_code(cache: str, data_dir: Path, tmp_path: 
     """Numba keeps FFCV's function that finds a sample's bytes; where it cannot, the function is compiled anew."""
     program = (
         "import numpy as np, sys, torch\nfrom pathlib import Path\nfrom cifar_dist.data.loader import BetonLoader\n"
-        "loader = BetonLoader(Path(sys.argv[1]), torch.device('cpu'))\n"
-        "print([batch.labels.tolist() for batch in loader.read(np.arange(4), 4)])\nloader.close()"
+        "with BetonLoader(Path(sys.argv[1]), torch.device('cpu')) as loader:\n"
+        "    print([batch.labels.tolist() for batch in loader.read(np.arange(4), 4)])"
     )
     folder = tmp_path / "cache"
     folder.mkdir()
@@ -133,7 +133,7 @@ def test_index_outside_the_file(loader: BetonLoader, index: int) -> None:
 
 @pytest.mark.parametrize("num_batches", [2, 4, 30])
 def test_leaving_early_leaks_nothing(loader: BetonLoader, cifar: Cifar10, num_batches: int) -> None:
-    """With what is left fitting into FFCV's queue of three batches, or not."""
+    """The rest of the epoch fits into FFCV's queue of three batches, or not."""
     order = np.random.default_rng(0).permutation(NUM)[: num_batches * 100]
     threads = threading.active_count()
     for attempt in range(6):

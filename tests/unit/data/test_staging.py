@@ -1,4 +1,4 @@
-"""The copy of the dataset on a machine's own disk: complete and verified, or not used."""
+"""The copy of the dataset on a node's own disk: complete and verified, or not used."""
 
 from __future__ import annotations
 

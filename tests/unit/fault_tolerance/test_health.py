@@ -85,7 +85,7 @@ def test_what_is_not_finite_is_named(name: str) -> None:
         (2, 1, "no lower one is possible"),
     ],
 )
-def test_what_to_lower(micro: int, world_size: int, said: str) -> None:
+def test_advice_on_out_of_memory(micro: int, world_size: int, said: str) -> None:
     config = Config(train=TrainConfig(batch_size=960, micro_batch_size=micro))
     text = advice(config, "train.micro_batch_size", world_size)
     assert f"train.micro_batch_size is {micro}" in text

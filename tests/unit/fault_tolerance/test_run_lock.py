@@ -20,7 +20,7 @@ import pytest
 from cifar_dist.errors import RunInUseError
 from cifar_dist.fault_tolerance import processes, run_lock
 from cifar_dist.fault_tolerance.run_lock import JOB, LOCK, REQUEST, acquire
-from cifar_dist.process import process_age_s, started_ticks
+from cifar_dist.phase import process_age_s, started_ticks
 from tests.support import runs
 
 pytestmark = pytest.mark.xdist_group("clock")
@@ -260,7 +260,7 @@ def test_resumed_while_orphans_save(short_run: Path, data_dir: Path, tmp_path: P
 def test_a_requeued_job_takes_over_from_its_earlier_start(
     short_run: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first start stands still, so that the others meet it in the middle of its steps."""
+    """The first start is suspended, so that the others find it between two steps."""
     options = (*OPTIONS, "--data.dir", data_dir, "--run.dir", tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "42")
     first = runs.start(1, *options)
@@ -282,10 +282,8 @@ def test_a_requeued_job_takes_over_from_its_earlier_start(
 @pytest.mark.slow
 @pytest.mark.run
 @pytest.mark.data
-def test_a_run_that_stood_still_and_lost_its_directory_writes_no_more(
-    short_run: Path, data_dir: Path, tmp_path: Path
-) -> None:
-    """Two ranks stand still, as with their machine; the run goes on elsewhere, and then they come back."""
+def test_suspended_run_that_lost_its_lease_writes_nothing(short_run: Path, data_dir: Path, tmp_path: Path) -> None:
+    """Two ranks are suspended, as with their node; another process resumes the run; then the two continue."""
     options = [*OPTIONS, "--data.dir", str(data_dir), "--run.dir", str(tmp_path / "run")]
     launch = [sys.executable, "-m", "cifar_dist.cluster.launcher", "--standalone", "--nproc-per-node", "2", "-m"]
     first = runs.start_command([*launch, "cifar_dist.train", *options])

@@ -18,8 +18,7 @@ from cifar_dist.distributed import World
 from cifar_dist.fault_tolerance import run_lock, watchdog
 from cifar_dist.fault_tolerance.heartbeat import FailureNotice, Heartbeat, identity
 from cifar_dist.fault_tolerance.stall_report import describe, find_stalled_ranks, stall_notice
-from cifar_dist.phase import Phase, current, in_phase, set_phase, waiting
-from cifar_dist.process import started_ticks
+from cifar_dist.phase import Phase, current, in_phase, set_phase, started_ticks, waiting
 
 WAITS = Heartbeat(number=9, step=17, phase="the gradient exchange", waits=True, idle_s=6, host="n1", pid=1)
 READS = replace(WAITS, phase="reading data", waits=False)
@@ -135,7 +134,7 @@ def test_phases() -> None:
     assert current.changes == before + 5
 
 
-def test_only_that_very_process_is_killed() -> None:
+def test_kill_checks_the_start_time() -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
         born = replace(identity(), pid=process.pid, started=0)
         born.kill()

@@ -113,7 +113,7 @@ def test_configuration_reaches_the_network() -> None:
     assert quarter(name="inception_v2_slim").blocks["4e"].out_channels == 256
 
 
-def test_defaults_copy_nobodys_deviations() -> None:
+def test_default_variant_has_no_deviations() -> None:
     model = inception_v1()
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert {norm.eps for norm in norms} == {1e-5}
@@ -143,7 +143,7 @@ def test_pools_of_v2() -> None:
         (lambda: Variant(norm="layer"), "norm is 'layer'; valid: batch, none"),  # type: ignore[arg-type]
     ],
 )
-def test_what_cannot_be_built(build: object, message: str) -> None:
+def test_networks_that_cannot_be_built(build: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()  # type: ignore[operator]
 

@@ -45,7 +45,7 @@ def test_sizes(stem: str, inputs: int) -> None:
 
 
 @pytest.mark.parametrize(("variant", "side"), [(DEFAULT, 4), (TORCHVISION, 4), (Variant(norm="none"), 4)])
-def test_a_head_is_what_the_paper_says(variant: Variant, side: int) -> None:
+def test_auxiliary_head_matches_the_paper(variant: Variant, side: int) -> None:
     torch.manual_seed(0)
     head = AuxiliaryHead(6, 14, 10, 1.0, variant).eval()
     x = torch.randn(2, 6, 14, 14)
@@ -60,7 +60,7 @@ def test_a_head_is_what_the_paper_says(variant: Variant, side: int) -> None:
     assert not torch.equal(head.train()(x), head(x))
 
 
-def test_what_they_read() -> None:
+def test_inputs_of_the_auxiliary_heads() -> None:
     model, images = small(), torch.randn(4, 3, 32, 32)
     read: list[Tensor] = []
     written: dict[str, Tensor] = {}

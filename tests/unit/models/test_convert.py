@@ -85,7 +85,7 @@ def test_back_to_torchvision(theirs: nn.Module) -> None:
         assert torch.equal(bare(images(1)), expected)
 
 
-def test_what_was_converted_is_a_copy_and_trains(theirs: nn.Module) -> None:
+def test_converted_network_is_a_copy_and_trains(theirs: nn.Module) -> None:
     before = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
     generator = torch.random.get_rng_state()
     network = from_torchvision(theirs.state_dict())
@@ -142,7 +142,7 @@ def test_another_models_weights_are_refused(theirs: nn.Module, change: Callable[
         lambda: inception_v1("3x3", stem="imagenet", width=0.5, variant=TORCHVISION),
     ],
 )
-def test_only_torchvisions_network_goes_back(build: Callable[[], InceptionNetwork]) -> None:
+def test_only_the_torchvision_variant_converts_back(build: Callable[[], InceptionNetwork]) -> None:
     with torch.device("meta"):
         network = build()
     with pytest.raises(ValueError, match="the network is not torchvision's googlenet"):
@@ -265,6 +265,6 @@ def test_older_files_of_cadene() -> None:
         (lambda _: googlenet().state_dict(), r"missing \(conv1_7x7_s2\.weight"),
     ],
 )
-def test_what_is_not_cadenes_is_refused(change: Callable[[State], State], message: str) -> None:
+def test_other_weights_than_cadenes_are_refused(change: Callable[[State], State], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         from_cadene(change(cadene_state()))

@@ -102,7 +102,7 @@ def test_statistics_and_scores_are_the_plain_forms_to_the_bit(name: str) -> None
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_what_auto_means() -> None:
+def test_auto_merges_by_device() -> None:
     def merges(merge_1x1: str, device_type: str) -> set[bool]:
         config = replace(ModelConfig(width=0.125), merge_1x1=merge_1x1)  # type: ignore[arg-type]
         modules = create_model(config, device_type).modules()

@@ -237,7 +237,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_refused(
         ({"model_sha256": "model 0"}, "copy"),
     ],
 )
-def test_runs_that_did_not_do_the_same_are_refused(
+def test_runs_with_unequal_work_are_refused(
     figures: dict[str, Any],
     part: str,
     tmp_path: Path,

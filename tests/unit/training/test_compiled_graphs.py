@@ -59,7 +59,9 @@ def num_graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-@pytest.mark.parametrize(("name", "merge"), [("inception_v1", "off"), ("inception_v2", "on")])
+@pytest.mark.parametrize(
+    ("name", "merge"), [("inception_v1", "off"), pytest.param("inception_v2", "on", marks=pytest.mark.slow)]
+)
 def test_compiled_once(name: Any, merge: Any, data_dir: Path, tmp_path: Path) -> None:
     """Augmentation and network for two sizes: four graphs, all there before the first step."""
     config = replace(CONFIG, model=replace(CONFIG.model, name=name, merge_1x1=merge))

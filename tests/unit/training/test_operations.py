@@ -1,4 +1,4 @@
-"""What a training step costs, as counts that no busy machine can change: operations, copies, memory layouts."""
+"""The cost of a training step in counts, which do not depend on the load: operations, copies, memory formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop in this process: rates, what is validated, which checkpoints stay, and how it stops."""
+"""The training loop in this process: learning rates, validation, retained checkpoints, and stops."""
 
 from __future__ import annotations
 
