@@ -13,10 +13,9 @@ import itertools
 import os
 import queue
 from collections.abc import Generator
-from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numba
 import numba.typed
@@ -135,7 +134,7 @@ def end_reading(reading: EpochIterator) -> None:
     reading.close()
 
 
-class BetonLoader(AbstractContextManager["BetonLoader"]):
+class BetonLoader:
     """Reads batches of a .beton to `device`; a context manager that ends its threads.
 
     Args:
@@ -202,6 +201,9 @@ class BetonLoader(AbstractContextManager["BetonLoader"]):
         finally:
             end_reading(reading)
             self._readings.remove(reading)
+
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, *_: object) -> None:
         for reading in self._readings:

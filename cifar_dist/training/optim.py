@@ -73,8 +73,3 @@ class Ema(AveragedModel):
         n = int(self.n_averaged)  # a CPU tensor, so reading it does not wait for the GPU
         torch._foreach_lerp_(averages, list(model.parameters()), 1 - min(self._decay, (1 + n) / (10 + n)))
         self.n_averaged += 1
-
-
-def build_ema(model: nn.Module, config: OptimConfig) -> Ema | None:
-    """The moving average of `model`; None if `optim.ema_decay` is none."""
-    return None if config.ema_decay is None else Ema(model, config.ema_decay)

@@ -20,7 +20,7 @@ from cifar_dist.models.architectures import create_model
 from cifar_dist.models.network import main_weights
 from cifar_dist.training import checkpoint
 from cifar_dist.training.evaluation import Evaluator, bn_samples
-from cifar_dist.training.optim import build_ema
+from cifar_dist.training.optim import Ema
 from cifar_dist.training.precision import choose_precision, set_backends
 from cifar_dist.training.run_directory import config_of
 
@@ -54,7 +54,7 @@ def score_checkpoint(path: Path, world: World, validation: bool, data_dir: Path 
     model = create_model(replace(config.model, auxiliary=False)).to(world.device, precision.parameters)
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last)
-    ema = build_ema(model, config.optim)
+    ema = None if config.optim.ema_decay is None else Ema(model, config.optim.ema_decay)
     target, weights = (model, main_weights(state["model"])) if ema is None else (ema, state["ema"])
     run_and_sync_errors(world, lambda: checkpoint.load_weights(target, weights, str(path)))
     evaluator = Evaluator(model if ema is None else ema.module, config.eval, precision, world)

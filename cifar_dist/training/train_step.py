@@ -52,7 +52,7 @@ class TrainStep:
         self.optimizer = optim.build_optimizer(self.model, config.optim, config.train.batch_size, precision.muon)
         self.scaler = precision.grad_scaler()
         self._main = without_auxiliary(self.model)
-        self.ema = optim.build_ema(self._main, config.optim)
+        self.ema = None if config.optim.ema_decay is None else optim.Ema(self._main, config.optim.ema_decay)
         on_gpu = world.device.type == "cuda"
         self._compiled = config.train.compile == "on" or (config.train.compile == "auto" and on_gpu)
         self._augment = torch.compile(augment.apply, dynamic=False) if self._compiled else augment.apply
