@@ -80,7 +80,9 @@ def _networks(config: BenchConfig, precision: Precision, stem: Stem, num: int, l
     def add(name: str, create: Callable[[], BareStep]) -> None:
         def build() -> None:
             step = create()
+            network, step.network = step.network, step.model
             costs[name] = cost_of(step)
+            step.network = network
             step()
             steps[name] = step
 
@@ -157,9 +159,9 @@ class Cost(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def cost_of(step: Callable[[], object]) -> Cost:
-    """Count while `step` runs, uncompiled."""
+    """Count while `step`, which must not be compiled, runs."""
     cost = Cost()  # type: ignore[no-untyped-call]
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter, cost:
+    with FlopCounterMode(display=False) as counter, cost:
         step()
     cost.flops = counter.get_total_flops()
     return cost
