@@ -25,13 +25,13 @@ from cifar_dist.fault_tolerance import signals
 from cifar_dist.files import write_json
 
 LOCK, JOB, REQUEST = ".lock", ".lock.job", ".lock.request"
-LEASE_S = 20.0  # ten heartbeats; a file server may delay one by some seconds
-HEARTBEAT_S = 2.0
+LEASE_S = 20.0  # ten refreshes; a file server may delay one by some seconds
+REFRESH_S = 2.0
 EXIT_S = 60.0  # then an owner that lost the lease or was asked to exit is killed
 REQUEST_WAIT_S = 120.0  # longer than EXIT_S, and than a file server keeps the locks of a dead client
 WAIT_S = 30.0  # longer than workers outlive their launcher (signals._ORPHAN_GRACE_S)
 _POLL_S, _LOG_EVERY_S = 0.5, 15.0
-_LOG_AFTER_S = 1.0  # a lease of a dead process on this node is free at once
+_LOG_AFTER_S = 1.0  # by then the lease of a process that died on this node has been taken over
 
 
 class Owner(NamedTuple):
@@ -81,13 +81,13 @@ class RunLock:
             raise RunInUseError(
                 f"this run no longer owns its directory {self.directory}: "
                 f"{f'{other} owns it now' if other else f'its {LOCK} is gone'}. This process was suspended for longer "
-                f"than {LEASE_S:.0f} s, or {LOCK} was removed. It has written nothing since. status.json tells how the "
-                f"run went on; if it did not, resume with --run.resume auto."
+                f"than {LEASE_S:.0f} s, or {LOCK} was removed. It has written nothing since. status.json has "
+                f"the state of the run; if it has ended, resume with --run.resume auto."
             )
 
     def release(self) -> None:
         self._released.set()
-        self._thread.join(HEARTBEAT_S)
+        self._thread.join(REFRESH_S)
         with suppress(OSError):
             if self.held():
                 (self.directory / JOB).unlink(missing_ok=True)
@@ -95,7 +95,7 @@ class RunLock:
 
     def _watch(self) -> None:
         stop_since: float | None = None
-        while not self._released.wait(HEARTBEAT_S):
+        while not self._released.wait(REFRESH_S):
             request = _read_json(self.directory / REQUEST)
             successor = request["by"] if request.get("token") == self._token else None
             if successor is None and self.held():
@@ -115,7 +115,7 @@ class RunLock:
 def acquire(directory: Path, wait: bool, log: Callable[[str], None]) -> RunLock:
     """Own `directory`, which must exist.
 
-    A lease whose owner died on this node is taken over at once, any other after LEASE_S without a heartbeat.
+    A lease whose owner died on this node is taken over at once, any other after LEASE_S without a refresh.
 
     Args:
         wait: wait WAIT_S for an owner that is alive, since it may be about to exit; and if it is an earlier start of
@@ -127,7 +127,7 @@ def acquire(directory: Path, wait: bool, log: Callable[[str], None]) -> RunLock:
         OSError: the marker cannot be written.
     """
     lease = SoftFileLease(
-        directory / LOCK, lease_duration=LEASE_S, heartbeat_interval=HEARTBEAT_S, thread_local=False, mode=0o666
+        directory / LOCK, lease_duration=LEASE_S, heartbeat_interval=REFRESH_S, thread_local=False, mode=0o666
     )
     waiter = _Waiter(directory, wait, log)
     try:
@@ -176,7 +176,7 @@ class _Waiter:
             limit_s, reason = WAIT_S if self.wait else 0.0, f"it is alive; waiting {WAIT_S:.0f} s for it to exit"
         else:
             limit_s = LEASE_S + WAIT_S
-            reason = f"no heartbeat seen yet; without one for {LEASE_S:.0f} s its lease expires"
+            reason = f"not refreshed yet; its lease expires after {LEASE_S:.0f} s without a refresh"
         if now - self._began >= limit_s:
             return True
         if now >= self._log_at:

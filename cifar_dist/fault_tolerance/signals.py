@@ -67,7 +67,10 @@ def raise_if_requested() -> None:
     """
     if _state.received is not None:
         name = _state.received.name
-        raise StopError(f"stopped by {name} before the first step or after the last; nothing was left to save.")
+        raise StopError(
+            f"stopped by {name} before the first step or after the last; nothing was left to save. The same command "
+            f"with --run.resume auto continues."
+        )
 
 
 @contextmanager
