@@ -23,10 +23,8 @@ from cifar_dist.process import run_and_exit
 
 def main() -> None:
     """Measure what the command line names, or compare two results, and print tables."""
-    arguments, text = (
-        sys.argv[1:],
-        "Benchmarks of this machine. `compare OLD NEW` compares two files written with --json.",
-    )
+    arguments = sys.argv[1:]
+    text = "Benchmarks of this machine. `compare OLD NEW` compares two files written with --json."
     with errors.exit_on_error():
         if arguments[:1] != ["compare"]:
             _measure(cli.parse(BenchConfig, arguments, "bench", description=text))
