@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from cifar_dist.benchmarks import baselines
@@ -29,6 +30,7 @@ from cifar_dist.benchmarks.measure import Row, Table, Work, interleaved, torch_a
 from cifar_dist.benchmarks.settings import BenchConfig
 from cifar_dist.config import ModelConfig
 from cifar_dist.distributed import World, data_parallel
+from cifar_dist.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,21 @@ def step_seconds(compute_seconds: float, gradient_bytes: float, num: int, cluste
 
 
 def measure(config: BenchConfig) -> list[Table]:
-    """Strong and weak scaling, the exchange of gradients, and the simulation."""
+    """Strong and weak scaling, the exchange of gradients, and the simulation.
+
+    Raises:
+        UserError: a rank failed.
+    """
     on_gpu, num = config.device == "cuda", config.micro_batch_size[0]
     rendezvous: Any = {"run_id": "bench", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
     launch = LaunchConfig(1, 1, _sizes(on_gpu)[-1], max_restarts=0, **rendezvous)
-    seconds, gradient_bytes = elastic_launch(launch, _measure_on_rank)(config)[0]
+    try:
+        seconds, gradient_bytes = elastic_launch(launch, _measure_on_rank)(config)[0]
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        message: Any = failure.message  # a dictionary, or text if a signal ended the rank
+        reason = message["message"] if isinstance(message, dict) else message
+        raise UserError(f"rank {rank} of the measurement failed: {reason}") from None
     title = f"V1, {config.stem[0]} stem, micro-batch {num}, {'NCCL' if on_gpu else 'gloo'}, SGD"
     return _tables(title, num, on_gpu, seconds, gradient_bytes)
 
