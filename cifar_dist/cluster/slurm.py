@@ -1,4 +1,4 @@
-"""What the scripts in slurm/ run on the first node of a job: `python -m cifar_dist.cluster.slurm train|sweep|evaluate`.
+"""The batch scripts in slurm/ run it on the first node: `python -m cifar_dist.cluster.slurm train|sweep|evaluate`.
 
 Starts a launcher on each node under srun, and requeues the job after the signal that Slurm sends before the time limit.
 """

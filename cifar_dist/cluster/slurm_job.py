@@ -5,7 +5,6 @@ Tested with Slurm 22.05. Does not import torch, so that signal handlers are inst
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -16,11 +15,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from cifar_dist.cluster.rendezvous import listening_ports
 from cifar_dist.errors import PeerError, StopError, UserError
-from cifar_dist.files import write_text_atomic
+from cifar_dist.files import read_json, write_json
 
 # Below the kernel's ephemeral ports.
 _FIRST_PORT, _NUM_PORTS = 16_384, 16_384
@@ -161,7 +159,7 @@ def final_status(directory: Path, job: Job) -> tuple[int | None, int | None]:
 
     More informative than srun's exit code, which is the greatest of all nodes.
     """
-    status = _read_json(directory / "status.json")
+    status = read_json(directory / "status.json")
     if (status.get("job"), status.get("restarts")) != (str(job.id), job.restarts):
         return None, None
     return status.get("exit_code"), status.get("last_checkpoint_step")
@@ -176,13 +174,13 @@ def requeue(job: Job, directory: Path, step: int | None) -> str:
     """
     if job.restarts >= job.max_requeues:
         return f"it was requeued {job.restarts} times, and MAX_REQUEUES is {job.max_requeues}"
-    recorded = _read_json(directory / _ATTEMPTS)
-    steps = [*(recorded["last_steps"] if recorded.get("job") == job.id else ()), step]
+    recorded = read_json(directory / _ATTEMPTS)
+    steps = [*(recorded.get("last_steps", ()) if recorded.get("job") == job.id else ()), step]
     if len(steps) > _MAX_IDLE and len(set(steps[-_MAX_IDLE - 1 :])) == 1:
         return f"{_MAX_IDLE} attempts in a row got no step further; it needs a longer --time"
     try:
         directory.mkdir(parents=True, exist_ok=True)  # the run may have stopped before creating it
-        write_text_atomic(directory / _ATTEMPTS, json.dumps({"job": job.id, "last_steps": steps}))
+        write_json(directory / _ATTEMPTS, {"job": job.id, "last_steps": steps})
         command = ["scontrol", "requeue", str(job.id)]
         result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except FileNotFoundError as error:
@@ -190,11 +188,3 @@ def requeue(job: Job, directory: Path, step: int | None) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     return "" if result.returncode == 0 else "scontrol says: " + " ".join(result.stderr.split())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The values in a file that this project writes; none if it is missing or damaged."""
-    with suppress(OSError, ValueError):
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return values
-    return {}

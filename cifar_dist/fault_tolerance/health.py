@@ -95,7 +95,7 @@ def refuse_divergence(tensors: Mapping[str, Tensor], world: World, step: int, la
         f"First of {len(different)} tensors that differ: {list(tensors)[different[0]]}. {who}.\n"
         f"{_last_good(last_saved)}{resume}.\n"
         f"A device or its memory is faulty, the nodes differ (processors, versions), or code computes something else\n"
-        f"on each rank. Try without what is suspect.",
+        f"on each rank. Try without the suspect nodes or devices.",
         on_all_ranks=True,
     )
 

@@ -8,7 +8,6 @@ may still run, to save and exit.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import threading
@@ -16,13 +15,13 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from filelock import SoftFileLease, Timeout
 
 from cifar_dist.errors import RunInUseError, write_exit_code
 from cifar_dist.fault_tolerance import signals
-from cifar_dist.files import write_json
+from cifar_dist.files import read_json, write_json
 
 LOCK, JOB, REQUEST = ".lock", ".lock.job", ".lock.request"
 LEASE_S = 20.0  # ten refreshes; a file server may delay one by some seconds
@@ -96,7 +95,7 @@ class RunLock:
     def _watch(self) -> None:
         stop_since: float | None = None
         while not self._released.wait(REFRESH_S):
-            request = _read_json(self.directory / REQUEST)
+            request = read_json(self.directory / REQUEST)
             successor = request["by"] if request.get("token") == self._token else None
             if successor is None and self.held():
                 continue
@@ -197,7 +196,7 @@ class _Waiter:
 
 def owner(directory: Path) -> Owner | None:
     """The owner of `directory`, None without one."""
-    record, job = SoftFileLease(directory / LOCK).owner, _read_json(directory / JOB)
+    record, job = SoftFileLease(directory / LOCK).owner, read_json(directory / JOB)
     if record is None:
         return None
     if job.get("token") != record.token:
@@ -209,12 +208,3 @@ def owner(directory: Path) -> Owner | None:
 def slurm_job() -> tuple[str | None, int]:
     """The id of this Slurm job, and how often it was requeued."""
     return os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Empty if it cannot be read."""
-    try:
-        values: dict[str, Any] = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return values

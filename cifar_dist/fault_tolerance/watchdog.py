@@ -1,8 +1,8 @@
 """Detects a stalled run, names the rank that stalls it, and ends it. Also makes the error of one rank known to all.
 
 A thread on each rank checks whether the phase of its training thread changes (see `phase`). If it does not for
-`run.stall_timeout_s`, the last heartbeats of all ranks tell for which rank the others wait. Time counts in intervals
-of that thread, so a suspended run or laptop is not a stalled one.
+`run.stall_timeout_s`, the last heartbeats of all ranks tell for which rank the others wait. Each wake-up of that thread
+counts as two seconds at most, so a suspended run or laptop is not a stalled one.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cifar_dist.files import write_bytes_atomic, write_text_atomic
+from cifar_dist.files import read_json, write_bytes_atomic, write_json, write_text_atomic
 from cifar_dist.training import checkpoint
 
 # A limit on the size of files makes the kernel refuse a write half-way, as a full disk does.
@@ -34,6 +34,16 @@ def test_replaces_content(tmp_path: Path) -> None:
     write_bytes_atomic(path, b"\x00\xff")
     assert path.read_bytes() == b"\x00\xff"
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_json_is_read_back_and_damage_is_empty(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    assert read_json(path) == {}
+    write_json(path, {"a": [1, None], "b": "zwölf"})
+    assert read_json(path) == {"a": [1, None], "b": "zwölf"}
+    for damaged in (b"", b'{"a": 1', b"[1]", b"\xff"):
+        path.write_bytes(damaged)
+        assert read_json(path) == {}
 
 
 def test_permissions_follow_the_umask(tmp_path: Path) -> None:
