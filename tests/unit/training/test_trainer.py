@@ -233,7 +233,7 @@ print("torch" in sys.modules)
 
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM", "SIGINT"])
-def test_a_signal_in_the_training_loop_is_a_wish(name: str) -> None:
+def test_a_signal_in_the_training_loop_is_deferred(name: str) -> None:
     words = [sys.executable, "-c", NOTED, name]
     result = subprocess.run(words, cwd=runs.REPOSITORY, capture_output=True, text=True, timeout=60, check=True)
     asked, stopped, torch_loaded = result.stdout.splitlines()
