@@ -126,8 +126,8 @@ class TrainConfig:
     keep_checkpoints: Positive = 2
     """Number of newest checkpoints to keep, beside the best one."""
     check_ranks_every_steps: NotNegative = 100
-    """Steps between comparisons of all ranks' weights by checksum, done when metrics are next read. They are
-    always compared before a checkpoint is saved. 0: only then."""
+    """Steps between comparisons of the state of all ranks (weights, buffers, optimizer) by checksum, done when metrics
+    are next read. They are always compared before a checkpoint is saved. 0: only then."""
     log_every_steps: Positive = 20
     """Steps between two lines of metrics; in between, nothing waits for the device."""
 
@@ -155,8 +155,8 @@ class OptimConfig:
     warmup_share: Fraction = 0.2
     """Fraction of all steps for the linear warm-up."""
     warmup_min_steps: NotNegative = 50
-    """The warm-up takes at least this many steps. A faster rise amplifies rounding differences tenfold per
-    step, so that runs on different numbers of devices diverge."""
+    """The learning rate rises by at most 1 / this of its peak per step, so a shorter warm-up does not reach the peak. A
+    faster rise amplifies rounding differences tenfold per step, so that different numbers of devices diverge."""
     label_smoothing: Annotated[float, Range(min=0, below=1)] = 0.1
     """Probability spread evenly over all classes (arXiv 1512.00567)."""
     grad_clip: Annotated[float, Range(above=0, below=1e9)] | None = None

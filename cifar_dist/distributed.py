@@ -118,7 +118,7 @@ def _device(wanted: str, local_rank: int, local_size: int) -> torch.device:
 
 def data_parallel(module: nn.Module, group: Any = None) -> DistributedDataParallel:
     """`module` in DDP, which averages gradients over the ranks of `group` (None: all) in each backward pass."""
-    # Batch-norm buffers do not change in training, so there is nothing to broadcast. The option's name changed in 2.15.
+    # Buffers do not change in training (see models.layers.BatchNorm2d). torch 2.15 renamed the option.
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     sync: Any = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
     return DistributedDataParallel(module, process_group=group, gradient_as_bucket_view=True, **sync)
@@ -155,7 +155,7 @@ def run_and_sync_errors(world: World, work: Callable[[], Any], only_if: bool = T
     """Run `work` on the ranks where `only_if` holds. If it fails on one rank, all ranks raise its error.
 
     Every rank waits for the others, for at most `timeout_s`. An OSError becomes a UserError with the file's name. With
-    several nodes the message names the failing rank and its host, and that rank prints it, too.
+    several nodes the message names the failing rank and its host; if it is not on rank 0's node, it prints it, too.
 
     Returns what `work` returned on this rank; None where it did not run.
 

@@ -12,7 +12,7 @@
 # means and standard deviations, and writes seeds.json. The arguments go to cifar_dist.train:
 #
 #   sbatch --array=0-2 slurm/sweep.sh --config configs/quickstart.yaml                 seeds 0, 1 and 2
-#   sbatch --array=0-5 slurm/sweep.sh --grid grid.txt --config configs/googlenet.yaml  each line of two with 3 seeds
+#   sbatch --array=0-5 slurm/sweep.sh --grid grid.txt --config configs/googlenet.yaml  two lines with 3 seeds each
 #   sbatch --array=0-2 --gpus-per-node=1 --cpus-per-task=8 slurm/sweep.sh ...          each run on a GPU
 #
 # A line of the grid's file holds settings, e.g. --optim.lr 0.1. With G lines job I trains line I modulo G with seed I

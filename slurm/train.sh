@@ -16,8 +16,8 @@
 #   sbatch --oversubscribe --gpus-per-node=1 --cpus-per-task=8 --mem=32G slurm/train.sh ...    a part of a node
 #
 # Options on sbatch's command line override those above. The run directory is runs/job-JOBID unless --run.name or
-# --run.dir names it. Two minutes before the time limit the run saves and the job is requeued, at most MAX_REQUEUES times
-# (20); then it resumes. scancel saves, too, and does not requeue.
+# --run.dir names it. Two minutes before the time limit the run saves, and the job is requeued and resumes it, at most
+# MAX_REQUEUES times (20). scancel saves, too, and does not requeue.
 #
 #   NPROC_PER_NODE    processes per node (default: its GPUs; without GPUs --ntasks-per-node, or 2)
 #   MAX_RESTARTS      restarts after a lost process (see launch/multinode)

@@ -1,7 +1,7 @@
 """Part "scaling": DDP with 1 to N processes of this machine, and a simulation of many GPUs from the step of one device.
 
-`measure` starts a process per device, as torchrun does. All ranks measure the same training step on the first 1, 2, 4
-... of them, interleaved.
+`measure` starts a process per device, as torchrun does. All ranks measure the same training step on the first n
+of them, for each divisor n of their number, interleaved.
 
 The simulation: gradients go around a ring of n devices (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms",
 2009), which sends 2 (n - 1) / n of their bytes over the slowest link in 2 (n - 1) consecutive messages. With several
@@ -43,7 +43,7 @@ class Cluster:
     outer_bandwidth: float = 40e9
     outer_latency: float = 15e-6
     backward_fraction: float = 2 / 3  # of a step's computation; hides the exchange
-    bucket_bytes: float = 25 * 2**20  # DDP's last bucket, which cannot be hidden; larger than these networks
+    bucket_bytes: float = 25 * 2**20  # DDP's last bucket cannot be hidden; these networks fit into one
 
     def describe(self) -> str:
         return (

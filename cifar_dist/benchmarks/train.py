@@ -53,7 +53,8 @@ def measure(config: BenchConfig) -> list[Table]:
             cases[TORCHVISION] = partial(_step, baselines.torchvision_step(model.stem, num, precision), batches)
 
         def measure_others(step: int, metrics: Mapping[str, float]) -> None:  # noqa: ARG001
-            seconds = {TRAINING: window * num / metrics["images_per_second"]}  # by Trainer, without this function
+            # As Trainer measured it, without the time spent in this function.
+            seconds = {TRAINING: window * num / metrics["images_per_second"]}
             waits.append(loader.waited_s / seconds[TRAINING])
             for name, work in cases.items():
                 with baselines.without_prefetched(batches, num_workers if name == TORCHVISION else 0):

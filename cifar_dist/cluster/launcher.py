@@ -99,7 +99,7 @@ def _torchrun(options: Namespace, place: tuple[str, int, bool] | None) -> int:
     except ChildFailedError as error:
         return failure_code([failure.exitcode for failure in error.failures.values()], written_codes())
     except SignalException:
-        codes = written_codes()  # 6 of a rank that lost a peer counts as stopped: the peer stopped earlier
+        codes = written_codes()  # code 6 (lost a peer) does not count: that peer had stopped before
         return 0 if codes == {0} else failure_code([], codes - {PeerError.exit_code}) or StopError.exit_code
     except Exception as error:
         # The node that hosts the rendezvous may have exited first, or nodes are missing.

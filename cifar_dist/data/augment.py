@@ -21,7 +21,8 @@ from cifar_dist.hashing import derive
 MEAN = tuple(255 * value for value in cifar10.MEAN)
 STD = tuple(255 * value for value in cifar10.STD)
 _MASK32 = 0xFFFFFFFF
-# Multipliers of lowbias32, one minus 2**32, so that a product with 32 bits fits into a signed 64-bit integer.
+# Multipliers of lowbias32. 2**32 is subtracted from the second, so that products with 32 bits fit into int64; the low
+# 32 bits stay the same.
 _M1, _M2 = 0x7FEB352D, 0x846CA68B - (1 << 32)
 # Indices of a sample's random words; x and y are adjacent.
 _FLIP, _SHIFT, _CUT = 0, slice(1, 3), slice(3, 5)
@@ -36,7 +37,7 @@ def mix32(x: Tensor) -> Tensor:
 
 
 def random_words(indices: Tensor, *keys: int) -> Tensor:
-    """Random words of the samples `indices` (N,) int64: (number of keys, N, 5) int64, uniform in 0 to 2**32 - 1.
+    """Random words of the samples `indices` (N,) int64: (number of keys, N, NUM_WORDS) int64, below 2**32.
 
     All keys in one call: for a batch of 100, calls cost more than the arithmetic.
     """

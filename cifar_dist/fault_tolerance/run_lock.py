@@ -26,7 +26,7 @@ from cifar_dist.files import read_json, write_json
 LOCK, JOB, REQUEST = ".lock", ".lock.job", ".lock.request"
 LEASE_S = 20.0  # ten refreshes; a file server may delay one by some seconds
 REFRESH_S = 2.0
-EXIT_S = 60.0  # then an owner that lost the lease or was asked to exit is killed
+EXIT_S = 60.0  # then an owner that lost the lease or was asked to exit ends itself without saving
 REQUEST_WAIT_S = 120.0  # longer than EXIT_S, and than a file server keeps the locks of a dead client
 WAIT_S = 30.0  # longer than workers outlive their launcher (signals._ORPHAN_GRACE_S)
 _POLL_S, _LOG_EVERY_S = 0.5, 15.0
@@ -106,7 +106,10 @@ class RunLock:
             signals.request()  # repeated, since it has no effect before the first step
             if time.monotonic() - stop_since > EXIT_S:
                 # The main thread may hang in a collective, and must not write after the lease is lost.
-                os.write(2, b"error: the run did not stop in time after losing its run directory; killed.\n")
+                text = (
+                    "error: the run did not stop in time after losing its directory or a request to release it; killed."
+                )
+                os.write(2, f"{text} Resume with --run.resume auto.\n".encode())
                 write_exit_code(RunInUseError.exit_code)
                 os._exit(RunInUseError.exit_code)
 

@@ -26,7 +26,9 @@ LAUNCHER = "CIFAR_DIST_LAUNCHER"
 """Environment variable: the process id of `cifar_dist.cluster.launcher`."""
 SAME_KEYSTROKE_S = 1.0
 """A second Ctrl-C within this time is the first one again, sent by both the terminal and the launcher."""
-_POLL_S, _START_GRACE_S, _ORPHAN_GRACE_S = 1.0, 10.0, 20.0
+_POLL_S = 1.0
+_START_GRACE_S = 10.0  # from a signal before the first step to the exit of a process that waits inside torch
+_ORPHAN_GRACE_S = 20.0  # for a worker to save after its launcher was killed
 
 
 @dataclass

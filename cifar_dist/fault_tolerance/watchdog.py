@@ -1,8 +1,8 @@
 """Detects a stalled run, names the rank that stalls it, and ends it. Also makes the error of one rank known to all.
 
 A thread on each rank checks whether the phase of its training thread changes (see `phase`). If it does not for
-`run.stall_timeout_s`, the last heartbeats of all ranks tell for which rank the others wait. Each wake-up of that thread
-counts as two seconds at most, so a suspended run or laptop is not a stalled one.
+`run.stall_timeout_s`, the last heartbeats of all ranks tell for which rank the others wait. Each wake-up of the
+watchdog counts as two seconds at most, so a suspended run or laptop is not a stalled one.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ class Watchdog(threading.Thread):
         """Wait for `_abort` to end this process: collectives fail during an abort, and that is not the reason."""
         notice = self._heartbeats.notice
         if self._aborting.is_set() or (notice is not None and notice.abort):
-            time.sleep(60)
+            time.sleep(60)  # longer than `_abort` takes
 
     def _abort(self, notice: FailureNotice) -> None:
         """End this process without waiting for its training thread, which may hang."""

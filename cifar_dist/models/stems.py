@@ -26,6 +26,7 @@ class Stem(nn.Sequential):
 
 
 def _layers(kind: str, hidden: int, out_channels: int, variant: Variant) -> list[nn.Module]:
+    """`hidden`: channels before the last convolution, where there are several."""
     if kind == "cifar":
         return [ConvNormAct(3, out_channels, 3, variant=variant)]
     if kind == "strided":

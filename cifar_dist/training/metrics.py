@@ -60,6 +60,7 @@ class Metrics:
         correct = (logits.argmax(dim=1) == labels).sum()
         n = torch.full_like(correct, len(labels))
         nonfinite = (~finite).long()
+        # The minimum with `step` if it is not finite, without waiting for the device.
         self._first_nonfinite.clamp_(max=_NEVER - nonfinite * (_NEVER - step))
         self._sums += torch.cat((torch.stack((loss * len(labels), correct, n, nonfinite)).double(), receipt.double()))
 

@@ -42,7 +42,7 @@ def build_optimizer(
     defaults: dict[str, Any] = {"lr": 0.0, "momentum": config.momentum, "nesterov": True, "fused": True}
     optimizer: torch.optim.SGD
     if muon:
-        # MuonSGD writes its update into .grad; without momentum, SGD then subtracts it unchanged.
+        # MuonSGD writes its update into .grad; without momentum, SGD then subtracts lr times it.
         plain_sgd = {"weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
         groups.append(
             {"params": filters, "peak_lr": config.muon_lr, "muon_momentum": config.muon_momentum, **plain_sgd}

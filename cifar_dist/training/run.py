@@ -175,7 +175,7 @@ class Run(Hooks):
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The name of the run in curves.png and at W&B."""
         return self.config.run.name or self.directory.resolve().name
 
     def log(self, text: str) -> None:

@@ -125,7 +125,8 @@ def newest_valid(
         raise CheckpointError(f"{others[0][0]} {others[0][1]}\n{_HOW_TO_CONTINUE}")
     if steps:
         raise CheckpointError(
-            f"none of the {len(steps)} checkpoints in {directory} is valid. Choose another run.name for a new run."
+            f"none of the {len(steps)} checkpoints in {directory} is valid; see the warnings above. "
+            f"Restore one with its .sha256, or choose another --run.name for a new run."
         )
     return None
 

@@ -115,8 +115,7 @@ class TrainStep:
         params = augment.sample_params(batch.indices, config.run.seed, epoch, config.augment)
         images = self._inputs(batch.images, params, step.image_size)
         if config.model.dropout or config.model.auxiliary:
-            # Seeded by the position in the global batch, so dropout is the same for any number of ranks. Auxiliary
-            # classifiers have dropout, too.
+            # By the position in the global batch, so equal for any number of ranks. Auxiliary heads have dropout, too.
             position = self.world.rank * self.accumulation + k
             torch.manual_seed(derive(config.run.seed, "dropout", step.number, position))
         model = self._parallel_model

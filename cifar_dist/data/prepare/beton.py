@@ -2,7 +2,7 @@
 
 FFCV's own loop forks workers and waits forever if one dies of a full disk. Here its worker function runs alone in a
 child process: an error ends the child, the bytes do not depend on timing, and FFCV's import and output stay out of this
-process. It takes as long.
+process. It takes as long as FFCV's own loop.
 
 The files are little-endian: header (24 bytes), a descriptor of 1041 bytes per field, metadata (32 bytes per sample),
 zeros up to a multiple of the page size, pages of as many whole images as fit, and an allocation table (24 bytes per

@@ -136,7 +136,7 @@ def _copy(data_dir: Path, stage_dir: Path) -> None:
 
 
 def _prepare(data_dir: Path, source: str, log: Log) -> None:
-    """Needs the lock."""
+    """Fetch CIFAR-10 from `source` and write both files. Call with the folder locked."""
     from cifar_dist.data.prepare import beton, sources  # here, as most runs only verify
 
     started = time.monotonic()
