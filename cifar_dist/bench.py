@@ -83,10 +83,11 @@ def _all_parts(config: BenchConfig) -> dict[str, dict[str, Any]]:
             measurement = pool.submit(_one_part, replace(config, part=part))
             try:
                 content = measurement.result(max(0.0, deadline - started))
-            except TimeoutError:
-                content = {"tables": [], "failure": "not measured: the time was up (--limit_minutes)"}
             except Exception as error:  # noqa: BLE001 - whatever a part raises, or its process ended
-                content = {"tables": [], "failure": f"{type(error).__name__}: {error}"}
+                reason = f"{type(error).__name__}: {error}"
+                if isinstance(error, TimeoutError) and not measurement.done():
+                    reason = "not measured: the time was up (--limit_minutes)"
+                content = {"tables": [], "failure": reason}
             finally:
                 for process in multiprocessing.active_children():
                     kill_process_tree(process.pid)  # type: ignore[arg-type]  # not None, as it was started

@@ -22,7 +22,7 @@ set -euo pipefail
 trap '' USR1  # until the program below handles it
 # Slurm runs a copy of this file from another folder, so the repository is looked for from the working directory up.
 from=${CIFAR_DIST_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
-root=$(cd "$from" 2>/dev/null && until [[ -x launch/multinode || $PWD == / ]]; do cd ..; done && pwd) || root=''
+root=$(cd "$from" >/dev/null 2>&1 && until [[ -x launch/multinode || $PWD == / ]]; do cd ..; done && pwd) || root=''
 [[ -x $root/.venv/bin/python ]] || {
     echo "error: there is no prepared repository at $from or above it. Run ./launch/setup" >&2
     echo "in the repository and submit from inside it, or set CIFAR_DIST_HOME to it." >&2

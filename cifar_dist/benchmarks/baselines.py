@@ -51,7 +51,7 @@ class BareStep:
         for k in range(accumulation):
             silent = isinstance(self.network, DistributedDataParallel) and not (exchange and k == accumulation - 1)
             with self.network.no_sync() if silent else nullcontext():  # type: ignore[operator]
-                torch.autograd.backward(self.loss() / accumulation)
+                torch.autograd.backward(self.loss() if accumulation == 1 else self.loss() / accumulation)
         self.update()
         return float(accumulation * len(self.labels))
 

@@ -136,7 +136,12 @@ def _change(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[st
 def _rows(report: Report) -> dict[str, dict[str, Any]]:
     """Rows by part, title and name, with `lower_is_better` of their table."""
     return {
-        f"{part} / {table['title']} / {row['name']}": {**row, "lower_is_better": table["lower_is_better"]}
+        f"{part} / {table['title']} / {row['name']}": {
+            **row,
+            "median": float(row["median"]),
+            "values": [float(value) for value in row["values"]],
+            "lower_is_better": table["lower_is_better"],
+        }
         for part, content in report["parts"].items()
         for table in content["tables"]
         for row in table["rows"]

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -84,6 +85,8 @@ def measure(config: BenchConfig) -> list[Table]:
     launch = LaunchConfig(1, 1, _sizes(on_gpu)[-1], max_restarts=0, **rendezvous)
     try:
         seconds, gradient_bytes = elastic_launch(launch, _measure_on_rank)(config)[0]
+    except SignalException as stopped:  # torch's handlers raise it
+        raise KeyboardInterrupt from stopped
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         message: Any = failure.message  # a dictionary, or text if a signal ended the rank
@@ -146,6 +149,7 @@ def _simulated(title: str, compute_s: float, num: int, on_gpu: bool, gradient_by
 
 def _measure_on_rank(config: BenchConfig) -> tuple[dict[str, list[float]], int]:
     """On each rank: seconds of a call of each case, the same on all ranks; bytes of the gradients."""
+    os.dup2(2, 1)  # gloo prints to stdout, which is for the tables
     model, num = ModelConfig(stem=config.stem[0], width=config.width), config.micro_batch_size[0]
     with torch_as_in_training(config) as (world, precision):
         cases = dict[str, Work]()

@@ -160,6 +160,7 @@ class Cost(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def cost_of(step: Callable[[], object]) -> Cost:
     """Count while `step`, which must not be compiled, runs."""
+    step()  # creates the state of the optimizer
     cost = Cost()  # type: ignore[no-untyped-call]
     with FlopCounterMode(display=False) as counter, cost:
         step()

@@ -5,6 +5,7 @@ If another program uses the port, torch notices late or never, and prints a trac
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
@@ -12,8 +13,6 @@ import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
-
-import psutil
 
 from cifar_dist.errors import PeerError, UserError
 
@@ -41,7 +40,7 @@ def check(address: str, port: int, opens: bool) -> None:
         ) from None
     local = any(_is_here(family, where[0]) for family, _, _, _, where in found)
     if opens:
-        in_use = port in listening_ports()
+        in_use = is_port_in_use(port)
     else:
         if not local:
             _wait(address, port)
@@ -58,9 +57,17 @@ def check(address: str, port: int, opens: bool) -> None:
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def listening_ports() -> set[int]:
-    """The TCP ports at which a program listens on any address of this node."""
-    return {one.laddr.port for one in psutil.net_connections("tcp") if one.laddr and one.status == psutil.CONN_LISTEN}
+def is_port_in_use(port: int) -> bool:
+    """Whether torch could not listen at `port` on this node."""
+    for family, anywhere in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does
+                probe.bind((anywhere, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return True
+    return False
 
 
 def _is_here(family: int, address: str | int) -> bool:

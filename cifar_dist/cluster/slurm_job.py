@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from cifar_dist.cluster.rendezvous import listening_ports
+from cifar_dist.cluster.rendezvous import is_port_in_use
 from cifar_dist.errors import PeerError, StopError, UserError
 from cifar_dist.files import read_json, write_json
 
@@ -66,7 +66,7 @@ def gpus_per_node(env: Mapping[str, str] = os.environ) -> int:
         if found:
             return int(found[1])
     if "CUDA_VISIBLE_DEVICES" in env:
-        return len(re.findall("[^,]+", env["CUDA_VISIBLE_DEVICES"]))
+        return len(re.findall("(?:^|,)(?:[0-9]|GPU-|MIG-)", env["CUDA_VISIBLE_DEVICES"]))  # -1 hides all
     return len(re.findall("^GPU", _output("nvidia-smi", "--list-gpus"), flags=re.MULTILINE))
 
 
@@ -107,9 +107,8 @@ def _output(*command: str) -> str:
 
 def free_port(job_id: int) -> int:
     """A free port on this node for the job's rendezvous, derived from the job id so that jobs on one node differ."""
-    in_use = listening_ports()
     ports = (_FIRST_PORT + (job_id + 97 * attempt) % _NUM_PORTS for attempt in range(_NUM_PORTS))
-    return next(port for port in ports if port not in in_use)
+    return next(port for port in ports if not is_port_in_use(port))
 
 
 class Steps:

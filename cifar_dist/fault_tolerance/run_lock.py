@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 from filelock import SoftFileLease, Timeout
 
@@ -65,9 +66,12 @@ class RunLock:
         if record is not None:
             return record.token == self._token
         try:
-            return (self.directory / LOCK).exists()
+            (self.directory / LOCK).stat()  # not exists(), which hides errors from Python 3.14 on
+        except FileNotFoundError:
+            return False
         except OSError:
-            return True
+            pass
+        return True
 
     def check(self) -> None:
         """Call before writing.
@@ -96,7 +100,7 @@ class RunLock:
         stop_since: float | None = None
         while not self._released.wait(REFRESH_S):
             request = read_json(self.directory / REQUEST)
-            successor = request["by"] if request.get("token") == self._token else None
+            successor = request.get("by") if request.get("token") == self._token else None
             if successor is None and self.held():
                 continue
             if stop_since is None:
@@ -204,8 +208,9 @@ def owner(directory: Path) -> Owner | None:
         return None
     if job.get("token") != record.token:
         job = {}
-    # In a container filelock appends the namespace of process ids to the host name.
-    return Owner(record.pid, record.hostname.split("?")[0], job.get("job"), job.get("restarts", 0), record.token)
+    # filelock escapes odd characters of the host name, and in a container appends the namespace of process ids.
+    host = unquote(record.hostname.partition("?pidns-")[0].replace("?", "%"))
+    return Owner(record.pid, host, job.get("job"), job.get("restarts", 0), record.token)
 
 
 def slurm_job() -> tuple[str | None, int]:

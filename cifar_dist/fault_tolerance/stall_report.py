@@ -12,7 +12,7 @@ Seen = Mapping[int, Heartbeat]
 """The newest heartbeat of each rank."""
 
 
-def stall_notice(seen: Seen, timeout_s: int, store_s: float) -> FailureNotice | None:
+def stall_notice(seen: Seen, timeout_s: int, store_s: float, own_rank: int) -> FailureNotice | None:
     """The notice that ends the run; None if it is not stalled.
 
     Args:
@@ -27,7 +27,8 @@ def stall_notice(seen: Seen, timeout_s: int, store_s: float) -> FailureNotice | 
     if store_lost:
         # The notice cannot be sent: every rank writes its own, and the lowest one that runs on this node prints.
         reporters = [rank for rank in reporters if seen[rank].process_state() == "running"]
-    return FailureNotice("PeerError", describe(seen, stalled or [], timeout_s, store_s), True, min(reporters), silent)
+    reporter = min(reporters, default=own_rank)
+    return FailureNotice("PeerError", describe(seen, stalled or [], timeout_s, store_s), True, reporter, silent)
 
 
 def silent_ranks(seen: Seen, timeout_s: float) -> list[int]:

@@ -161,7 +161,7 @@ class Watchdog(threading.Thread):
             silent_s[host] = store_s
         seen = {rank: replace(beat, silent_s=silent_s[rank]) for rank, beat in self._heartbeats.seen.items()}
         seen[self.world.rank] = self._heartbeat()
-        notice = stall_notice(seen, self.timeout_s, store_s)
+        notice = stall_notice(seen, self.timeout_s, store_s, self.world.rank)
         if notice is not None and store_s >= self.timeout_s:
             self._abort(notice)
         elif notice is not None:

@@ -1,6 +1,6 @@
 # Sourced first by the scripts in launch/, which then read their arguments from "$@": answers --help, and splits
 # --NAME=VALUE into two words. What follows a word -- is left alone.
-here=$(cd "$(dirname "$0")" && pwd)
+here=$(cd "$(dirname "$0")" >/dev/null && pwd)  # with CDPATH, cd prints
 python=$here/../.venv/bin/python
 
 # The comment at the head of the script.

@@ -175,6 +175,7 @@ def test_torchvision_googlenet_does_as_many_operations() -> None:
 
 
 def test_bare_step_trains() -> None:
+    torch.manual_seed(0)
     bare = baselines.project_step(ModelConfig(stem="strided", width=0.125), 16, FP32)
     for group in bare.optimizer.param_groups:
         group["lr"] = 0.05

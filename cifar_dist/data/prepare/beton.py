@@ -107,7 +107,7 @@ def _run_child(files: Mapping[Path, Arrays], timeout_s: float) -> None:
             )  # fmt: skip
         if child.returncode == 0:
             return
-        reason = (child.stdout.splitlines() or [f"the writer ended with exit code {child.returncode}"])[-1]
+        reason = (child.stdout.strip().splitlines() or [f"the writer ended with exit code {child.returncode}"])[-1]
         if child.returncode < 0:
             reason = f"the writer died of signal {-child.returncode} ({signal.strsignal(-child.returncode)})"
     except subprocess.TimeoutExpired:

@@ -113,7 +113,7 @@ def stage(data_dir: Path, stage_dir: Path, source: str, log: Log) -> Path:
                 except DataError as error:
                     log(f"dataset {stage_dir}: this copy is damaged and is replaced: {str(error).splitlines()[0]}")
             ensure(data_dir, source, log)
-            _copy(data_dir, stage_dir)
+            _copy(data_dir, stage_dir, log)
             log(f"dataset {data_dir}: copied to {stage_dir}")
             return stage_dir
     except OSError as error:
@@ -122,11 +122,11 @@ def stage(data_dir: Path, stage_dir: Path, source: str, log: Log) -> Path:
     return data_dir
 
 
-def _copy(data_dir: Path, stage_dir: Path) -> None:
+def _copy(data_dir: Path, stage_dir: Path, log: Log) -> None:
     for name in BETON_FILES:
         (stage_dir / name).unlink(missing_ok=True)  # a damaged copy, or one of a killed process
     try:
-        with _new_files(stage_dir) as partial:
+        with _new_files(stage_dir, log) as partial:
             if shutil.disk_usage(stage_dir).free < _TOTAL_BYTES + _SPARE_BYTES:
                 raise OSError(f"no room for {_TOTAL_BYTES / 1e6:.0f} MB")
             for name in BETON_FILES:
@@ -140,16 +140,10 @@ def _prepare(data_dir: Path, source: str, log: Log) -> None:
     from cifar_dist.data.prepare import beton, sources  # here, as most runs only verify
 
     started = time.monotonic()
-    with _new_files(data_dir) as partial:
+    with _new_files(data_dir, log) as partial:
         data = sources.fetch(source, log, scratch=partial)
         train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
         beton.write({partial / TRAIN: train, partial / TEST: test})
-        for name in BETON_FILES if missing(data_dir) else ():
-            # A killed preparation leaves one file of the right content. One with other content is somebody's own.
-            if os.path.lexists(data_dir / name) and _problem(data_dir / name):
-                aside = Path(tempfile.mkdtemp(prefix="set-aside-", dir=data_dir)) / name
-                (data_dir / name).rename(aside)
-                log(f"dataset {data_dir}: {name} was there, is not CIFAR-10's, and is moved to {aside}")
     log(f"dataset {data_dir}: prepared from {data.origin} in {time.monotonic() - started:.1f} s")
 
 
@@ -164,7 +158,7 @@ def _locked(folder: Path, log: Log) -> AbstractContextManager[object]:
 
 
 @contextmanager
-def _new_files(folder: Path) -> Iterator[Path]:
+def _new_files(folder: Path, log: Log) -> Iterator[Path]:
     """A temporary folder to write both files to; at the end they are verified and moved to `folder`. Needs the lock.
 
     Raises:
@@ -181,6 +175,12 @@ def _new_files(folder: Path) -> Iterator[Path]:
                     f"{name}, just written, is wrong: {wrong}.\nIs the disk full or faulty? The files are those of "
                     f"ffcv {FFCV_VERSION}; ffcv {version('ffcv')} is installed."
                 )
+        for name in BETON_FILES if missing(folder) else ():
+            # A killed preparation leaves one file of the right content. One with other content is the user's own.
+            if os.path.lexists(folder / name) and _problem(folder / name):
+                aside = Path(tempfile.mkdtemp(prefix="set-aside-", dir=folder)) / name
+                (folder / name).rename(aside)
+                log(f"dataset {folder}: {name} was there, is not CIFAR-10's, and is moved to {aside}")
         for name in BETON_FILES:
             (partial / name).rename(folder / name)
             sync_directory(folder)

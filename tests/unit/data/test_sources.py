@@ -97,7 +97,7 @@ def test_binary_folder(binary_dir: Path, cifar: Cifar10) -> None:
 
 def test_binary_folder_altered_and_incomplete(binary_dir: Path, tmp_path: Path) -> None:
     folder = link_folder(binary_dir, tmp_path / "cifar-10-batches-bin", "data_batch_3.bin")
-    with pytest.raises(DataError, match=r"cifar-10-batches-bin: it lacks data_batch_3\.bin"):
+    with pytest.raises(DataError, match=r"data_batch_3\.bin: No such file"):
         fetch(str(folder), Lines())
     content = bytearray((binary_dir / "data_batch_3.bin").read_bytes())
     content[12_345_678] ^= 1
@@ -110,6 +110,17 @@ def test_binary_folder_altered_and_incomplete(binary_dir: Path, tmp_path: Path) 
     (folder / "data_batch_1.bin").unlink()
     (folder / "data_batch_1.bin").write_bytes(b"short")
     with pytest.raises(DataError, match=r"data_batch_1\.bin is not"):
+        fetch(str(folder), Lines())
+
+
+def test_other_form_beside_a_file_that_is_too_large(binary_dir: Path, tmp_path: Path, cifar: Cifar10) -> None:
+    folder = link_folder(binary_dir, tmp_path / "cifar-10-batches-bin", "none")
+    (folder / "data_batch_1").touch()
+    os.truncate(folder / "data_batch_1", 1 << 40)
+    assert_same(fetch(str(folder), Lines()), cifar)
+    (folder / "data_batch_2.bin").unlink()
+    (folder / "data_batch_2.bin").write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"is not CIFAR-10's: MD5 .*\n.*data_batch_1 is too large to be a part"):
         fetch(str(folder), Lines())
 
 
@@ -135,7 +146,7 @@ def test_archive_with_hostile_members(binary_dir: Path, tmp_path: Path) -> None:
             member.type, member.linkname = kind, str(binary_dir / "data_batch_1.bin")
             file.addfile(member, io.BytesIO())
         file.add(binary_dir / "test_batch.bin", "x/test_batch.bin")
-    with pytest.raises(DataError, match=r"it lacks data_batch_1\.bin, data_batch_2\.bin"):
+    with pytest.raises(DataError, match=r"the archive lacks data_batch_1\.bin, data_batch_2\.bin"):
         fetch(str(path), Lines())
     assert sorted(tmp_path.iterdir()) == [path]
 

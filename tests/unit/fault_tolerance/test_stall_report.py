@@ -70,7 +70,7 @@ def test_stalled_ranks(beats: list[Heartbeat], expected: list[int] | None) -> No
 def test_a_rank_that_has_finished_neither_reports_nor_is_killed(
     beats: list[Heartbeat], reporter: int, killed: list[int]
 ) -> None:
-    notice = stall_notice(dict(enumerate(beats)), TIMEOUT_S, store_s=0)
+    notice = stall_notice(dict(enumerate(beats)), TIMEOUT_S, store_s=0, own_rank=0)
     assert notice is not None
     assert (notice.reporter, notice.silent) == (reporter, killed)
 
@@ -78,7 +78,7 @@ def test_a_rank_that_has_finished_neither_reports_nor_is_killed(
 def test_without_a_store_the_lowest_rank_that_runs_here_reports() -> None:
     here = replace(WAITS, **{name: getattr(identity(), name) for name in ("host", "pid", "started")})
     seen = dict(enumerate([silent(here, 6), WAITS, finished(here), here, here]))
-    notice = stall_notice(seen, TIMEOUT_S, store_s=6)
+    notice = stall_notice(seen, TIMEOUT_S, store_s=6, own_rank=0)
     assert notice is not None
     assert (notice.reporter, notice.silent) == (3, [0])
     assert "No heartbeats for 6 s: the store, in rank 0's process at " in notice.text
