@@ -14,7 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cifar_dist.cluster.slurm_job import Job, Steps, final_status, first_address, free_port, processes_per_node, requeue
+from cifar_dist.cluster.slurm_job import (
+    Job,
+    JobSteps,
+    final_status,
+    first_address,
+    free_port,
+    processes_per_node,
+    requeue,
+)
 from cifar_dist.errors import DivergedError, PeerError, StopError, UserError, exit_on_error
 
 if TYPE_CHECKING:
@@ -25,21 +33,21 @@ MULTINODE = Path(__file__).parents[2] / "launch/multinode"
 
 def main() -> None:
     """Run the work that the first argument names, and exit with its code (see `errors`)."""
-    steps = Steps()  # handles signals from now on; slow imports come later
+    job_steps = JobSteps()  # handles signals from now on; slow imports come later
     with exit_on_error():
         work, *arguments = sys.argv[1:] or [""]
         kinds = {"train": _train, "sweep": _sweep, "evaluate": _evaluate}
         if work not in kinds:
             raise UserError(f"the first argument is '{work}'; valid: {', '.join(kinds)}.")
-        code = kinds[work](Job.current(), steps, arguments)
+        code = kinds[work](Job.current(), job_steps, arguments)
     raise SystemExit(code)
 
 
-def _train(job: Job, steps: Steps, arguments: Sequence[str]) -> int:
+def _train(job: Job, job_steps: JobSteps, arguments: Sequence[str]) -> int:
     config = _config(job, arguments)
     directory = config.run.dir or Path("runs", config.run.name or job.label)
     named = () if config.run.dir else ("--run.dir", str(directory))
-    return _run(job, steps, arguments, config, directory, ["slurm/train.sh", *arguments, *named])
+    return _run(job, job_steps, arguments, config, directory, ["slurm/train.sh", *arguments, *named])
 
 
 def _config(job: Job, arguments: Sequence[str]) -> Config:
@@ -53,7 +61,7 @@ def _config(job: Job, arguments: Sequence[str]) -> Config:
 
 
 def _run(
-    job: Job, steps: Steps, arguments: Sequence[str], config: Config, directory: Path, again: Sequence[str]
+    job: Job, job_steps: JobSteps, arguments: Sequence[str], config: Config, directory: Path, again: Sequence[str]
 ) -> int:
     """Train in `directory`, resuming what is there, and requeue the job after SIGUSR1.
 
@@ -75,10 +83,10 @@ def _run(
         "MASTER_ADDR": os.environ.get("MASTER_ADDR") or first_address(),
         "MASTER_PORT": os.environ.get("MASTER_PORT") or str(free_port(job.id)),
     }
-    code = steps.run(job, [str(MULTINODE), *settings], os.environ | env)
+    code = job_steps.run(job, [str(MULTINODE), *settings], os.environ | env)
     final_code, step = final_status(directory, job)
     code = code if final_code is None else final_code
-    if code == StopError.exit_code and steps.stop_signal == signal.SIGUSR1:
+    if code == StopError.exit_code and job_steps.stop_signal == signal.SIGUSR1:
         print(f"job {job.id}: stopped; requeueing it (requeued {job.restarts} times so far)", flush=True)
         why_not = requeue(job, directory, step)
         if not why_not:
@@ -93,7 +101,7 @@ def _run(
     return code
 
 
-def _sweep(job: Job, steps: Steps, arguments: Sequence[str]) -> int:
+def _sweep(job: Job, job_steps: JobSteps, arguments: Sequence[str]) -> int:
     """Run I of a job array: seed I; with a grid of G lines, line I mod G with seed I div G."""
     from cifar_dist.cli import validate_for_table
 
@@ -111,7 +119,7 @@ def _sweep(job: Job, steps: Steps, arguments: Sequence[str]) -> int:
     inside = Path(f"seed-{seed}") if len(grid) == 1 else Path(f"setting-{line}", f"seed-{seed}")
     named = () if config.run.dir else ("--run.dir", str(folder))
     again = [f"--array={index}", "slurm/sweep.sh", *arguments, *named]
-    code = _run(job, steps, asked, config, folder / inside, again)
+    code = _run(job, job_steps, asked, config, folder / inside, again)
     if code == 0:
         _report(folder, grid, int(size))
     return code
@@ -154,11 +162,11 @@ def _report(folder: Path, grid: Sequence[str], num_runs: int) -> None:
             print(seeds.compare(dict(zip(grid, groups, strict=True)), output), flush=True)
 
 
-def _evaluate(job: Job, steps: Steps, arguments: Sequence[str]) -> int:
+def _evaluate(job: Job, job_steps: JobSteps, arguments: Sequence[str]) -> int:
     """Score a checkpoint on the first node of the job."""
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone"]
     command = [*torchrun, "--nproc-per-node", str(processes_per_node()), "-m", "cifar_dist.evaluate"]
-    return steps.run(job, [*command, *arguments], os.environ | {"OMP_NUM_THREADS": "1"}, num_nodes=1)
+    return job_steps.run(job, [*command, *arguments], os.environ | {"OMP_NUM_THREADS": "1"}, num_nodes=1)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def free_port(job_id: int) -> int:
     return next(port for port in ports if not is_port_in_use(port))
 
 
-class Steps:
+class JobSteps:
     """Runs job steps under srun, and forwards stop signals that the batch script receives.
 
     Slurm's SIGTERM, at the time limit or by scancel, reaches every process of a step and the script. A signal for the

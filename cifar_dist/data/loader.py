@@ -165,7 +165,7 @@ class BetonLoader:
         torch.set_num_threads(threads)
         self._readings: list[ReadingThread] = []
 
-    def of(self, path: Path) -> BetonLoader:
+    def for_file(self, path: Path) -> BetonLoader:
         """A loader of another verified file, with this one's compiled code."""
         other = copy.copy(self)
         other._loader, other._readings = copy.copy(self._loader), []

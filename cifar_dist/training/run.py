@@ -139,7 +139,7 @@ class Run(Hooks):
         with signals.deferred():
             trainer.train()
         set_phase(Phase("the final test", limit_s=SLOW_S))
-        with trainer.loader.of(data_dir / "test.beton") as loader:
+        with trainer.loader.for_file(data_dir / "test.beton") as loader:
             test = trainer.evaluator.score(loader, scored_samples(config.eval, data_dir, world), config.eval.tta)
         set_phase(Phase("writing the results", limit_s=SLOW_S))
         metrics = {"test/accuracy": test.accuracy, "test/accuracy_tta": test.accuracy_tta, "test/n": test.n}

@@ -63,7 +63,7 @@ def score_checkpoint(path: Path, world: World, validation: bool, data_dir: Path 
         if validation:
             result = evaluator.score(loader, split.validation, config.eval.tta)
         else:
-            with loader.of(folder / "test.beton") as test_loader:
+            with loader.for_file(folder / "test.beton") as test_loader:
                 result = evaluator.score(test_loader, np.arange(NUM_TEST), config.eval.tta)
     return {
         "checkpoint": str(path),

@@ -111,7 +111,7 @@ class Trainer:
         """
         progress, schedule = self.progress, self.schedule
         if progress.validation_due:
-            self._validate_and_save()
+            self._validate_and_save_if_due()
         batches = self._batches()
         started = time.perf_counter()
         while progress.step < schedule.total_steps:
@@ -133,7 +133,7 @@ class Trainer:
                 progress.validation_due = schedule.should_validate(progress.step)
                 self.save()
                 raise self._stop_error(stop_signal)
-            self._validate_and_save()
+            self._validate_and_save_if_due()
             started = time.perf_counter()
         stop_signal = self.hooks.stop_requested(last_step=True)
         if stop_signal:
@@ -181,7 +181,7 @@ class Trainer:
         self.hooks.log_metrics(progress.step, metrics)
         progress.since_log, progress.seconds_since_log = Window(), 0.0
 
-    def _validate_and_save(self) -> None:
+    def _validate_and_save_if_due(self) -> None:
         """Validate and save, if the current step is due for either. The best model so far is always saved."""
         progress = self.progress
         # Saved after a late validation, or a run that is killed before its next checkpoint would validate again.

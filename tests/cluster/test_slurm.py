@@ -245,7 +245,9 @@ class QuickJobs:
         for name, home in (("elsewhere", {}), ("from home", {"CIFAR_DIST_HOME": str(runs.REPOSITORY)})):
             words = ("sbatch", "--parsable", f"--output={folder}/{name}", str(runs.REPOSITORY / "slurm/train.sh"))
             self.numbers[name] = cluster.command(*words, "--print-config", cwd=folder, env=home).strip()
-        code = "import os; from cifar_dist.cluster.slurm_job import *; Steps().run(Job.current(), ['env'], os.environ)"
+        code = (
+            "import os; from cifar_dist.cluster.slurm_job import *; JobSteps().run(Job.current(), ['env'], os.environ)"
+        )
         command = f'cd {shlex.quote(str(runs.REPOSITORY))} && {shlex.quote(sys.executable)} -c "{code}"'
         for number, options in GPUS.items():
             output = f"--output={folder}/{number}"

@@ -83,7 +83,7 @@ def test_small_batches(loader: BetonLoader, cifar: Cifar10) -> None:
 def test_another_file_by_the_same_code(loader: BetonLoader, data_dir: Path, cifar: Cifar10) -> None:
     """And both at once."""
     samples = np.array([9_999, 0, 5, 4_321])
-    with loader.of(data_dir / "train.beton") as other:
+    with loader.for_file(data_dir / "train.beton") as other:
         for mine, others in zip(loader.read(samples, 2), other.read(samples + 40_000, 2), strict=True):
             check([mine], cifar, mine.indices.numpy())
             indices = others.indices.numpy()
