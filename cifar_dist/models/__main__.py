@@ -1,7 +1,6 @@
-"""The networks against published ones: `python -m cifar_dist.models`; exits with 1 where one is not as published.
+"""Parameter counts against the literature: `python -m cifar_dist.models`; exits with 1 if one differs.
 
-Everything happens on torch's meta device, where tensors have shapes and no contents, so it takes no memory and
-hardly any time.
+Networks are built on torch's meta device, whose tensors have shapes but no memory.
 """
 
 from __future__ import annotations

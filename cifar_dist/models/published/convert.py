@@ -1,8 +1,8 @@
 """Weights from and to other libraries: torchvision's googlenet, and the bninception of Cadene's
 pretrained-models.pytorch.
 
-Names and layouts are translated, nothing is computed, but for the biases that Cadene's convolutions have in front of
-batch norm. The networks made here keep the other library's dialect, so that they compute what it computes.
+Names and layouts are translated; only the biases that Cadene's convolutions have before batch norm are merged into its
+means. The networks have the other library's `Variant`, so they compute the same as its own.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _googlenet(num_classes: int, auxiliary: bool) -> InceptionNetwork:
 
 
 def _length(state: StateDict, name: str) -> int:
-    return len(state[name]) if name in state else 1  # any: `_load` is going to miss the name
+    return len(state[name]) if name in state else 1  # any number, because `_load` raises: the name is missing
 
 
 def _theirs(name: str, names: Names) -> str:
