@@ -78,6 +78,7 @@ def test_disk_full_while_a_checkpoint_is_written(short_run: Path, data_dir: Path
     runs.assert_same(run_dir, short_run)
 
 
+@pytest.mark.slow
 def test_disk_full_for_the_metrics(data_dir: Path, disk: Path) -> None:
     """Two ranks, of which one writes: the message is printed once, and the last checkpoint is kept."""
     run_dir = disk / "run"

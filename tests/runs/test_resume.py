@@ -34,6 +34,7 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> N
     runs.wait_until(lambda: any(done >= step for done in all_steps(run_dir / "checkpoints")), process)
 
 
+@pytest.mark.slow
 def test_killed_rank_then_resumed_gives_the_same_model(uninterrupted: Path, data_dir: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     options = (*OPTIONS, "--data.dir", data_dir, "--run.dir", run_dir, "--run.resume", "auto")

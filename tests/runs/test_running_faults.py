@@ -94,6 +94,7 @@ def test_one_process_that_hangs(data_dir: Path, tmp_path: Path) -> None:
     check_end(tmp_path, 6, message, 8)
 
 
+@pytest.mark.slow
 def test_slow_runs_are_not_stalled(data_dir: Path, tmp_path: Path) -> None:
     """All ranks stopped and continued, and checkpoints that take twice the timeout."""
     process = start("slow_disk:0:22", 2, tmp_path, "--data.dir", data_dir)
@@ -153,16 +154,15 @@ def test_ranks_are_compared_between_checkpoints(data_dir: Path, tmp_path: Path) 
     check_end(tmp_path, 8, message, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "code", "parts"),
     [
         ("no_memory:1:3", 2, ("rank 1 ran out of memory in step 3", "train.micro_batch_size is 1920",
                               "--train.micro_batch_size 960")),
-        pytest.param("no_memory_to_score:1:3", 2,
-                     ("rank 1 ran out of memory in step 4", "(evaluation, batch 1 of ", "--eval.batch_size 2500"),
-                     marks=pytest.mark.slow),
-        pytest.param("fail:1:3", 1, ("rank 1 failed: RuntimeError: a mistake in the program", "logs/"),
-                     marks=pytest.mark.slow),
+        ("no_memory_to_score:1:3", 2,
+         ("rank 1 ran out of memory in step 4", "(evaluation, batch 1 of ", "--eval.batch_size 2500")),
+        ("fail:1:3", 1, ("rank 1 failed: RuntimeError: a mistake in the program", "logs/")),
     ],
 )  # fmt: skip
 def test_the_error_of_one_rank_is_that_of_all(

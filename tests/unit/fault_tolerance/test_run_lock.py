@@ -176,6 +176,7 @@ def test_a_removed_lock_is_lost(tmp_path: Path) -> None:
     lock.release()
 
 
+@pytest.mark.slow
 def test_an_earlier_start_that_hangs_is_killed(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
     first = holder(tmp_path, 600, exit_s=3, SLURM_JOB_ID="42")
     started.append(first)
@@ -229,6 +230,7 @@ def test_killed_and_resumed_at_once(short_run: Path, data_dir: Path, tmp_path: P
     finished(tmp_path, short_run)
 
 
+@pytest.mark.slow
 @pytest.mark.run
 @pytest.mark.data
 def test_resumed_while_orphans_save(short_run: Path, data_dir: Path, tmp_path: Path) -> None:
