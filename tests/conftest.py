@@ -6,8 +6,9 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import filelock
@@ -85,6 +86,14 @@ def _left_behind() -> list[str]:
         except psutil.Error:
             continue
     return found
+
+
+@pytest.fixture(autouse=True)
+def _threads_of_torch() -> Iterator[None]:
+    """Undo what a test left: with two threads in each of two workers, both would wait for each other's processors."""
+    yield
+    if "torch" in sys.modules and "OMP_NUM_THREADS" in os.environ:
+        sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")
