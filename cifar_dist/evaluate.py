@@ -30,6 +30,7 @@ class EvaluateArguments:
 
 
 def main() -> None:
+    """Score the checkpoint that the command line names, print the figures as JSON, and write them to --json."""
     with exit_on_error(on_all_ranks=True):
         arguments = cli.parse(EvaluateArguments, sys.argv[1:], "evaluate", description="Score a checkpoint.")
         write_json = cli.json_writer(arguments.json if is_main_process() else None)

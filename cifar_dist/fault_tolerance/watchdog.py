@@ -136,6 +136,7 @@ class Watchdog(threading.Thread):
             self._heartbeats.close()
 
     def run(self) -> None:
+        """Once a second: end this rank because of a failure notice, or check whether the run is stalled."""
         heartbeats, before = self._heartbeats, time.monotonic()
         while not self._closed.wait(INTERVAL_S):
             now = time.monotonic()

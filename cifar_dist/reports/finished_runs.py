@@ -86,6 +86,7 @@ def read_runs(paths: Sequence[Path]) -> list[FinishedRun]:
 
 
 def read_run(directory: Path) -> FinishedRun:
+    """The run in `directory`, which must be finished, with a summary.json that fits its config.yaml."""
     path = directory / "summary.json"
     if not directory.is_dir():
         raise UserError(f"{directory} does not exist.")

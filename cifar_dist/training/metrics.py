@@ -41,8 +41,7 @@ class Metrics:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        # Sums of 32-bit hashes over an epoch stay below 2**53, so float64 holds them exactly.
-        # The loss, three counts and the four receipt words.
+        # Loss, three counts, four receipt words: sums of 32-bit hashes, below 2**53 in an epoch, so exact in float64.
         self._sums = torch.zeros(8, dtype=torch.float64, device=world.device)
         self._first_nonfinite = torch.full((), _NEVER, dtype=torch.int64, device=world.device)
         self.receipt = Receipt()

@@ -91,6 +91,7 @@ class Run(Hooks):
         data = b""
 
         def open_on_main() -> tuple[str, str]:
+            """Create and lock the directory; the names of it and of the checkpoint, whose bytes go to `data`."""
             nonlocal data
             directory = run_directory.path_of(self.config)
             with run_directory.explain_unwritable(directory):

@@ -69,7 +69,7 @@ def to_torchvision(network: InceptionNetwork) -> dict[str, Tensor]:
             "the network is not torchvision's googlenet; that is inception_v1('3x3', stem='imagenet', "
             "variant=TORCHVISION) at width 1"
         )
-    return {_theirs(name, TORCHVISION_NAMES): tensor for name, tensor in state.items()}
+    return {_external_name(name, TORCHVISION_NAMES): tensor for name, tensor in state.items()}
 
 
 def from_cadene(state_dict: StateDict) -> InceptionNetwork:
@@ -111,15 +111,15 @@ def _length(state: StateDict, name: str) -> int:
     return len(state[name]) if name in state else 1  # any number, because `_load` raises: the name is missing
 
 
-def _theirs(name: str, names: Names) -> str:
-    for ours, theirs in names:
-        name = re.sub(ours, theirs, name)
+def _external_name(name: str, names: Names) -> str:
+    for pattern, replacement in names:
+        name = re.sub(pattern, replacement, name)
     return name
 
 
 def _load(network: InceptionNetwork, state: StateDict, names: Names) -> InceptionNetwork:
     """`network`, which is on the meta device, with copies of the tensors of `state`, which has other names."""
-    wanted = {_theirs(ours, names): (ours, tensor.shape) for ours, tensor in network.state_dict().items()}
+    wanted = {_external_name(name, names): (name, tensor.shape) for name, tensor in network.state_dict().items()}
     missing = [name for name in wanted if name not in state]
     unexpected = [name for name in state if name not in wanted]
     if missing or unexpected:
@@ -130,5 +130,5 @@ def _load(network: InceptionNetwork, state: StateDict, names: Names) -> Inceptio
     for name, (_, shape) in wanted.items():
         if state[name].shape != shape:
             raise ValueError(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(shape)}")
-    network.load_state_dict({ours: state[name].clone() for name, (ours, _) in wanted.items()}, assign=True)
+    network.load_state_dict({own: state[name].clone() for name, (own, _) in wanted.items()}, assign=True)
     return network

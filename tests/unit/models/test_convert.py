@@ -35,31 +35,31 @@ def images(n: int = 2) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def theirs() -> nn.Module:
+def original() -> nn.Module:
     return googlenet()
 
 
 @pytest.mark.parametrize("auxiliary", [True, False])
 def test_logits_of_torchvision(auxiliary: bool) -> None:
-    theirs = googlenet(auxiliary)
-    ours = from_torchvision(theirs.state_dict()).eval()
+    original = googlenet(auxiliary)
+    ours = from_torchvision(original.state_dict()).eval()
     with torch.no_grad():
-        expected = theirs(images())
+        expected = original(images())
         assert expected.std().item() > 0.01
         torch.testing.assert_close(ours(images()), expected, rtol=0, atol=1e-10)
-        single, expected_single = ours.float()(images().float()), theirs.float()(images().float())
+        single, expected_single = ours.float()(images().float()), original.float()(images().float())
     torch.testing.assert_close(single, expected_single, rtol=0, atol=1e-4)
     assert bool(ours.auxiliary) == auxiliary
     assert ours.dropout.p == 0.2
 
 
 def test_logits_of_torchvision_in_training() -> None:
-    theirs = googlenet()
-    ours = from_torchvision(theirs.state_dict())
-    for module in [*theirs.modules(), *ours.modules()]:
+    original = googlenet()
+    ours = from_torchvision(original.state_dict())
+    for module in [*original.modules(), *ours.modules()]:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    outputs, expected = ours.train()(images(3)), theirs.train()(images(3))
+    outputs, expected = ours.train()(images(3)), original.train()(images(3))
     assert isinstance(outputs, Logits)
     torch.testing.assert_close(outputs.main, expected.logits, rtol=0, atol=1e-10)
     # Theirs are named in the order of depth, but come out in the other.
@@ -67,11 +67,11 @@ def test_logits_of_torchvision_in_training() -> None:
     torch.testing.assert_close(outputs.auxiliary, (expected.aux_logits1, expected.aux_logits2), rtol=0, atol=1e-10)
 
 
-def test_back_to_torchvision(theirs: nn.Module) -> None:
-    network = from_torchvision(theirs.state_dict())
+def test_back_to_torchvision(original: nn.Module) -> None:
+    network = from_torchvision(original.state_dict())
     state = to_torchvision(network)
     assert {name: tensor.shape for name, tensor in state.items()} == {
-        name: tensor.shape for name, tensor in theirs.state_dict().items()
+        name: tensor.shape for name, tensor in original.state_dict().items()
     }
     again: nn.Module = torchvision.models.googlenet(weights=None, init_weights=False, num_classes=7).double().eval()
     again.load_state_dict(state)
@@ -80,30 +80,30 @@ def test_back_to_torchvision(theirs: nn.Module) -> None:
     ).double().eval()  # fmt: skip
     bare.load_state_dict(to_torchvision(without_auxiliary(network)))
     with torch.no_grad():
-        expected = theirs(images(1))
+        expected = original(images(1))
         assert torch.equal(again(images(1)), expected)
         assert torch.equal(bare(images(1)), expected)
 
 
-def test_converted_network_is_a_copy_and_trains(theirs: nn.Module) -> None:
-    before = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+def test_converted_network_is_a_copy_and_trains(original: nn.Module) -> None:
+    before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
     generator = torch.random.get_rng_state()
-    network = from_torchvision(theirs.state_dict())
+    network = from_torchvision(original.state_dict())
     assert torch.equal(torch.random.get_rng_state(), generator)
     assert all(parameter.requires_grad for parameter in network.parameters())
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(1)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in theirs.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in original.state_dict().items())
 
 
 def test_pretrained_weights_want_images_normalised_to_one_half() -> None:
-    theirs = googlenet(auxiliary=False, transform=True)
-    ours = from_torchvision(theirs.state_dict()).eval()
+    original = googlenet(auxiliary=False, transform=True)
+    ours = from_torchvision(original.state_dict()).eval()
     pixels = torch.rand(1, 3, 224, 224, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     normalised = torchvision.transforms.functional.normalize(pixels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     with torch.no_grad():
-        expected = theirs(normalised)
+        expected = original(normalised)
         torch.testing.assert_close(ours((pixels - 0.5) / 0.5), expected, rtol=0, atol=1e-10)
         assert (ours(normalised) - expected).abs().max() > 1e-6
 
@@ -128,9 +128,11 @@ def without(state: State, name: str) -> State:
         (lambda _: nn.Linear(2, 2).state_dict(), r"missing \(conv1\.conv\.weight, .*2 are unexpected \(weight, bias\)"),
     ],
 )
-def test_another_models_weights_are_refused(theirs: nn.Module, change: Callable[[State], State], message: str) -> None:
+def test_another_models_weights_are_refused(
+    original: nn.Module, change: Callable[[State], State], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        from_torchvision(change(theirs.state_dict()))
+        from_torchvision(change(original.state_dict()))
 
 
 @pytest.mark.parametrize(
