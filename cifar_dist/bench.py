@@ -3,8 +3,6 @@
 Functions import torch, which takes seconds, only after --help and wrong arguments are dealt with.
 """
 
-from __future__ import annotations
-
 import importlib
 import multiprocessing
 import os

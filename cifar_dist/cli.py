@@ -4,8 +4,6 @@ tyro does the parsing, the help and the closest names. This module adds the YAML
 to tyro as if they had been typed, so that one set of types and messages serves both.
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import errno

@@ -4,8 +4,6 @@ The docstring below a field is its text in `--help`. The defaults are those of c
 concern several settings are in `cli`. This module does not import torch, so that `--help` is fast.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

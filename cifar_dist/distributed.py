@@ -3,8 +3,6 @@
 Tensors and JSON are sent, never pickled objects: neither torch's store nor gloo authenticates its peers.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 import os

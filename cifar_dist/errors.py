@@ -4,8 +4,6 @@ A message says what is wrong, where, and what to do. torchrun exits with 1 whate
 `python -m cifar_dist.cluster.launcher` exits with the worker's code, and so does plain `python -m cifar_dist.train`.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import threading

@@ -1,7 +1,5 @@
 """Score a checkpoint: `python -m cifar_dist.evaluate --checkpoint PATH`, or under torchrun on any number of devices."""
 
-from __future__ import annotations
-
 import os
 import sys
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Atomic writes (a file is complete or absent, also after a power failure) and SHA-256."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

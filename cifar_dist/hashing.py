@@ -4,8 +4,6 @@
 2014). With a stateful generator, the numbers of a sample would depend on earlier draws and on the rank.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

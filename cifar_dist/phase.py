@@ -3,8 +3,6 @@
 Until the end of the first step every change is recorded, which gives the seconds of each part of start-up.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator

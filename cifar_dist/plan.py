@@ -3,8 +3,6 @@
 The exit code is 2 for a refusal, so that no allocation is spent on it.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -1,7 +1,5 @@
 """Get CIFAR-10, check it and write it as .beton files: `python -m cifar_dist.prepare`."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass, field
 from functools import partial

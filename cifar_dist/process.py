@@ -1,7 +1,5 @@
 """This process and those that it starts: fast imports, fast exit, blocked stop signals."""
 
-from __future__ import annotations
-
 import atexit
 import ctypes
 import gc

@@ -3,8 +3,6 @@
 `launch/seeds` trains such runs one after another and ends with this command.
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Train: `python -m cifar_dist.train`, or under torchrun on any number of devices and machines."""
 
-from __future__ import annotations
-
 import os
 import sys
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """Training steps and loaders to compare: of this project, of torchvision, of FFCV."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Generator, Iterator

@@ -1,7 +1,5 @@
 """Part "loader": reading and augmenting batches on the CPU, against torchvision's DataLoader and FFCV's pipeline."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """Interleaved timing of cases, and the tables that result."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import time

@@ -1,7 +1,5 @@
 """Results of the benchmark as text and JSON, and the comparison of two of them."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

@@ -9,8 +9,6 @@ nodes there is one ring within each node, then one between nodes. The backward p
 last bucket.
 """
 
-from __future__ import annotations
-
 import os
 import statistics
 from collections.abc import Callable

@@ -1,10 +1,8 @@
 """Arguments of `python -m cifar_dist.bench`. Does not import torch, so that `--help` is fast."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, Self, get_args
 
 import tyro
 
@@ -48,7 +46,7 @@ class BenchConfig:
     json: Path | None = None
     """Also write the figures to this file, for `bench compare`."""
 
-    def resolve(self, on_gpu: bool) -> BenchConfig:
+    def resolve(self, on_gpu: bool) -> Self:
         """These settings with the defaults of the device; only then `device`, `compile` and the tuples may be used."""
         return replace(
             self,

@@ -1,7 +1,5 @@
 """Part "step": augmentation and training step, against torchvision's googlenet and the limits of the device."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial

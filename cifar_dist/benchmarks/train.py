@@ -1,7 +1,5 @@
 """Part "train": whole training against its step alone, and against torchvision's googlenet with its DataLoader."""
 
-from __future__ import annotations
-
 import os
 import statistics
 import tempfile

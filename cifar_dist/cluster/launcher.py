@@ -6,8 +6,6 @@ workers, and exits at once at a second Ctrl-C. With --max-restarts it restarts o
 It checks the rendezvous port before torch waits there (see `rendezvous`).
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -3,8 +3,6 @@
 If another program uses the port, torch notices late or never, and prints a traceback.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import socket

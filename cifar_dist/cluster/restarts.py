@@ -4,8 +4,6 @@ torchrun restarts after every failure, even after a wrong setting. When a node j
 which looks like a user's stop.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

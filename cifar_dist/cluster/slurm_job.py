@@ -3,8 +3,6 @@
 Tested with Slurm 22.05. Does not import torch, so that signal handlers are installed early.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import signal
@@ -15,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Self
 
 from cifar_dist.cluster.rendezvous import is_port_in_use
 from cifar_dist.errors import PeerError, StopError, UserError
@@ -42,7 +41,7 @@ class Job:
     max_requeues: int
 
     @classmethod
-    def current(cls, env: Mapping[str, str] = os.environ) -> Job:
+    def current(cls, env: Mapping[str, str] = os.environ) -> Self:
         """Read the environment of the batch script.
 
         Raises:

@@ -4,8 +4,6 @@ The augmentation of a sample depends on (seed, epoch, sample index) only: it is 
 any batch. The mixing function is lowbias32 (Chris Wellons, "Hash prospector").
 """
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 

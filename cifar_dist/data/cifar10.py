@@ -3,8 +3,6 @@
 See Krizhevsky, "Learning Multiple Layers of Features from Tiny Images" (2009).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from cifar_dist.config import NUM_TEST, NUM_TRAIN

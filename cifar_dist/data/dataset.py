@@ -1,7 +1,5 @@
 """The dataset of a run, on every rank: the folder to read from, the split, and the test images to score."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -5,8 +5,6 @@ loader, an error in the reading thread reaches the consumer, an epoch can be lef
 torch keeps its thread count.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import itertools
@@ -165,7 +163,7 @@ class BetonLoader:
         torch.set_num_threads(threads)
         self._readings: list[ReadingThread] = []
 
-    def for_file(self, path: Path) -> BetonLoader:
+    def for_file(self, path: Path) -> Self:
         """A loader of another verified file, with this one's compiled code."""
         other = copy.copy(self)
         other._loader, other._readings = copy.copy(self._loader), []

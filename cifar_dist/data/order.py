@@ -1,7 +1,5 @@
 """The train/validation split, the permutation of an epoch, and the slice of a rank: pure functions of the seed."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Errors of the computation, explained: values that are not finite, ranks with different models, no memory left."""
 
-from __future__ import annotations
-
 import errno
 import socket
 from collections import Counter

@@ -4,8 +4,6 @@ A store call blocks while the process that hosts the store is suspended, whateve
 own thread, nobody waits for that thread, and readers check how old a heartbeat is.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Other processes of this node."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from typing import Literal
 

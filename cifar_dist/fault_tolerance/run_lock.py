@@ -6,8 +6,6 @@ does not compare clocks. A requeued Slurm job does not wait for that: it asks th
 may still run, to save and exit.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import threading

@@ -5,8 +5,6 @@ the training loop checks after every step. After an error it is ignored. This mo
 handlers are installed before that import, during which a signal would kill the process without a message.
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 import select

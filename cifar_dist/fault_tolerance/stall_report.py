@@ -1,7 +1,5 @@
 """Tells from the last heartbeats of all ranks whether the run is stalled and by which rank, and writes the notice."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """status.json: whether a run is running, and how it ended."""
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """All ranks stop after the same step, although a signal reaches each rank at another moment, or only one rank."""
 
-from __future__ import annotations
-
 from signal import Signals
 from typing import Any
 

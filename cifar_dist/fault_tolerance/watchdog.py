@@ -5,8 +5,6 @@ A thread on each rank checks whether the phase of its training thread changes (s
 watchdog counts as two seconds at most, so a suspended run or laptop is not a stalled one.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re

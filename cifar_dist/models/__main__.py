@@ -3,8 +3,6 @@
 Networks are built on torch's meta device, whose tensors have shapes but no memory.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -7,8 +7,6 @@ it prints 576, 576 and 1024 output channels for 4c, 4d and 4e, but the branches 
 4c and 4d to 96 channels, as TF-slim does.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Unpack

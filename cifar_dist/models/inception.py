@@ -1,7 +1,5 @@
 """The Inception module: four branches, with the channels of one row of a table."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple, cast
 
@@ -31,7 +29,7 @@ class Row(NamedTuple):
     stride: int = 1
     """Of the pool and of the last convolution of branch3x3 and branch5x5."""
 
-    def at_width(self, width: float) -> Row:
+    def at_width(self, width: float) -> "Row":
         *_, pool, stride = self
         one, reduce3, three, reduce5, five, projection = (scaled(n, width) if n else 0 for n in self[:6])
         return Row(one, reduce3, three, reduce5, five, projection, pool, stride)

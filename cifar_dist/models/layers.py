@@ -1,7 +1,5 @@
 """Layers and initialisation that all networks share."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal, cast

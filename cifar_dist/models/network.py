@@ -1,7 +1,5 @@
 """The network: stem, Inception modules from a table, classifier, and auxiliary classifiers for training."""
 
-from __future__ import annotations
-
 import copy
 from typing import NamedTuple, TypedDict, TypeVar
 

@@ -1,7 +1,5 @@
 """Stems: the layers between the image and the first Inception module."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

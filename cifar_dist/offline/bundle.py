@@ -5,8 +5,6 @@ last; `launch/setup` refuses a bundle without it. Wheels are downloaded to `.NAM
 leaves; the next attempt with the same packages for the same machine uses it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -4,8 +4,6 @@ launch/setup runs it, because no resolver has seen the bundle's wheels and the m
 requirement that is not met is an error. What other packages require is a note only: their bounds are often too narrow.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import sys
 import tomllib

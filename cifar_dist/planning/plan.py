@@ -1,7 +1,5 @@
 """What a run will do, computed by the code that trains, and why it cannot work."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

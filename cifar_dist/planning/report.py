@@ -1,7 +1,5 @@
 """A plan as one screen of text."""
 
-from __future__ import annotations
-
 import textwrap
 
 from cifar_dist.config import NUM_TEST, Config

@@ -3,8 +3,6 @@
 Does not import torch, so that a table appears at once. Every refusal is a UserError.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence

@@ -3,8 +3,6 @@
 Does not import torch, so that a table appears at once.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shlex

@@ -1,7 +1,5 @@
 """Console output: a progress bar on a terminal, plain lines otherwise."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Mapping

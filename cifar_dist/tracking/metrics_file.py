@@ -1,7 +1,5 @@
 """metrics.jsonl: one line of strict JSON per record, `{"step": 340, "train/loss": 1.412, ...}`."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """logs/rank-N.log: what one rank did, to be read after a failure."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress

@@ -1,7 +1,5 @@
 """One dictionary of metrics to the console, to metrics.jsonl and to W&B. Only rank 0 has a tracker."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path

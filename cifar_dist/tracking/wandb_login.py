@@ -1,7 +1,5 @@
 """The W&B mode of a run, from the environment and W&B's files. Imports no wandb and uses no network."""
 
-from __future__ import annotations
-
 import configparser
 import netrc
 import os

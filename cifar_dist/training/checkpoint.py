@@ -5,8 +5,6 @@ Both are written atomically, the digest first, so that no .pt file lacks it. A c
 strings only, which `torch.load` reads with weights_only=True.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import pickle

@@ -1,7 +1,5 @@
 """The checks of the debug mode, before training: shapes, parameters, and overfitting one batch."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 

@@ -4,8 +4,6 @@ The samples are cut into chunks of a fixed size, and each chunk is computed by o
 same samples and the same shape for any number of ranks. Counts are equal for any number of ranks, the loss to rounding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Loss, accuracy and data receipt, summed on the device between two log steps and all-reduced as one tensor."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import astuple, dataclass, field
 
@@ -24,7 +22,7 @@ class Window:
     num_samples: int = 0
     num_nonfinite: int = 0  # micro-batches whose loss is infinite or NaN
 
-    def __add__(self, other: Window) -> Window:
+    def __add__(self, other: "Window") -> "Window":
         return Window(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     @property

@@ -4,8 +4,6 @@ torch.optim.Muon is not used. It always iterates in bfloat16, whose rounding mak
 devices diverge; it accepts matrices only; and it does not keep the filters at one norm.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from typing import Any
 

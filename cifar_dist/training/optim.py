@@ -1,7 +1,5 @@
 """Optimizer with its parameter groups, and the moving average of the weights."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

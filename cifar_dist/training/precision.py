@@ -1,7 +1,5 @@
 """Precision of a run, and the global switches of torch's backends and of malloc."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 from collections.abc import Iterator

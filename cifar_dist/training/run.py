@@ -3,8 +3,6 @@
 The only module that connects training with fault tolerance and tracking.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """The run directory: its path, and the checkpoint to resume from. Used on rank 0 only."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """When things happen in a run, counted in optimizer steps, and the learning rate of each step."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Scores a checkpoint outside its run: the work of `python -m cifar_dist.evaluate`."""
 
-from __future__ import annotations
-
 import math
 import sys
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """summary.json: the results of a finished run, and everything that is needed to repeat it."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import math

@@ -1,7 +1,5 @@
 """One optimizer step: augment, forward and backward of each micro-batch, average over ranks, update the weights."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

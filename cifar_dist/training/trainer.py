@@ -1,7 +1,5 @@
 """The training loop: steps, logging, validation and checkpoints, all counted in optimizer steps."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -65,10 +63,10 @@ class Hooks:
         """
         return None
 
-    def check_window(self, trainer: Trainer, window: Window) -> None:
+    def check_window(self, trainer: "Trainer", window: Window) -> None:
         """Raise on every rank if training cannot continue, given the metrics since the last call."""
 
-    def before_save(self, trainer: Trainer) -> None:
+    def before_save(self, trainer: "Trainer") -> None:
         """Raise on every rank if the state must not be saved."""
 
     def before_write(self) -> None:

@@ -1,7 +1,5 @@
 """Fits the filters of a whitening stem to training images, equally on every rank."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

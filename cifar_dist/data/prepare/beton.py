@@ -9,8 +9,6 @@ zeros up to a multiple of the page size, pages of as many whole images as fit, a
 sample).
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import queue

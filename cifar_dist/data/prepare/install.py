@@ -5,8 +5,6 @@ unchecked: one that is cut short by a byte gives wrong images without an error. 
 `python -m cifar_dist.prepare` starts at once.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

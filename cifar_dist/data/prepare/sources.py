@@ -4,8 +4,6 @@ The binary version is six files of 10,000 records, each 1 label byte and 3072 pi
 row-major). Archives are read in memory, never extracted; a pickle is loaded only after its digest is found right.
 """
 
-from __future__ import annotations
-
 import hashlib
 import http.client
 import io

@@ -5,8 +5,6 @@ Names and layouts are translated; only the biases that Cadene's convolutions hav
 means. The networks have the other library's `Variant`, so they compute the same as its own.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import replace
