@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import NoReturn
 
 from cifar_dist.errors import begin_shutdown
@@ -52,23 +52,13 @@ def run_and_exit(main: Callable[[], None]) -> NoReturn:
         code = 1
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    os._exit(_flush() or int(code or 0) & 0xFF)
-
-
-def _flush() -> int:
-    """Flush stdout and stderr of Python and C. Returns 0, or 120 if that fails, as Python does."""
-    failed = 0
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None and not stream.closed:
-                stream.flush()
-        except (OSError, ValueError) as error:
-            failed = 120
-            with suppress(OSError, ValueError):
-                print(f"error: {stream.name} cannot be written: {error}", file=sys.stderr)
-    with suppress(AttributeError, OSError):
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
         ctypes.CDLL(None).fflush(None)
-    return failed
+    except (AttributeError, OSError, ValueError):  # one of them is closed, or cannot be written
+        raise SystemExit(code) from None  # Python tells which, and exits with 120
+    os._exit(int(code or 0) & 0xFF)
 
 
 @contextmanager
