@@ -15,8 +15,7 @@ from typing import Any
 from cifar_dist import cli, errors
 from cifar_dist.benchmarks.settings import PARTS, BenchConfig, CompareConfig
 from cifar_dist.errors import UserError
-from cifar_dist.fault_tolerance.processes import kill_process_tree
-from cifar_dist.process import run_and_exit
+from cifar_dist.process import kill_process_tree, run_and_exit
 
 
 def main() -> None:

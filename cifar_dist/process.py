@@ -1,4 +1,4 @@
-"""This process and those that it starts: fast imports, fast exit, blocked stop signals."""
+"""This process and those that it starts: fast imports, fast exit, blocked stop signals, and how to kill them."""
 
 import atexit
 import ctypes
@@ -8,8 +8,10 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
+
+import psutil
 
 from cifar_dist.errors import begin_shutdown
 
@@ -69,3 +71,18 @@ def stop_signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def kill_process_tree(pid: int) -> None:
+    """Kill a process and all its descendants, in whatever session, and wait up to 10 s for their end.
+
+    With the id of this process only its descendants.
+    """
+    with suppress(psutil.NoSuchProcess):
+        processes = psutil.Process(pid).children(recursive=True)
+        if pid != os.getpid():
+            processes.append(psutil.Process(pid))
+        for process in processes:
+            with suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(processes, timeout=10)

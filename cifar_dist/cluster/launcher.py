@@ -14,15 +14,12 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from contextlib import suppress
 from types import FrameType
-
-import psutil
 
 from cifar_dist.cluster import rendezvous
 from cifar_dist.errors import EXIT_CODES, PeerError, StopError, exit_on_error
 from cifar_dist.fault_tolerance import signals
-from cifar_dist.process import STOP_SIGNALS, quick_imports, run_and_exit
+from cifar_dist.process import STOP_SIGNALS, kill_process_tree, quick_imports, run_and_exit
 
 # torchrun kills workers after this time. Saving a checkpoint takes a second, closing W&B up to 30.
 SHUTDOWN_TIMEOUT_S = 60
@@ -72,7 +69,7 @@ class _Stop:
                 number = signal.SIGTERM  # a worker without handlers yet would print a traceback for SIGINT
             raise SignalException(f"received {signal.Signals(number).name}", signal.Signals(number))
         if number == signal.SIGINT and time.monotonic() - self.at > signals.SAME_KEYSTROKE_S:
-            kill_children()
+            kill_process_tree(os.getpid())
             shutil.rmtree(os.environ[EXIT_CODES], ignore_errors=True)
             os._exit(128 + number)
 
@@ -109,7 +106,7 @@ def _torchrun(options: Namespace, place: tuple[str, int, bool] | None) -> int:
         return code
     finally:
         stop.at = stop.at or time.monotonic()  # from now on no signal changes the exit code
-        kill_children()
+        kill_process_tree(os.getpid())
 
 
 def _rendezvous(options: Namespace) -> tuple[str, int, bool] | None:
@@ -137,13 +134,6 @@ def _rendezvous_failed(place: tuple[str, int, bool] | None, error: Exception) ->
         f"See the messages of the other nodes; all need the same MASTER_ADDR, MASTER_PORT, NNODES and RUN_ID. Then "
         f"start all of them again with --run.resume auto."
     )
-
-
-def kill_children() -> None:
-    """Kill all descendants of this process."""
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):
-            process.kill()
 
 
 if __name__ == "__main__":

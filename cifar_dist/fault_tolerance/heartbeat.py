@@ -14,10 +14,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 
+import psutil
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
 from cifar_dist.distributed import World
-from cifar_dist.fault_tolerance import processes
 from cifar_dist.phase import started_ticks
 
 INTERVAL_S = 1.0
@@ -45,7 +45,13 @@ class Heartbeat:
 
     def process_state(self) -> str:
         """running, suspended (by a signal or a debugger), ended; or elsewhere: on another node."""
-        return processes.state(self.pid, self.started) if self.host == socket.gethostname() else "elsewhere"
+        if self.host != socket.gethostname():
+            return "elsewhere"
+        with suppress(psutil.Error):
+            status = psutil.Process(self.pid).status()
+            if started_ticks(self.pid) == self.started and status not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                return "suspended" if status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP) else "running"
+        return "ended"
 
     def kill(self) -> None:
         """Kill the process if it is on this node."""

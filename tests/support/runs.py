@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cifar_dist.fault_tolerance.processes import kill_process_tree
+from cifar_dist.process import kill_process_tree
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

@@ -18,9 +18,8 @@ from pathlib import Path
 import pytest
 
 from cifar_dist.errors import RunInUseError
-from cifar_dist.fault_tolerance import processes, run_lock
+from cifar_dist.fault_tolerance import run_lock
 from cifar_dist.fault_tolerance.run_lock import JOB, LOCK, REQUEST, acquire
-from cifar_dist.phase import process_age_s, started_ticks
 from tests.support import runs
 
 pytestmark = pytest.mark.xdist_group("clock")
@@ -90,21 +89,6 @@ def started() -> Iterator[list[subprocess.Popen[str]]]:
     for child in children:
         child.kill()
         child.communicate()
-
-
-def test_a_process_is_known_by_id_and_start_time() -> None:
-    child = subprocess.Popen(["sleep", "100"])
-    ticks = started_ticks(child.pid)
-    assert ticks is not None
-    assert processes.state(child.pid, ticks) == "running"
-    assert processes.state(child.pid, ticks - 1) == "ended"  # an earlier process with that id
-    child.kill()
-    deadline = time.monotonic() + 10
-    while processes.state(child.pid, ticks) != "ended":  # a zombie
-        assert time.monotonic() < deadline
-    child.wait()
-    assert processes.state(child.pid, ticks) == "ended"
-    assert 0 < process_age_s() < 24 * 3600
 
 
 @pytest.mark.usefixtures("_short_lease")

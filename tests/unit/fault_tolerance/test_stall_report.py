@@ -18,7 +18,7 @@ from cifar_dist.distributed import World
 from cifar_dist.fault_tolerance import run_lock, watchdog
 from cifar_dist.fault_tolerance.heartbeat import FailureNotice, Heartbeat, identity
 from cifar_dist.fault_tolerance.stall_report import describe, find_stalled_ranks, stall_notice
-from cifar_dist.phase import Phase, current, in_phase, set_phase, started_ticks, waiting
+from cifar_dist.phase import Phase, current, in_phase, process_age_s, set_phase, started_ticks, waiting
 
 WAITS = Heartbeat(number=9, step=17, phase="the gradient exchange", waits=True, idle_s=6, host="n1", pid=1)
 READS = replace(WAITS, phase="reading data", waits=False)
@@ -132,6 +132,22 @@ def test_phases() -> None:
         assert current.phase.waits
     assert current.phase == reads
     assert current.changes == before + 5
+
+
+def test_a_process_is_known_by_id_and_start_time() -> None:
+    child = subprocess.Popen(["sleep", "100"])
+    ticks = started_ticks(child.pid)
+    assert ticks is not None
+    beat = replace(identity(), pid=child.pid, started=ticks)
+    assert beat.process_state() == "running"
+    assert replace(beat, started=ticks - 1).process_state() == "ended"  # an earlier process with that id
+    child.kill()
+    deadline = time.monotonic() + 10
+    while beat.process_state() != "ended":  # a zombie
+        assert time.monotonic() < deadline
+    child.wait()
+    assert beat.process_state() == "ended"
+    assert 0 < process_age_s() < 24 * 3600
 
 
 def test_kill_checks_the_start_time() -> None:
