@@ -1,6 +1,6 @@
-"""The phase of work that the training thread is in. The watchdog thread (fault_tolerance.watchdog) reads it.
+"""The phase of work that the training thread is in, and the seconds spent in each phase so far.
 
-Until the end of the first step every change is recorded, which gives the seconds of each part of start-up.
+The watchdog thread (fault_tolerance.watchdog) reads the phase.
 """
 
 import os
@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,29 +31,25 @@ class Current:
     phase: Phase
     step: int = 0  # the optimizer step, from 1; 0 before the first
     changes: int = 0  # how often a phase was set
-    startup: list[tuple[str, float]] | None = field(default_factory=list)  # (phase, its start) up to the first step
+    began: float = field(default_factory=time.monotonic)  # when `phase` was set
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase, in order of their first end
 
 
 current = Current(Phase("starting"))
 
 
 def set_phase(phase: Phase) -> None:
-    current.phase = phase
+    name, now = current.phase.name, time.monotonic()
+    current.seconds[name] = current.seconds.get(name, 0.0) + now - current.began
+    current.phase, current.began = phase, now
     current.changes += 1
-    if current.startup is not None:
-        current.startup.append((phase.name, time.monotonic()))
 
 
-def end_startup(age_s: float) -> dict[str, float]:
-    """Stop recording; return the seconds in each phase so far, in order, for a process that is `age_s` old."""
-    startup, current.startup = current.startup, None
-    if not startup:
-        return {}  # a second call
-    now = time.monotonic()
-    seconds = {"python and imports": age_s - (now - startup[0][1])}
-    for (name, began), (_, ended) in pairwise([*startup, ("", now)]):
-        seconds[name] = seconds.get(name, 0.0) + ended - began
-    return seconds
+def seconds_by_phase(age_s: float) -> dict[str, float]:
+    """Seconds spent in each phase so far, in order, by a process that is `age_s` old."""
+    set_phase(current.phase)  # counts the seconds in it
+    _, *phases = current.seconds.items()  # the first one began when this module was imported
+    return {"python and imports": age_s - sum(seconds for _, seconds in phases), **dict(phases)}
 
 
 @contextmanager

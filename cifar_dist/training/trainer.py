@@ -15,7 +15,7 @@ from cifar_dist.data.loader import Batch, BetonLoader
 from cifar_dist.data.order import Order, Split
 from cifar_dist.distributed import run_and_sync_errors
 from cifar_dist.errors import CheckpointError, StopError
-from cifar_dist.phase import SLOW_S, Phase, current, end_startup, process_age_s, set_phase
+from cifar_dist.phase import SLOW_S, Phase, current, process_age_s, seconds_by_phase, set_phase
 from cifar_dist.training import checkpoint
 from cifar_dist.training.evaluation import Evaluator, bn_samples
 from cifar_dist.training.metrics import Metrics, Receipt, Window
@@ -152,7 +152,7 @@ class Trainer:
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
         self.progress.first_step_seconds = process_age_s()
-        self.progress.startup_seconds = end_startup(self.progress.first_step_seconds)
+        self.progress.startup_seconds = seconds_by_phase(self.progress.first_step_seconds)
         logger.info("startup_seconds %s", self.progress.startup_seconds)
 
     def _read_metrics(self, started: float) -> None:

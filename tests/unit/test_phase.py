@@ -7,12 +7,12 @@ import time
 import pytest
 
 from cifar_dist import phase
-from cifar_dist.phase import Phase, end_startup, in_phase, set_phase
+from cifar_dist.phase import Phase, in_phase, seconds_by_phase, set_phase
 
 
 @pytest.fixture
 def current(monkeypatch: pytest.MonkeyPatch) -> phase.Current:
-    fresh = phase.Current(Phase("starting"), startup=[])
+    fresh = phase.Current(Phase("starting"))
     monkeypatch.setattr(phase, "current", fresh)
     return fresh
 
@@ -25,19 +25,10 @@ def test_seconds_at_each_place(current: phase.Current) -> None:
     time.sleep(0.05)
     set_phase(Phase("step"))
     time.sleep(0.02)
-    spent = end_startup(age_s=10.22)
+    spent = seconds_by_phase(age_s=10.22)
     assert list(spent) == ["python and imports", "data", "waiting", "step"]
     assert spent["data"] == pytest.approx(0.1, abs=0.04)  # before and after the wait
     assert spent["waiting"] == pytest.approx(0.1, abs=0.04)
     assert spent["step"] == pytest.approx(0.02, abs=0.03)
     assert sum(spent.values()) == pytest.approx(10.22)
-    assert current.startup is None
-
-
-def test_only_the_first_step_ends_it(current: phase.Current) -> None:
-    set_phase(Phase("data"))
-    end_startup(1.0)
-    set_phase(Phase("step"))
-    assert current.startup is None
-    assert end_startup(2.0) == {}
-    assert current.changes == 2
+    assert current.phase.name == "step"
