@@ -18,7 +18,7 @@ import psutil
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
 from cifar_dist.distributed import World
-from cifar_dist.phase import started_ticks
+from cifar_dist.phase import Phase, started_ticks
 
 INTERVAL_S = 1.0
 _LOST_S = 3.0  # without a heartbeat, once a connection is lost
@@ -31,9 +31,7 @@ class Heartbeat:
 
     number: int = 0  # counts heartbeats, from 1
     step: int = 0  # optimizer step, from 1
-    phase: str = "starting"  # this and the next two: see phase.Phase
-    waits: bool = False
-    limit_s: float = 0.0
+    phase: Phase = Phase("starting")  # noqa: RUF009 - cannot be changed
     idle_s: float = 0.0  # since its phase last changed, counted by its own thread
     source: str = ""  # the line of this package that it executes, if it has been idle for long
     finished: bool = False  # it has left the run
@@ -151,7 +149,8 @@ class HeartbeatThread(threading.Thread):
             for rank, heartbeat in self.seen.items():
                 # get() waits for a key that does not exist yet.
                 if heartbeat.number or self._store.check([_key(rank)]):
-                    self.seen[rank] = Heartbeat(**json.loads(self._store.get(_key(rank))))
+                    values = json.loads(self._store.get(_key(rank)))
+                    self.seen[rank] = Heartbeat(**values | {"phase": Phase(*values["phase"])})
         self.rounds += 1
 
     def _send(self, finished: bool) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from cifar_dist.fault_tolerance.heartbeat import FailureNotice, Heartbeat
 
@@ -17,7 +18,11 @@ def stall_notice(seen: Seen, timeout_s: int, store_s: float, own_rank: int) -> F
         timeout_s: see `find_stalled_ranks`.
         store_s: seconds since the store last answered.
     """
-    stalled, store_lost = find_stalled_ranks(seen, timeout_s), store_s >= timeout_s
+    store_lost = store_s >= timeout_s
+    if store_lost:  # so no heartbeats arrive, for which only the rank that hosts the store is to blame
+        host = store_host_rank()
+        seen = {rank: replace(beat, silent_s=store_s if rank == host else 0.0) for rank, beat in seen.items()}
+    stalled = find_stalled_ranks(seen, timeout_s)
     if stalled is None and not store_lost:
         return None
     silent = silent_ranks(seen, timeout_s)
@@ -46,9 +51,9 @@ def find_stalled_ranks(seen: Seen, timeout_s: float) -> list[int] | None:
     if silent:
         return silent
     present = {rank: heartbeat for rank, heartbeat in seen.items() if not heartbeat.finished}
-    computing = {rank: heartbeat for rank, heartbeat in present.items() if not heartbeat.waits}
+    computing = {rank: heartbeat for rank, heartbeat in present.items() if not heartbeat.phase.waits}
     if computing:
-        return [rank for rank, beat in computing.items() if beat.idle_s >= max(timeout_s, beat.limit_s)] or None
+        return [rank for rank, beat in computing.items() if beat.idle_s >= max(timeout_s, beat.phase.limit_s)] or None
     if any(heartbeat.idle_s < timeout_s for heartbeat in present.values()):
         return None
     first = min(heartbeat.step for heartbeat in present.values())
@@ -93,10 +98,10 @@ def describe_rank(rank: int, heartbeat: Heartbeat) -> str:
     """Which process that rank is, and its last known phase."""
     if not heartbeat.number:
         return f"rank {rank}: no heartbeat yet"
-    phase = f"waits for other ranks: {heartbeat.phase}" if heartbeat.waits else heartbeat.phase
+    waits = "waits for other ranks: " if heartbeat.phase.waits else ""
     source = f" ({heartbeat.source})" if heartbeat.source else ""
     step = f"step {heartbeat.step}, " if heartbeat.step else ""
-    return f"rank {rank} (host {heartbeat.host}, pid {heartbeat.pid}): {step}{phase}{source}"
+    return f"rank {rank} (host {heartbeat.host}, pid {heartbeat.pid}): {step}{waits}{heartbeat.phase.name}{source}"
 
 
 def _line(rank: int, heartbeat: Heartbeat, timeout_s: float) -> str:

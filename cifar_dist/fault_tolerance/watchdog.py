@@ -1,8 +1,8 @@
 """Detects a stalled run, names the rank that stalls it, and ends it. Also makes the error of one rank known to all.
 
 A thread on each rank checks whether the phase of its training thread changes (see `phase`). If it does not for
-`run.stall_timeout_s`, the last heartbeats of all ranks tell for which rank the others wait. Each wake-up of the
-watchdog counts as two seconds at most, so a suspended run or laptop is not a stalled one.
+`run.stall_timeout_s`, the last heartbeats of all ranks tell for which rank the others wait. Seconds are counted by the
+wake-ups of the watchdog, one each, so a suspended run or laptop is not a stalled one.
 """
 
 import logging
@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -22,7 +22,7 @@ from cifar_dist.distributed import World
 from cifar_dist.errors import KINDS, PeerError, StopError, UserError, begin_shutdown, shutting_down, write_exit_code
 from cifar_dist.fault_tolerance import run_lock, status
 from cifar_dist.fault_tolerance.heartbeat import INTERVAL_S, FailureNotice, Heartbeat, HeartbeatThread, identity
-from cifar_dist.fault_tolerance.stall_report import describe_rank, first_few, stall_notice, store_host_rank
+from cifar_dist.fault_tolerance.stall_report import describe_rank, first_few, stall_notice
 from cifar_dist.phase import Phase, current
 
 logger = logging.getLogger("cifar_dist")
@@ -37,18 +37,6 @@ _GRACE_S = 20.0  # for the training thread to end by itself after a notice
 _EXIT_DELAY_S = 2.0  # between message and exit: torchrun kills all ranks once one has exited
 
 
-@dataclass
-class _Unchanged:
-    """Counts the seconds since a number last changed."""
-
-    number: int = 0
-    seconds: float = 0.0
-
-    def update(self, number: int, passed_s: float) -> None:
-        self.seconds = self.seconds + passed_s if number == self.number else 0.0
-        self.number = number
-
-
 class Watchdog(threading.Thread):
     """A context that watches the thread that creates it, and replaces an error about a lost connection.
 
@@ -61,9 +49,9 @@ class Watchdog(threading.Thread):
         self.directory: Path | None = None
         self._training_thread = threading.get_ident()
         self._identity = identity()
-        self._phase, self._store = _Unchanged(), _Unchanged()
-        self._ranks = [_Unchanged() for _ in range(world.size)]
-        self._closed, self._aborting = threading.Event(), threading.Event()
+        self._changes, self._idle_s = 0, 0.0  # how often the phase had changed, and the seconds since it last did
+        self._seen = dict.fromkeys(range(world.size), Heartbeat())  # the newest heartbeats, with `silent_s`
+        self._closed = threading.Event()
         self._heartbeats = HeartbeatThread(world, self._heartbeat)
 
     @contextmanager
@@ -135,32 +123,25 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         """Once a second: end this rank because of a failure notice, or check whether the run is stalled."""
-        heartbeats, before = self._heartbeats, time.monotonic()
         while not self._closed.wait(INTERVAL_S):
-            now = time.monotonic()
-            # At most two intervals, however long this thread was suspended.
-            passed_s, before = min(now - before, 2 * INTERVAL_S), now
-            self._phase.update(current.changes, passed_s)
-            self._store.update(heartbeats.rounds, passed_s)
-            for rank, heartbeat in heartbeats.seen.items():
-                self._ranks[rank].update(heartbeat.number, passed_s)
-            notice = heartbeats.notice
+            self._idle_s = self._idle_s + INTERVAL_S if current.changes == self._changes else 0.0
+            self._changes = current.changes
+            for rank, heartbeat in self._heartbeats.seen.items():
+                last = self._seen[rank]
+                silent_s = last.silent_s + INTERVAL_S if heartbeat.number == last.number else 0.0
+                self._seen[rank] = replace(heartbeat, silent_s=silent_s)
+            notice = self._heartbeats.notice
             # The error of another rank usually ends this one by a failed collective, but not always.
-            if notice is not None and (notice.abort or (self._phase.seconds >= _GRACE_S and not shutting_down())):
+            if notice is not None and (notice.abort or (self._idle_s >= _GRACE_S and not shutting_down())):
                 self._abort(notice)
-            elif notice is None and 0 < self.timeout_s <= self._phase.seconds and not shutting_down():
+            elif notice is None and 0 < self.timeout_s <= self._idle_s and not shutting_down():
                 self._check()
 
     def _check(self) -> None:
         """End the run if it is stalled."""
-        store_s, host = self._store.seconds, store_host_rank()
-        # No heartbeat arrives while the store does not answer; only the rank that hosts it is to blame for that.
-        silent_s = [max(0.0, rank.seconds - store_s) for rank in self._ranks]
-        if host is not None and store_s >= self.timeout_s:
-            silent_s[host] = store_s
-        seen = {rank: replace(beat, silent_s=silent_s[rank]) for rank, beat in self._heartbeats.seen.items()}
-        seen[self.world.rank] = self._heartbeat()
-        notice = stall_notice(seen, self.timeout_s, store_s, self.world.rank)
+        own_rank = self.world.rank
+        store_s = self._seen[own_rank].silent_s  # its own heartbeats come back unless the store does not answer
+        notice = stall_notice(self._seen | {own_rank: self._heartbeat()}, self.timeout_s, store_s, own_rank)
         if notice is not None and store_s >= self.timeout_s:
             self._abort(notice)
         elif notice is not None:
@@ -168,17 +149,15 @@ class Watchdog(threading.Thread):
 
     def _heartbeat(self) -> Heartbeat:
         phase, source = current.phase, ""
-        if self.timeout_s and self._phase.seconds >= self.timeout_s / 4:
+        if self.timeout_s and self._idle_s >= self.timeout_s / 4:
             stack = list(traceback.walk_stack(sys._current_frames()[self._training_thread]))  # innermost first
             places = ((Path(frame.f_code.co_filename), line) for frame, line in stack)
-            own = (f"{path.relative_to(_PACKAGE)}:{line}" for path, line in places if path.is_relative_to(_PACKAGE))
-            source = next(own, "")
+            lines = (f"{path.relative_to(_PACKAGE)}:{line}" for path, line in places if path.is_relative_to(_PACKAGE))
+            source = next(lines, "")
             if any(frame.f_globals.get("__name__", "").split(".")[0] in _DEBUGGERS for frame, _ in stack):
                 phase = _IN_DEBUGGER
-        return replace(
-            self._identity, number=1, step=current.step, phase=phase.name, waits=phase.waits, limit_s=phase.limit_s,
-            idle_s=self._phase.seconds, source=source,
-        )  # fmt: skip
+        own = replace(self._identity, number=1, step=current.step)
+        return replace(own, phase=phase, idle_s=self._idle_s, source=source)
 
     def _publish(self, notice: FailureNotice) -> bool:
         """Whether rank 0 received it, so that it prints the message."""
@@ -191,13 +170,13 @@ class Watchdog(threading.Thread):
     def _wait_if_aborting(self) -> None:
         """Wait for `_abort` to end this process: collectives fail during an abort, and that is not the reason."""
         notice = self._heartbeats.notice
-        if self._aborting.is_set() or (notice is not None and notice.abort):
+        if notice is not None and notice.abort:
             time.sleep(60)  # longer than `_abort` takes
 
     def _abort(self, notice: FailureNotice) -> None:
         """End this process without waiting for its training thread, which may hang."""
         begin_shutdown()
-        self._aborting.set()
+        self._heartbeats.notice = replace(notice, abort=True)  # for `_wait_if_aborting`
         code, seen = _error(notice).exit_code, self._heartbeats.seen
         logger.error(notice.text)
         if notice.reporter == self.world.rank:

@@ -20,9 +20,9 @@ from cifar_dist.fault_tolerance.heartbeat import FailureNotice, Heartbeat, ident
 from cifar_dist.fault_tolerance.stall_report import describe, find_stalled_ranks, stall_notice
 from cifar_dist.phase import Phase, current, in_phase, process_age_s, set_phase, started_ticks, waiting
 
-WAITS = Heartbeat(number=9, step=17, phase="the gradient exchange", waits=True, idle_s=6, host="n1", pid=1)
-READS = replace(WAITS, phase="reading data", waits=False)
-SAVES = replace(READS, phase="writing the checkpoint", limit_s=540)
+WAITS = Heartbeat(number=9, step=17, phase=Phase("the gradient exchange", waits=True), idle_s=6, host="n1", pid=1)
+READS = replace(WAITS, phase=Phase("reading data"))
+SAVES = replace(WAITS, phase=Phase("writing the checkpoint", limit_s=540))
 TIMEOUT_S = 5
 
 
