@@ -5,7 +5,6 @@ the training loop checks after every step. After an error it is ignored. This mo
 handlers are installed before that import, during which a signal would kill the process without a message.
 """
 
-import atexit
 import os
 import select
 import signal
@@ -47,9 +46,6 @@ def install_handlers() -> None:
     signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
     for number in STOP_SIGNALS:
         signal.signal(number, _handle)
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        # At exit Python restores the default handlers; a late SIGUSR1 would turn exit code 75 into -10.
-        atexit.register(signal.signal, number, signal.SIG_IGN)
     launcher = int(os.environ.get(LAUNCHER, os.getppid())) if "TORCHELASTIC_RUN_ID" in os.environ else None
     threading.Thread(target=_watch, args=(reader, launcher), daemon=True).start()
 
