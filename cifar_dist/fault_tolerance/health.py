@@ -35,10 +35,8 @@ def refuse_nonfinite(tensors: Mapping[str, Tensor], step: int, last_saved: int |
     device = next(iter(tensors.values())).device
     finite = torch.stack([torch.isfinite(tensor).all().to(device) for tensor in tensors.values()])
     if not bool(finite.all()):
-        name, tensor = list(tensors.items())[int((~finite).nonzero()[0])]
-        if " of " not in name:
-            name = f"parameter {name}" if isinstance(tensor, nn.Parameter) else f"buffer {name}"
-        raise _nonfinite(f"the {name} is infinite or NaN after step {step}, so it is not saved.", last_saved)
+        name = list(tensors)[int((~finite).nonzero()[0])]
+        raise _nonfinite(f"{name} is infinite or NaN after step {step}, so it is not saved.", last_saved)
 
 
 def _nonfinite(what: str, last_saved: int | None) -> NonFiniteError:
@@ -52,7 +50,7 @@ def _last_good(step: int | None) -> str:
 
 def tensors_of_state(model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The tensors, by name, that must be equal on all ranks: model, moving average, optimizer state."""
-    tensors = dict(model.state_dict(keep_vars=True))
+    tensors = dict(model.state_dict())
     if ema is not None:
         tensors |= {f"moving average of {name}": tensor for name, tensor in ema.state_dict().items()}
     for name, parameter in model.named_parameters():
