@@ -8,8 +8,16 @@ import pytest
 import torch
 
 from cifar_dist.config import Config, TrainConfig
-from cifar_dist.errors import NonFiniteError
-from cifar_dist.fault_tolerance.health import advice, checksums, odd_ranks, refuse_nonfinite, tensors_of_state
+from cifar_dist.distributed import World
+from cifar_dist.errors import DivergedError, NonFiniteError
+from cifar_dist.fault_tolerance import health
+from cifar_dist.fault_tolerance.health import (
+    advice,
+    checksums,
+    refuse_divergence,
+    refuse_nonfinite,
+    tensors_of_state,
+)
 
 FORMATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
 
@@ -53,11 +61,23 @@ def test_formats_side_by_side() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sums", "expected"),
-    [([5, 5, 6], [2]), ([6, 5, 5, 5], [0]), ([5, 6], None), ([5, 5, 6, 6], None), ([1, 2, 3], None)],
+    ("sums", "who"),
+    [
+        ([5, 5, 6], "rank 2 on n2 differs from the other ranks"),
+        ([6, 5, 5, 5], "rank 0 on n0 differs from the other ranks"),
+        ([6, 5, 5, 5, 7], "rank 0 on n0, rank 4 on n4 differ from the other ranks"),
+        ([5, 6], "rank 0 on n0, rank 1 on n1: all suspect"),
+        ([5, 5, 6, 6], "rank 0 on n0, rank 1 on n1, rank 2 on n2, rank 3 on n3: all suspect"),
+        ([1, 2, 3], "rank 0 on n0, rank 1 on n1, rank 2 on n2: all suspect"),
+    ],
 )
-def test_majority(sums: list[int], expected: list[int] | None) -> None:
-    assert odd_ranks(sums) == expected
+def test_the_majority_is_right(sums: list[int], who: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = len(sums)
+    monkeypatch.setattr(health, "all_gather", lambda *_: torch.tensor([[1, own] for own in sums]))
+    monkeypatch.setattr(health, "all_gather_text", lambda *_: [f"n{rank}" for rank in range(size)])
+    tensors = {"same": torch.zeros(1), "weight": torch.zeros(1)}
+    with pytest.raises(DivergedError, match=rf"First of 1 tensors that differ: weight\. {who}\."):
+        refuse_divergence(tensors, World(0, size, 0, size, torch.device("cpu")), 7, None)
 
 
 @pytest.mark.parametrize("name", ["0.weight", "1.running_var", "moving average of 1.bias", "momentum_buffer of 0.bias"])
