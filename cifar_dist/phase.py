@@ -30,8 +30,7 @@ class Current:
 
     phase: Phase
     step: int = 0  # the optimizer step, from 1; 0 before the first
-    changes: int = 0  # how often a phase was set
-    began: float = field(default_factory=time.monotonic)  # when `phase` was set
+    began: float = field(default_factory=time.monotonic)  # when `phase` was set, also again
     seconds: dict[str, float] = field(default_factory=dict)  # by phase, in order of their first end
 
 
@@ -42,7 +41,6 @@ def set_phase(phase: Phase) -> None:
     name, now = current.phase.name, time.monotonic()
     current.seconds[name] = current.seconds.get(name, 0.0) + now - current.began
     current.phase, current.began = phase, now
-    current.changes += 1
 
 
 def seconds_by_phase(age_s: float) -> dict[str, float]:

@@ -15,14 +15,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 
 import psutil
-from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
 
 from cifar_dist.distributed import World
 from cifar_dist.phase import Phase, started_ticks
 
 INTERVAL_S = 1.0
 _LOST_S = 3.0  # without a heartbeat, once a connection is lost
-_NOTICE = "cifar_dist/notice"
+_NOTICE = "notice"
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class HeartbeatThread(threading.Thread):
         self._to_publish: FailureNotice | None = None
         self._closed, self._wake = threading.Event(), threading.Event()
         self._read_every = 1 + world.size // 16  # rounds; in large jobs the ranks are read less often
-        self._store: Store = HashStore() if world.store is None else world.store.clone()
+        self._store = PrefixStore("heartbeats", HashStore() if world.store is None else world.store.clone())
 
     def publish(self, notice: FailureNotice) -> None:
         """Tell all ranks, unless another notice was published before. Does not wait."""
@@ -119,7 +119,7 @@ class HeartbeatThread(threading.Thread):
     def is_first_to_report(self) -> bool:
         """Whether no other rank of this node has called this, so that the same error is printed once per node."""
         with suppress(RuntimeError):
-            first = self._store.compare_set(f"cifar_dist/reporter/{socket.gethostname()}", "", str(self.rank))
+            first = self._store.compare_set(f"reporter/{socket.gethostname()}", "", str(self.rank))
             return int(first) == self.rank
         return True
 
@@ -139,25 +139,20 @@ class HeartbeatThread(threading.Thread):
             self._send(finished=True)
 
     def _exchange(self) -> None:
-        if self.notice is None and self._to_publish is not None:
-            published = self._store.compare_set(_NOTICE, "", json.dumps(asdict(self._to_publish)))
-            self.notice = FailureNotice(**json.loads(published))
-        elif self.notice is None and self._store.check([_NOTICE]):
+        if self._to_publish is not None:
+            self._store.compare_set(_NOTICE, "", json.dumps(asdict(self._to_publish)))  # the first one stays
+        if self.notice is None and self._store.check([_NOTICE]):
             self.notice = FailureNotice(**json.loads(self._store.get(_NOTICE)))
         self._send(finished=False)
         if self.rounds % self._read_every == 0 or self.notice is not None:
             for rank, heartbeat in self.seen.items():
                 # get() waits for a key that does not exist yet.
-                if heartbeat.number or self._store.check([_key(rank)]):
-                    values = json.loads(self._store.get(_key(rank)))
+                if heartbeat.number or self._store.check([str(rank)]):
+                    values = json.loads(self._store.get(str(rank)))
                     self.seen[rank] = Heartbeat(**values | {"phase": Phase(*values["phase"])})
         self.rounds += 1
 
     def _send(self, finished: bool) -> None:
         number, notified = self.rounds + 1, self.notice is not None
         heartbeat = replace(self._own(), number=number, finished=finished, notified=notified)
-        self._store.set(_key(self.rank), json.dumps(asdict(heartbeat)))
-
-
-def _key(rank: int) -> str:
-    return f"cifar_dist/heartbeat/{rank}"
+        self._store.set(str(self.rank), json.dumps(asdict(heartbeat)))

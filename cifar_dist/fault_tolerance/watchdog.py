@@ -28,7 +28,6 @@ from cifar_dist.phase import Phase, current
 logger = logging.getLogger("cifar_dist")
 _PACKAGE = Path(__file__).parents[1]
 _DEBUGGERS = ("bdb", "pdb", "pydevd", "debugpy", "ipdb", "IPython")
-_IN_DEBUGGER = Phase("in a debugger", limit_s=1e9)
 _LOST_PEER_ERRORS = (
     "by peer", "Timed out", "Broken pipe", "Connection refused", "remote process exited", "collective operation timeout"
 )  # fmt: skip
@@ -49,7 +48,7 @@ class Watchdog(threading.Thread):
         self.directory: Path | None = None
         self._training_thread = threading.get_ident()
         self._identity = identity()
-        self._changes, self._idle_s = 0, 0.0  # how often the phase had changed, and the seconds since it last did
+        self._began, self._idle_s = 0.0, 0.0  # of the phase last seen, and the seconds since it was first seen
         self._seen = dict.fromkeys(range(world.size), Heartbeat())  # the newest heartbeats, with `silent_s`
         self._closed = threading.Event()
         self._heartbeats = HeartbeatThread(world, self._heartbeat)
@@ -65,13 +64,13 @@ class Watchdog(threading.Thread):
             yield
         except (StopError, Exception) as error:
             self.replace_lost_connection(error)
-            self._wait_if_aborting()
+            notice = self._notice()
             if isinstance(error, UserError):
                 if not error.on_all_ranks:
                     error.on_all_ranks = self._publish(FailureNotice(type(error).__name__, str(error)))
-            elif self._heartbeats.notice is not None:
+            elif notice is not None:
                 # A consequence. Also a StopError: torchrun sends SIGTERM to all ranks as soon as one has failed.
-                raise _error(self._heartbeats.notice) from error
+                raise _error(notice) from error
             elif not isinstance(error, StopError):
                 first = (str(error).splitlines() or [""])[0][:300]
                 where = "Its traceback is in the output above and in the run's logs/."
@@ -91,10 +90,9 @@ class Watchdog(threading.Thread):
         known = isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST_PEER_ERRORS)
         if not known or self.world.size == 1:
             return
-        lost = self._heartbeats.find_lost_ranks()
-        self._wait_if_aborting()
-        if self._heartbeats.notice is not None:
-            raise _error(self._heartbeats.notice) from error
+        lost, notice = self._heartbeats.find_lost_ranks(), self._notice()
+        if notice is not None:
+            raise _error(notice) from error
         seen = self._heartbeats.seen
         names = first_few([f"rank {rank} on {seen[rank].host}" for rank in lost or ()]) or "another process"
         if lost is None:
@@ -124,8 +122,8 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         """Once a second: end this rank because of a failure notice, or check whether the run is stalled."""
         while not self._closed.wait(INTERVAL_S):
-            self._idle_s = self._idle_s + INTERVAL_S if current.changes == self._changes else 0.0
-            self._changes = current.changes
+            self._idle_s = self._idle_s + INTERVAL_S if current.began == self._began else 0.0
+            self._began = current.began
             for rank, heartbeat in self._heartbeats.seen.items():
                 last = self._seen[rank]
                 silent_s = last.silent_s + INTERVAL_S if heartbeat.number == last.number else 0.0
@@ -155,7 +153,7 @@ class Watchdog(threading.Thread):
             lines = (f"{path.relative_to(_PACKAGE)}:{line}" for path, line in places if path.is_relative_to(_PACKAGE))
             source = next(lines, "")
             if any(frame.f_globals.get("__name__", "").split(".")[0] in _DEBUGGERS for frame, _ in stack):
-                phase = _IN_DEBUGGER
+                phase = Phase("in a debugger", limit_s=1e9)
         own = replace(self._identity, number=1, step=current.step)
         return replace(own, phase=phase, idle_s=self._idle_s, source=source)
 
@@ -167,16 +165,17 @@ class Watchdog(threading.Thread):
             time.sleep(0.1)
         return heartbeats.notice == notice and heartbeats.seen[0].notified
 
-    def _wait_if_aborting(self) -> None:
-        """Wait for `_abort` to end this process: collectives fail during an abort, and that is not the reason."""
+    def _notice(self) -> FailureNotice | None:
+        """The failure notice; during an abort, in which collectives fail, wait for `_abort` to end this process."""
         notice = self._heartbeats.notice
         if notice is not None and notice.abort:
             time.sleep(60)  # longer than `_abort` takes
+        return notice
 
     def _abort(self, notice: FailureNotice) -> None:
         """End this process without waiting for its training thread, which may hang."""
         begin_shutdown()
-        self._heartbeats.notice = replace(notice, abort=True)  # for `_wait_if_aborting`
+        self._heartbeats.notice = replace(notice, abort=True)  # for `_notice`
         code, seen = _error(notice).exit_code, self._heartbeats.seen
         logger.error(notice.text)
         if notice.reporter == self.world.rank:
