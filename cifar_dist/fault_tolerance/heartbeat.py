@@ -33,7 +33,7 @@ class Heartbeat:
     step: int = 0  # optimizer step, from 1
     phase: Phase = Phase("starting")  # noqa: RUF009 - cannot be changed
     idle_s: float = 0.0  # since its phase last changed, counted by its own thread
-    source: str = ""  # the line of this package that it executes, if it has been idle for long
+    source: str = ""  # the module and line of this package that it executes, if it has been idle for long
     finished: bool = False  # it has left the run
     notified: bool = False  # it knows the failure notice
     host: str = "?"

@@ -26,7 +26,6 @@ from cifar_dist.fault_tolerance.stall_report import describe_rank, first_few, st
 from cifar_dist.phase import Phase, current
 
 logger = logging.getLogger("cifar_dist")
-_PACKAGE = Path(__file__).parents[1]
 _DEBUGGERS = ("bdb", "pdb", "pydevd", "debugpy", "ipdb", "IPython")
 _LOST_PEER_ERRORS = (
     "by peer", "Timed out", "Broken pipe", "Connection refused", "remote process exited", "collective operation timeout"
@@ -148,11 +147,10 @@ class Watchdog(threading.Thread):
     def _heartbeat(self) -> Heartbeat:
         phase, source = current.phase, ""
         if self.timeout_s and self._idle_s >= self.timeout_s / 4:
-            stack = list(traceback.walk_stack(sys._current_frames()[self._training_thread]))  # innermost first
-            places = ((Path(frame.f_code.co_filename), line) for frame, line in stack)
-            lines = (f"{path.relative_to(_PACKAGE)}:{line}" for path, line in places if path.is_relative_to(_PACKAGE))
-            source = next(lines, "")
-            if any(frame.f_globals.get("__name__", "").split(".")[0] in _DEBUGGERS for frame, _ in stack):
+            stack = traceback.walk_stack(sys._current_frames()[self._training_thread])  # innermost first
+            places = [(frame.f_globals.get("__name__", ""), line) for frame, line in stack]
+            source = next((f"{module}:{line}" for module, line in places if module.startswith("cifar_dist.")), "")
+            if any(module.split(".")[0] in _DEBUGGERS for module, _ in places):
                 phase = Phase("in a debugger", limit_s=1e9)
         own = replace(self._identity, number=1, step=current.step)
         return replace(own, phase=phase, idle_s=self._idle_s, source=source)
