@@ -135,7 +135,8 @@ def acquire(directory: Path, wait: bool, log: Callable[[str], None]) -> RunLock:
     try:
         lease.acquire(poll_interval=_POLL_S, cancel_check=waiter.gives_up)
     except Timeout:
-        raise waiter.error() from None
+        in_use = f"the run directory {directory} is in use by {waiter.owner or 'another process'}"
+        raise RunInUseError(f"{in_use}. Wait for that job or stop it, or choose another --run.name.") from None
     finally:
         if waiter.requested is not None:
             (directory / REQUEST).unlink(missing_ok=True)
@@ -182,16 +183,6 @@ class _Waiter:
             self._log_at = now + _LOG_EVERY_S
             self.log(f"waiting for {self.owner or 'another process'} in {self.directory}: {reason}")
         return False
-
-    def error(self) -> RunInUseError:
-        in_use = f"the run directory {self.directory} is in use by {self.owner or 'another process'}"
-        if self.requested is None:
-            return RunInUseError(f"{in_use}. Wait for that job or stop it, or choose another --run.name.")
-        return RunInUseError(
-            f"{in_use}, an earlier start of this job, which was asked to exit and has not within {REQUEST_WAIT_S:.0f} "
-            f"s. Kill that process (scontrol show job names its node), then start again with --run.resume auto; "
-            f"nothing of the run is lost."
-        )
 
 
 def owner(directory: Path) -> Owner | None:
