@@ -57,7 +57,7 @@ def _measure(config: BenchConfig, num: int) -> Table:
         )
     notes = ["uint8 or normalised float32; crop or translation by 4, and flip; FFCV's as in its example"]
     if num > 1:
-        notes.append(f"{num} threads, or workers of DataLoader, which busy cores does not count")
+        notes.append(f"{num} threads, or workers of DataLoader")
     title = f"{f'{num} cores' if num > 1 else 'one core'}, batches of {size}"
     return Table(title, "images/s", rows, TORCHVISION, notes=notes)
 

@@ -26,7 +26,6 @@ class Row:
 
     name: str
     values: list[float]
-    busy: list[float] = field(default_factory=list)  # CPU seconds of this process per second, per measurement
     more: dict[str, float] = field(default_factory=dict)  # further columns
 
     @property
@@ -54,7 +53,7 @@ class Table:
     def to_json(self) -> dict[str, Any]:
         """JSON types, with medians and ratios."""
         rows = [
-            {"name": r.name, "values": r.values, "median": r.median, "ratio": self.ratio(r), "busy": r.busy, **r.more}
+            {"name": r.name, "values": r.values, "median": r.median, "ratio": self.ratio(r), **r.more}
             for r in self.rows
         ]
         return {**vars(self), "rows": rows}
@@ -124,8 +123,6 @@ def interleaved(
     for _ in range(config.repeats):
         for row in rows:
             with around(row.name):
-                cpu_start = time.process_time()
                 elapsed = seconds_of(counts[row.name], cases[row.name])
-                row.busy.append((time.process_time() - cpu_start) / elapsed)
                 row.values.append(amounts[row.name] * counts[row.name] / elapsed)
     return rows

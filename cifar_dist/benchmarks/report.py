@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -65,11 +64,7 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
     cells["min..max"] = f"{number(min(values))}..{number(max(values))}" if len(values) > 1 else ""
     if row["ratio"]:
         cells["ratio"] = f"{row['ratio']:.2f}"
-    if row["busy"]:
-        cells["busy cores"] = f"{statistics.median(row['busy']):.2f}"
-    return cells | {
-        key: number(value) for key, value in row.items() if key not in ("name", "values", "median", "ratio", "busy")
-    }
+    return cells | {key: number(row[key]) for key in row if key not in ("name", "values", "median", "ratio")}
 
 
 def _aligned(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:

@@ -46,10 +46,9 @@ def test_cases_are_interleaved() -> None:
     num = calls[8:].index("b")
     assert 2 <= num <= 3
     assert calls[8:] == [*["a"] * num, "b"] * 3
-    assert len(fast.values) == len(slow.values) == len(fast.busy) == 3
+    assert len(fast.values) == len(slow.values) == 3
     assert all(rate <= 100 / 0.02 for rate in fast.values)
     assert all(rate <= 100 / 0.05 for rate in slow.values)
-    assert all(0 <= share < 0.9 for share in fast.busy)  # asleep most of the time
 
 
 def test_ratios_are_of_medians_and_more_is_better() -> None:
@@ -116,7 +115,6 @@ def _check_loader(one_core: dict[str, Any]) -> None:
     rates = {row["name"]: row["median"] for row in one_core["rows"]}
     assert rates["this project, uint8"] > 10 * rates["torchvision v2 + DataLoader"]
     assert rates["this project, uint8"] > rates["this project, augmented"] > 3 * rates["torchvision v2 + DataLoader"]
-    assert all(busy <= 1.05 for row in one_core["rows"] for busy in row["busy"])
 
 
 def _check_step(figures: dict[str, Any]) -> None:
