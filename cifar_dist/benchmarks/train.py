@@ -1,15 +1,12 @@
 """Part "train": whole training against its step alone, and against torchvision's googlenet with its DataLoader."""
 
 import os
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from cifar_dist.benchmarks import baselines
@@ -17,7 +14,7 @@ from cifar_dist.benchmarks.baselines import BareStep
 from cifar_dist.benchmarks.measure import Row, Table, calls_in, seconds_of, torch_as_in_training
 from cifar_dist.benchmarks.settings import BenchConfig
 from cifar_dist.config import NUM_TRAIN, Config, DataConfig, EvalConfig, ModelConfig, TrainConfig
-from cifar_dist.data.loader import Batch, BetonLoader
+from cifar_dist.data.loader import BetonLoader
 from cifar_dist.data.order import Split
 from cifar_dist.training.metrics import Metrics
 from cifar_dist.training.precision import Precision
@@ -35,8 +32,8 @@ def measure(config: BenchConfig) -> list[Table]:
     The first log step, before which everything is compiled, does not count. `config.data_dir` must have been verified.
     """
     num, path = config.micro_batch_size[0], config.data_dir / "train.beton"
-    model, rates, waits = ModelConfig(stem=config.stem[0], width=config.width), dict[str, list[float]](), list[float]()
-    with torch_as_in_training(config) as (world, precision), _TimedLoader(path, world.device) as loader:
+    model = ModelConfig(stem=config.stem[0], width=config.width)
+    with torch_as_in_training(config) as (world, precision), BetonLoader(path, world.device) as loader:
         bare = baselines.project_step(model, num, precision, config.compile == "on", muon=True)
         for _ in range(2):  # compiles
             bare()
@@ -51,16 +48,13 @@ def measure(config: BenchConfig) -> list[Table]:
         if baselines.has_torchvision_counterpart(model.stem, config.width):
             cases[TORCHVISION] = partial(_step, baselines.torchvision_step(model.stem, num, precision), batches)
 
+        rates: dict[str, list[float]] = {name: [] for name in (TRAINING, *cases)}
+
         def measure_others(step: int, metrics: Mapping[str, float]) -> None:  # noqa: ARG001
-            # As Trainer measured it, without the time spent in this function.
-            seconds = {TRAINING: window * num / metrics["images_per_second"]}
-            waits.append(loader.waited_s / seconds[TRAINING])
+            rates[TRAINING].append(metrics["images_per_second"])  # without the time spent in this function
             for name, work in cases.items():
                 with baselines.without_prefetched(batches, num_workers if name == TORCHVISION else 0):
-                    seconds[name] = seconds_of(window, work)
-            for name, value in seconds.items():
-                rates.setdefault(name, []).append(window * num / value)
-            loader.waited_s = 0.0
+                    rates[name].append(window * num / seconds_of(window, work))
 
         with tempfile.TemporaryDirectory() as folder:
             split = Split(np.arange(NUM_TRAIN), np.arange(0))
@@ -68,7 +62,6 @@ def measure(config: BenchConfig) -> list[Table]:
             trainer.hooks.log_metrics = measure_others  # type: ignore[method-assign]
             trainer.train()
     rows = [Row(name, values[1:]) for name, values in rates.items()]
-    rows[0].more["% data wait"] = 100 * statistics.mean(waits[1:])
     notes = [f"{window} steps per measurement, Muon; {BARE}: forward, backward, optimizer"]
     return [Table(f"V1, {model.stem} stem, micro-batch {num}, {precision.name}", "images/s", rows, BARE, notes=notes)]
 
@@ -85,19 +78,6 @@ def _settings(config: BenchConfig, model: ModelConfig, precision: Precision, win
         ),
         eval=EvalConfig(every_epochs=0, bn_samples=500),
     )  # fmt: skip
-
-
-class _TimedLoader(BetonLoader):
-    """Sums up the seconds for which the training thread waits for batches."""
-
-    waited_s = 0.0
-
-    def read(self, order: npt.NDArray[np.int64], batch_size: int) -> Generator[Batch]:
-        start = time.perf_counter()
-        for batch in super().read(order, batch_size):
-            self.waited_s += time.perf_counter() - start
-            yield batch
-            start = time.perf_counter()
 
 
 def _step(step: BareStep, batches: Iterator[tuple[Tensor, Tensor]]) -> None:

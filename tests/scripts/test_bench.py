@@ -104,7 +104,6 @@ def test_all(data_dir: Path, tmp_path: Path) -> None:
     (training,) = figures["parts"]["train"]["tables"]
     names = ["training, end to end", "the same, images from memory", "bare step"]
     assert [row["name"] for row in training["rows"]] == names
-    assert 0 <= training["rows"][0]["% data wait"] < 100
     simulated = figures["parts"]["scaling"]["tables"][-1]
     assert simulated["title"].startswith("simulated")
     assert simulated["notes"][0].startswith("SIMULATION")
