@@ -16,7 +16,6 @@ from torchvision import datasets, models
 from torchvision.models.googlenet import BasicConv2d
 from torchvision.transforms import Normalize, v2
 
-from cifar_dist.benchmarks.measure import now
 from cifar_dist.config import NUM_CLASSES, ModelConfig, OptimConfig
 from cifar_dist.data.augment import MEAN, STD
 from cifar_dist.data.loader import Batch, end_reading
@@ -50,26 +49,14 @@ class BareStep:
             silent = isinstance(self.network, DistributedDataParallel) and not (exchange and k == accumulation - 1)
             with self.network.no_sync() if silent else nullcontext():  # type: ignore[operator]
                 torch.autograd.backward(self.loss() if accumulation == 1 else self.loss() / accumulation)
-        self.update()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return float(accumulation * len(self.labels))
 
     def loss(self) -> Tensor:
         with self.precision.autocast():
             logits = self.network(self.images)
         return F.cross_entropy(logits.float(), self.labels)
-
-    def update(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def seconds_by_part(self) -> tuple[float, float, float]:
-        """Seconds of forward, backward and optimizer of one step."""
-        start, loss = now(), self.loss()
-        after_forward = now()
-        torch.autograd.backward(loss)
-        after_backward = now()
-        self.update()
-        return after_forward - start, after_backward - after_forward, now() - after_backward
 
 
 def project_step(

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cifar_dist.benchmarks import baselines
 from cifar_dist.benchmarks.baselines import TORCHVISION_NCHW, TORCHVISION_NHWC, BareStep
 from cifar_dist.benchmarks.loader import take
-from cifar_dist.benchmarks.measure import Row, Table, Work, interleaved, torch_as_in_training
+from cifar_dist.benchmarks.measure import Table, Work, interleaved, torch_as_in_training
 from cifar_dist.benchmarks.settings import BenchConfig, Stem
 from cifar_dist.config import AugmentConfig, ModelConfig
 from cifar_dist.data import augment
@@ -31,7 +31,7 @@ def measure(config: BenchConfig) -> list[Table]:
         tables.append(_augmentation(config, precision))
         for stem, num in itertools.product(config.stem, config.micro_batch_size):
             tables.append(_networks(config, precision, stem, num, limits))
-        return [*tables, _step_in_parts(config, precision)]
+        return tables
 
 
 def _limits(config: BenchConfig, dtype: torch.dtype) -> list[Table]:
@@ -73,7 +73,7 @@ def _augmentation(config: BenchConfig, precision: Precision) -> Table:
 
 def _networks(config: BenchConfig, precision: Precision, stem: Stem, num: int, limits: Sequence[float]) -> Table:
     """Training steps of the networks that can be built, in relation to the `limits` of the device, TFLOP/s and GB/s."""
-    notes, steps, costs = list[str](), dict[str, BareStep](), dict[str, Cost]()
+    notes, steps, costs = list[str](), dict[str, BareStep](), dict[str, tuple[int, int]]()
 
     def add(name: str, create: Callable[[], BareStep]) -> None:
         def build() -> None:
@@ -93,17 +93,19 @@ def _networks(config: BenchConfig, precision: Precision, stem: Stem, num: int, l
         add(name, create)
         if config.compile == "on" and (version == "v1" or merged == "off"):  # not all four, because it takes long
             add(f"{name}, compiled", partial(create, compiled=True))
+    default = ModelConfig(stem=stem, width=config.width)
+    create = partial(baselines.project_step, default, num, precision, compiled=config.compile == "on", muon=True)
+    add("V1, as trained by default, with Muon", create)
     if baselines.has_torchvision_counterpart(stem, config.width):
         add(TORCHVISION_NCHW, partial(baselines.torchvision_step, stem, num, precision))
         add(TORCHVISION_NHWC, partial(baselines.torchvision_step, stem, num, precision, channels_last=True))
     rows = interleaved(steps, config)
     for row in rows:
-        step, cost, steps_per_second = steps[row.name], costs[row.name], row.median / num
-        row.more["TFLOP/s"] = steps_per_second * cost.flops / 1e12
+        step, (flops, num_bytes), steps_per_second = steps[row.name], costs[row.name], row.median / num
+        row.more["TFLOP/s"] = steps_per_second * flops / 1e12
         row.more["% of product"] = 100 * row.more["TFLOP/s"] / limits[0]
         if step.network is step.model:  # compiled operations move other bytes
-            row.more["% of copy"] = 100 * steps_per_second * cost.bytes / 1e9 / limits[1]
-            row.more["operations"] = cost.num_operations
+            row.more["% of copy"] = 100 * steps_per_second * num_bytes / 1e9 / limits[1]
     if config.width != 1:
         notes.append(f"width {config.width:g}; without torchvision's googlenet, which has no width")
     notes.append("% of copy: the bytes that each operation reads and writes, including those served by a cache")
@@ -111,23 +113,6 @@ def _networks(config: BenchConfig, precision: Precision, stem: Stem, num: int, l
     title = f"{stem} stem, micro-batch {num}, {precision.name}, SGD"
     reference = TORCHVISION_NCHW if TORCHVISION_NCHW in steps else next(iter(steps), "")
     return Table(title, "images/s", rows, reference, notes=notes)
-
-
-def _step_in_parts(config: BenchConfig, precision: Precision) -> Table:
-    """Forward, backward and optimizer of V1."""
-    model, num, rows = ModelConfig(stem=config.stem[0], width=config.width), config.micro_batch_size[0], list[Row]()
-    for optimizer in ("SGD", "Muon and SGD"):
-        step = baselines.project_step(model, num, precision, config.compile == "on", muon=optimizer != "SGD")
-        for _ in range(3):
-            step()
-        times = zip(*(step.seconds_by_part() for _ in range(max(config.repeats, 3))), strict=True)
-        forward, backward, update = ([1e3 * seconds for seconds in part] for part in times)
-        rows = rows or [Row("forward", forward), Row("backward", backward)]
-        rows.append(Row(optimizer, update))
-    total = sum(row.median for row in rows[:3])
-    for row in rows[:3]:
-        row.more["% of step"] = 100 * row.median / total
-    return Table(f"a step of V1 in parts, {model.stem} stem, micro-batch {num}", "ms", rows, lower_is_better=True)
 
 
 def _attempt(name: str, work: Callable[[], object], notes: list[str]) -> bool:
@@ -142,25 +127,23 @@ def _attempt(name: str, work: Callable[[], object], notes: list[str]) -> bool:
     return True
 
 
-class Cost(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Of what runs inside: flop of products and convolutions, number of operations, bytes that they read and write."""
+class _ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sums up the bytes that each operation inside reads and writes."""
 
-    flops, bytes, num_operations = 0, 0, 0
+    total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         if not func.is_view and "empty" not in str(func) and "detach" not in str(func):  # these move nothing
-            self.num_operations += 1
             tensors = {id(t): t for t in tree_leaves([args, kwargs, output]) if isinstance(t, Tensor)}
-            self.bytes += sum(t.numel() * t.element_size() for t in tensors.values())
+            self.total += sum(t.numel() * t.element_size() for t in tensors.values())
         return output
 
 
-def cost_of(step: Callable[[], object]) -> Cost:
-    """Count while `step`, which must not be compiled, runs."""
+def cost_of(step: Callable[[], object]) -> tuple[int, int]:
+    """Flop of products and convolutions, and bytes moved by all operations, of `step`, which must not be compiled."""
     step()  # creates the state of the optimizer
-    cost = Cost()  # type: ignore[no-untyped-call]
-    with FlopCounterMode(display=False) as counter, cost:
+    counter = _ByteCounter()  # type: ignore[no-untyped-call]
+    with FlopCounterMode(display=False) as flops, counter:
         step()
-    cost.flops = counter.get_total_flops()
-    return cost
+    return flops.get_total_flops(), counter.total

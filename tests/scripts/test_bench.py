@@ -117,14 +117,14 @@ def _check_loader(one_core: dict[str, Any]) -> None:
 
 
 def _check_step(figures: dict[str, Any]) -> None:
-    *limits, augmentation, steps, parts = figures["parts"]["step"]["tables"]
+    *limits, augmentation, steps = figures["parts"]["step"]["tables"]
     assert [table["unit"] for table in limits] == ["TFLOP/s", "GB/s"]
     assert [row["name"] for row in augmentation["rows"]] == ["eager", "normalised only"]
-    assert [row["name"] for row in steps["rows"]] == ["V1, plain", "V1, 1x1 merged", "V2, plain", "V2, 1x1 merged"]
-    plain, merged = (row["operations"] for row in steps["rows"][:2])
-    assert merged < plain
+    networks = ["V1, plain", "V1, 1x1 merged", "V2, plain", "V2, 1x1 merged", "V1, as trained by default, with Muon"]
+    assert [row["name"] for row in steps["rows"]] == networks
     assert all(0 < row["% of product"] < 100 for row in steps["rows"])
-    assert [row["name"] for row in parts["rows"]] == ["forward", "backward", "SGD", "Muon and SGD"]
+    plain, *_, with_muon = (row["TFLOP/s"] / row["median"] for row in steps["rows"])
+    assert with_muon > plain
 
 
 @pytest.mark.data
@@ -147,8 +147,9 @@ def test_other_networks_are_measured_after_one_fails(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(baselines, "project_step", build)
     config = BenchConfig("step", repeats=1, seconds=0.01, width=0.0625, micro_batch_size=(4,), device="cpu")
-    table = step.measure(config.resolve(on_gpu=False))[-2]
-    assert [row.name for row in table.rows] == ["V1, plain", "V1, 1x1 merged"]
+    table = step.measure(config.resolve(on_gpu=False))[-1]
+    names = ["V1, plain", "V1, 1x1 merged", "V1, as trained by default, with Muon"]
+    assert [row.name for row in table.rows] == names
     assert (
         table.notes[0] == "V2, plain: not measured: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
     )
@@ -167,7 +168,7 @@ def test_torchvision_googlenet_does_as_many_operations() -> None:
     """Flop of forward and backward agree, so the feature maps have the same sizes."""
     own = ModelConfig(stem="strided", branch5x5="3x3", merge_1x1="off")
     steps = baselines.torchvision_step("strided", 2, FP32), baselines.project_step(own, 2, FP32)
-    first, second = (cost_of(one).flops for one in steps)
+    first, second = (cost_of(one)[0] for one in steps)
     assert first == second > 0
 
 
@@ -180,15 +181,13 @@ def test_bare_step_trains() -> None:
     for _ in range(10):
         assert bare() == 16
     assert bare.loss().item() < 0.7 * first
-    assert min(bare.seconds_by_part()) > 0
 
 
 def test_cost_of_a_known_operation() -> None:
     a, b = torch.ones(64, 32), torch.ones(32, 16)
-    cost = cost_of(lambda: (a @ b).view(-1))
-    assert cost.flops == 2 * 64 * 32 * 16
-    assert cost.bytes == 4 * (64 * 32 + 32 * 16 + 64 * 16)
-    assert cost.num_operations == 1
+    flops, num_bytes = cost_of(lambda: (a @ b).view(-1))
+    assert flops == 2 * 64 * 32 * 16
+    assert num_bytes == 4 * (64 * 32 + 32 * 16 + 64 * 16)
 
 
 def test_simulated_exchange() -> None:
