@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torchvision.transforms import Normalize, v2
 
 from cifar_dist.config import NUM_CLASSES, ModelConfig, OptimConfig
 from cifar_dist.data.augment import MEAN, STD
-from cifar_dist.data.loader import Batch, end_reading
+from cifar_dist.data.loader import Batch
 from cifar_dist.data.prepare import beton
 from cifar_dist.models.architectures import create_model
 from cifar_dist.training import optim
@@ -40,18 +40,14 @@ class BareStep:
         sgd: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
         self.optimizer = torch.optim.SGD(self.model.parameters(), **sgd)
 
-    def __call__(self, accumulation: int = 1, exchange: bool = True) -> float:
-        """Do one step on the batch, `accumulation` times in a row; DDP exchanges gradients the last time, if at all.
-
-        Returns the number of images.
-        """
+    def __call__(self, accumulation: int = 1, exchange: bool = True) -> None:
+        """Do one step on the batch, `accumulation` times in a row; DDP exchanges gradients the last time, if at all."""
         for k in range(accumulation):
             silent = isinstance(self.network, DistributedDataParallel) and not (exchange and k == accumulation - 1)
             with self.network.no_sync() if silent else nullcontext():  # type: ignore[operator]
                 torch.autograd.backward(self.loss() if accumulation == 1 else self.loss() / accumulation)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(accumulation * len(self.labels))
 
     def loss(self) -> Tensor:
         with self.precision.autocast():
@@ -132,10 +128,11 @@ def without_prefetched(batches: Iterator[object], num_workers: int) -> Iterator[
         time.sleep(0.3)  # until the queues are full and the workers idle, so that they do not disturb other cases
 
 
-def ffcv_batches(path: Path, batch_size: int, num_workers: int) -> Generator[tuple[Tensor, Tensor]]:
+def ffcv_batches(path: Path, batch_size: int, num_workers: int) -> Iterator[list[Tensor]]:
     """Endless batches from FFCV with its own augmentation on the CPU, as in its CIFAR-10 example.
 
     Flip, translation by 2, cutout of 4, normalisation. Images are float32; the example's float16 is slow on CPUs.
+    FFCV's thread, a daemon, stays when the iterator is left: it waits for room in its queue.
     """
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
@@ -150,10 +147,6 @@ def ffcv_batches(path: Path, batch_size: int, num_workers: int) -> Generator[tup
     pipelines |= {name: [IntDecoder(), ToTensor()] for name in ("label", "index")}
     loader = Loader(str(path), batch_size, num_workers, order=OrderOption.RANDOM, pipelines=pipelines, drop_last=True)
     while True:
-        epoch = iter(loader)
-        try:
-            for images, labels, _ in epoch:
-                torch.set_num_threads(threads)  # FFCV sets it to 1
-                yield images, labels[:, 0]
-        finally:
-            end_reading(epoch)  # otherwise FFCV's thread waits for room in its queue for ever
+        for batch in loader:
+            torch.set_num_threads(threads)  # FFCV sets it to 1
+            yield batch

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cifar_dist.benchmarks.baselines import ffcv_batches, torchvision_batches, without_prefetched
-from cifar_dist.benchmarks.measure import Table, Work, interleaved
+from cifar_dist.benchmarks.measure import Table, interleaved
 from cifar_dist.benchmarks.settings import BenchConfig
 from cifar_dist.config import NUM_TRAIN, AugmentConfig
 from cifar_dist.data import augment
@@ -41,19 +41,20 @@ def _measure(config: BenchConfig, num: int) -> Table:
     with ExitStack() as stack:
         torchvision = torchvision_batches(path, size, num_workers)
         next(torchvision)  # starts the workers, while this process has few threads
-        batches, ffcv = _open(path, size, num, stack), ffcv_batches(path, size, num)
-        stack.callback(ffcv.close)
-        cases: dict[str, Work] = {
+        batches = _open(path, size, num, stack)
+        works: dict[str, Callable[[], object]] = {
             "this project, uint8": partial(take, batches),
             AUGMENTED: partial(take, batches, _LIKE_TORCHVISION),
             f"{AUGMENTED}, cutout": partial(take, batches, AugmentConfig()),
-            "FFCV's own augmentation": lambda: len(next(ffcv)[1]),
-            TORCHVISION: lambda: len(next(torchvision)[1]),
+            "FFCV's own augmentation": partial(next, ffcv_batches(path, size, num)),
+            TORCHVISION: partial(next, torchvision),
         }
         if num > 1:
-            cases["this project, uint8, one reading thread"] = partial(take, _open(path, size, 1, stack))
+            works["this project, uint8, one reading thread"] = partial(take, _open(path, size, 1, stack))
         rows = interleaved(
-            cases, config, lambda name: without_prefetched(torchvision, num_workers if name == TORCHVISION else 0)
+            {name: (size, work) for name, work in works.items()},
+            config,
+            lambda name: without_prefetched(torchvision, num_workers if name == TORCHVISION else 0),
         )
     notes = ["uint8 or normalised float32; crop or translation by 4, and flip; FFCV's as in its example"]
     if num > 1:
@@ -74,10 +75,9 @@ def take(
     config: AugmentConfig | None = None,
     dtype: torch.dtype = torch.float32,
     apply: Callable[..., Tensor] = augment.apply,
-) -> float:
-    """Read a batch and, given `config`, augment it; returns its number of images."""
+) -> None:
+    """Read a batch and, given `config`, augment it."""
     epoch, batch = next(batches)
     if config is not None:
         params = augment.sample_params(batch.indices, seed=0, epoch=epoch, config=config)
         apply(batch.images, params, config.cutout, dtype)
-    return float(len(batch.labels))

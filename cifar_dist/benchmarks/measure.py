@@ -16,8 +16,8 @@ from cifar_dist.config import TrainConfig
 from cifar_dist.distributed import World, init_distributed
 from cifar_dist.training.precision import Precision, choose_precision, set_backends
 
-Work = Callable[[], float]
-"""Does some work and returns its amount in the unit of the table (images, GB, TFLOP), the same in each call."""
+Case = tuple[float, Callable[[], object]]
+"""The amount of work of a call, in the unit of the table (images, GB, TFLOP), and what to call."""
 
 
 @dataclass(frozen=True)
@@ -35,28 +35,23 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that were measured interleaved, and the ratios of their medians to a reference. A higher ratio is better."""
+    """Rows that were measured interleaved, and the ratios of their medians to a reference. A higher rate is better."""
 
     title: str
     unit: str
     rows: list[Row]
     reference: str = ""  # name of a row; empty: no ratios
-    lower_is_better: bool = False  # as for seconds, whose ratios are inverted
     notes: list[str] = field(default_factory=list)
-
-    def ratio(self, row: Row) -> float | None:
-        reference = next((other.median for other in self.rows if other.name == self.reference), 0.0)
-        if not row.median or not reference:
-            return None
-        return reference / row.median if self.lower_is_better else row.median / reference
 
     def to_json(self) -> dict[str, Any]:
         """JSON types, with medians and ratios."""
-        rows = [
-            {"name": r.name, "values": r.values, "median": r.median, "ratio": self.ratio(r), **r.more}
-            for r in self.rows
-        ]
-        return {**vars(self), "rows": rows}
+        reference = next((row.median for row in self.rows if row.name == self.reference), None)
+
+        def cells(row: Row) -> dict[str, Any]:
+            ratio = row.median / reference if reference else None
+            return {"name": row.name, "values": row.values, "median": row.median, "ratio": ratio, **row.more}
+
+        return {**vars(self), "rows": [cells(row) for row in self.rows]}
 
 
 @contextmanager
@@ -102,7 +97,7 @@ def calls_in(seconds: float, work: Callable[[], object]) -> int:
 
 
 def interleaved(
-    cases: Mapping[str, Work],
+    cases: Mapping[str, Case],
     config: BenchConfig,
     around: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> list[Row]:
@@ -113,16 +108,16 @@ def interleaved(
     Args:
         around: given the name of a case, a context for each of its measurements; entering and leaving are not timed.
     """
-    amounts, counts = dict[str, float](), dict[str, int]()
-    for name, work in cases.items():
+    counts = dict[str, int]()
+    for name, (_, work) in cases.items():
         with around(name):
             for _ in range(3):  # compiles, and fills caches
-                amounts[name] = work()
+                work()
             counts[name] = calls_in(config.seconds, work)
     rows = [Row(name, []) for name in cases]
     for _ in range(config.repeats):
         for row in rows:
+            amount, work = cases[row.name]
             with around(row.name):
-                elapsed = seconds_of(counts[row.name], cases[row.name])
-                row.values.append(amounts[row.name] * counts[row.name] / elapsed)
+                row.values.append(amount * counts[row.name] / seconds_of(counts[row.name], work))
     return rows

@@ -122,19 +122,13 @@ def _change(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[st
     cells = {"": key, "old": number(old["median"]), "new": number(new["median"]), "change": f"{change:+.1%}"}
     for column, row in (("old ratio", old), ("new ratio", new)):
         cells[column] = f"{row['ratio']:.2f}" if row["ratio"] else ""
-    slower = (change < 0) != old["lower_is_better"]
-    return cells | {"mark": ("slower" if slower else "faster") if apart else ""}
+    return cells | {"mark": ("faster" if change > 0 else "slower") if apart else ""}
 
 
 def _rows(report: Report) -> dict[str, dict[str, Any]]:
-    """Rows by part, title and name, with `lower_is_better` of their table."""
+    """Rows by part, title and name."""
     return {
-        f"{part} / {table['title']} / {row['name']}": {
-            **row,
-            "median": float(row["median"]),
-            "values": [float(value) for value in row["values"]],
-            "lower_is_better": table["lower_is_better"],
-        }
+        f"{part} / {table['title']} / {row['name']}": row
         for part, content in report["parts"].items()
         for table in content["tables"]
         for row in table["rows"]

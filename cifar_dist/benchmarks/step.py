@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cifar_dist.benchmarks import baselines
 from cifar_dist.benchmarks.baselines import TORCHVISION_NCHW, TORCHVISION_NHWC, BareStep
 from cifar_dist.benchmarks.loader import take
-from cifar_dist.benchmarks.measure import Table, Work, interleaved, torch_as_in_training
+from cifar_dist.benchmarks.measure import Case, Table, interleaved, torch_as_in_training
 from cifar_dist.benchmarks.settings import BenchConfig, Stem
 from cifar_dist.config import AugmentConfig, ModelConfig
 from cifar_dist.data import augment
@@ -40,16 +40,11 @@ def _limits(config: BenchConfig, dtype: torch.dtype) -> list[Table]:
     a, b = (torch.randn(side, side, device=config.device, dtype=dtype) for _ in range(2))
     source = torch.ones(size, device=config.device, dtype=torch.uint8)
     product, target = torch.empty_like(a), torch.empty_like(source)
-
-    def multiply() -> float:
-        torch.mm(a, b, out=product)
-        return 2 * side**3 / 1e12
-
-    def copy() -> float:
-        target.copy_(source)
-        return 2 * size / 1e9
-
-    rows = interleaved({"matrix product": multiply, "copy, read and written": copy}, config)
+    cases: dict[str, Case] = {
+        "matrix product": (2 * side**3 / 1e12, partial(torch.mm, a, b, out=product)),
+        "copy, read and written": (2 * size / 1e9, partial(target.copy_, source)),
+    }
+    rows = interleaved(cases, config)
     products = f"limits of the device: products of {side} x {side}, {str(dtype).removeprefix('torch.')}"
     copies = f"limits of the device: copy of {size / 2**20:.0f} MiB"
     return [Table(products, "TFLOP/s", rows[:1]), Table(copies, "GB/s", rows[1:])]
@@ -61,12 +56,12 @@ def _augmentation(config: BenchConfig, precision: Precision) -> Table:
     batches, notes = baselines.blank_batches(num, torch.device(config.device)), list[str]()
     eager = partial(take, batches, AugmentConfig(), dtype)
     compiled = partial(eager, torch.compile(augment.apply, dynamic=False))
-    cases: dict[str, Work] = {
-        "eager": eager,
-        "normalised only": lambda: len(augment.normalize(next(batches)[1].images, dtype)),
+    cases: dict[str, Case] = {
+        "eager": (num, eager),
+        "normalised only": (num, lambda: augment.normalize(next(batches)[1].images, dtype)),
     }
     if config.compile == "on" and _attempt("compiled", compiled, notes):
-        cases["compiled"] = compiled
+        cases["compiled"] = (num, compiled)
     rows = interleaved(cases, config)
     return Table(f"augmentation, batches of {num}, {precision.name}", "images/s", rows, "eager", notes=notes)
 
@@ -99,7 +94,7 @@ def _networks(config: BenchConfig, precision: Precision, stem: Stem, num: int, l
     if baselines.has_torchvision_counterpart(stem, config.width):
         add(TORCHVISION_NCHW, partial(baselines.torchvision_step, stem, num, precision))
         add(TORCHVISION_NHWC, partial(baselines.torchvision_step, stem, num, precision, channels_last=True))
-    rows = interleaved(steps, config)
+    rows = interleaved({name: (num, step) for name, step in steps.items()}, config)
     for row in rows:
         step, (flops, num_bytes), steps_per_second = steps[row.name], costs[row.name], row.median / num
         row.more["TFLOP/s"] = steps_per_second * flops / 1e12
