@@ -1,10 +1,10 @@
 """Results of the benchmark as text and JSON, and the comparison of two of them."""
 
-import json
 import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from cifar_dist.errors import UserError
+from cifar_dist.files import read_json
 from cifar_dist.training import summary
 
 FORMAT = "cifar_dist bench, format 1"
@@ -88,18 +89,12 @@ def read(path: Path) -> Report:
     Raises:
         UserError: it cannot be read, or is no such file.
     """
-    try:
-        tree: Report = json.loads(path.read_text(encoding="utf-8"))
-        if tree.get("format") == FORMAT:
+    tree = read_json(path)
+    with suppress(KeyError, TypeError, AttributeError, ValueError):
+        if tree["format"] == FORMAT:
             compare(tree, tree)
             return tree
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}). Give a file written by bench --json.") from None
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {type(error).__name__} {error}.") from None
-    raise UserError(f"{path} was not written by bench --json (its `format` must be {FORMAT!r}).")
+    raise UserError(f"{path} is missing or damaged, or was not written by bench --json (its format is {FORMAT!r}).")
 
 
 def compare(old: Report, new: Report) -> str:

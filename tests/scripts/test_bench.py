@@ -267,23 +267,23 @@ def test_compare_reports_different_hardware() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    "text",
     [
-        (None, "No such file"),
-        ("{", "is not JSON"),
-        ("{}", "was not written by bench --json"),
-        ('{"format": "cifar_dist bench, format 1"}', "is damaged"),
-        ('{"format": "cifar_dist bench, format 1", "date": "", "hardware": "", "parts": {"a": {"tables": [{"title": "",'
-         ' "rows": [{"name": "x", "median": "1", "values": []}]}]}}}', "is damaged"),
+        None,
+        "{",
+        "{}",
+        '{"format": "cifar_dist bench, format 1"}',
+        '{"format": "cifar_dist bench, format 1", "date": "", "hardware": "", "parts": {"a": {"tables": [{"title": "",'
+        ' "rows": [{"name": "x", "median": "1", "values": []}]}]}}}',
     ],
-)  # fmt: skip
-def test_compare_refuses_other_files(text: str | None, message: str, tmp_path: Path) -> None:
+)
+def test_compare_refuses_other_files(text: str | None, tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     if text is not None:
         file.write_text(text)
     result = bench("compare", file, file)
     assert result.returncode == 2
-    assert message in result.stderr
+    assert f"{file} is missing or damaged, or was not written by bench --json" in result.stderr
     assert "Traceback" not in result.stderr
 
 
