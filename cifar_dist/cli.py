@@ -8,11 +8,13 @@ import argparse
 import difflib
 import errno
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -82,13 +84,11 @@ def read_yaml(path: Path, command: str = "train") -> Config:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(
-            f"--config {path}: {error.strerror}. The configurations of this project are in configs/."
-        ) from None
+        raise UserError(f"{path}: {error.strerror}. The configurations of this project are in configs/.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         detail = " ".join(str(error).split())
-        raise UserError(f"--config {path} is not readable as YAML: {detail}") from None
-    return from_tree({} if tree is None else tree, f"--config {path}", command)
+        raise UserError(f"{path} is not readable as YAML: {detail}") from None
+    return from_tree({} if tree is None else tree, str(path), command)
 
 
 def from_tree(tree: Any, origin: str, command: str = "train") -> Config:
@@ -234,6 +234,18 @@ def validate_for_table(config: Config) -> None:
     """
     if config.eval.test_subset is not None:
         raise UserError("eval.test_subset is for trials; a table of results needs scores of the whole test set.")
+
+
+def command_line() -> str:
+    """The command that started this process, for the record in a file of results."""
+    return shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, its first column left-aligned, the others right-aligned; rows may be short."""
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    lines = ("   ".join(f"{cell:{'>' if k else '<'}{widths[k]}}" for k, cell in enumerate(row)) for row in rows)
+    return [line.rstrip() for line in lines]
 
 
 def json_writer(path: Path | None) -> Callable[[dict[str, Any]], None]:

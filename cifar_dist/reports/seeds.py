@@ -5,14 +5,13 @@ Does not import torch, so that a table appears at once.
 
 import json
 import math
-import shlex
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cifar_dist.cli import aligned, command_line
 from cifar_dist.files import write_json
 from cifar_dist.reports.finished_runs import FinishedRun, read_runs, settings_of
 
@@ -62,7 +61,7 @@ def report(runs: Sequence[FinishedRun]) -> dict[str, Any]:
     """All figures for JSON; accuracies are fractions."""
     first = runs[0]
     return {
-        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "command": command_line(),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "config": settings_of(first.config),
         "num_runs": len(runs),
@@ -90,7 +89,7 @@ def table(runs: Sequence[FinishedRun]) -> str:
             f"standard deviation over {n} runs, dividing by {n - 1}; interval: mean +- {t_quantile(n):.3f} (Student's "
             f"t, {n - 1} degree{'s' if n > 2 else ''} of freedom) x standard deviation / sqrt({n})"
         )
-    return "\n".join([*_heading(runs), "", *_align(rows), "", note])
+    return "\n".join([*_heading(runs), "", *aligned(rows), "", note])
 
 
 def compare(groups: Mapping[str, Path], output: Path) -> str:
@@ -110,14 +109,7 @@ def compare(groups: Mapping[str, Path], output: Path) -> str:
         for column, value in spreads(runs).items():
             mean, deviation = (_cell(column, getattr(value, key, None)) for key in ("mean", "standard_deviation"))
             rows[-1].append(f"{mean} +- {deviation}".removesuffix(" +- -"))
-    return "\n".join([*_align(rows), "", "mean +- standard deviation over the seeds; accuracies in percent"])
-
-
-def _align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with the first column left-aligned and the others right-aligned; rows may be short."""
-    widths = [max(len(row[k]) for row in rows if len(row) > k) for k in range(len(rows[0]))]
-    lines = ("   ".join(f"{cell:{'>' if k else '<'}{widths[k]}}" for k, cell in enumerate(row)) for row in rows)
-    return [line.rstrip() for line in lines]
+    return "\n".join([*aligned(rows), "", "mean +- standard deviation over the seeds; accuracies in percent"])
 
 
 def _heading(runs: Sequence[FinishedRun]) -> list[str]:

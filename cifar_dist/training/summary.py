@@ -4,15 +4,14 @@ import hashlib
 import importlib.metadata
 import math
 import platform
-import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from cifar_dist.cli import command_line
 from cifar_dist.config import Config
 from cifar_dist.files import read_sha256sums, sha256_of_file
 from cifar_dist.models.layers import num_parameters
@@ -75,7 +74,7 @@ def summarize(config: Config, trainer: Trainer, test: Score, devices: list[str])
     train_step, progress = trainer.train_step, trainer.progress
     validation = progress.last_validation
     return {
-        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "command": command_line(),
         "git_commit": git_commit(),
         "versions": versions(),
         "device_names": devices,

@@ -211,7 +211,7 @@ def test_mistakes_on_the_command_line(args: list[str], expected: str) -> None:
 
 def test_mistakes_in_a_file_and_in_values(tmp_path: Path) -> None:
     for args, expected in (
-        (written(tmp_path, "optim: {lrr: 0.1}"), "error: --config "),
+        (written(tmp_path, "optim: {lrr: 0.1}"), f"error: {tmp_path}"),
         (["--config", str(tmp_path / "none.yaml")], "No such file"),
         (["--train.epochs", "0"], "error: train.epochs is 0; valid: 1 or more."),
     ):
