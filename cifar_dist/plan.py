@@ -15,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from cifar_dist import cli, errors
-from cifar_dist.config import Config, Range
+from cifar_dist.config import Config, Positive, Range
 from cifar_dist.errors import UserError
 
 
@@ -23,16 +23,15 @@ from cifar_dist.errors import UserError
 class PlanArguments:
     config: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CONFIG")]
     """YAML file of the run."""
-    nodes: int = 1
+    nodes: Positive = 1
     """Number of nodes."""
-    gpus: int = 1
+    gpus: Positive = 1
     """Devices per node: GPUs, or processes with train.device cpu."""
     time_limit: str | None = None
     """As for sbatch: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS."""
-    images_per_second: float | None = None
-    """Training speed per device, as measured elsewhere."""
-    like: Path | None = None
-    """Directory of a finished run of the same network; take its training speed."""
+    images_per_second: Annotated[float, Range(above=0, below=math.inf)] | None = None
+    """Training speed per device, as measured elsewhere: `images_per_second` divided by `world_size` in the
+    summary.json of a run of the same network."""
     measure: bool = False
     """Measure training speed, and on a GPU memory, with some steps on a device of this machine."""
     json: Path | None = None
@@ -46,7 +45,6 @@ def main() -> None:
         arguments = parse(sys.argv[1:])
         config, num_devices = arguments.settings, arguments.nodes * arguments.gpus
         limit = None if arguments.time_limit is None else time_limit_seconds(arguments.time_limit)
-        cli.validate(config)
         cli.accumulation_steps(config.train.batch_size, config.train.micro_batch_size, num_devices)
         write_json = cli.json_writer(arguments.json)
         if config.train.device == "cpu":
@@ -57,13 +55,11 @@ def main() -> None:
         planned, time = plan.make_plan(config, arguments.nodes, arguments.gpus), None
         if arguments.images_per_second is not None:
             time = plan.from_speed(arguments.images_per_second, planned)
-        elif arguments.like is not None:
-            time = plan.from_run(arguments.like, config, planned)
         elif arguments.measure:
             time = plan.measure(config, planned)
         findings = plan.check(config, planned)
         if limit is not None:
-            plan.check_time_limit(planned, time, limit, config.run.resume == "auto", findings)
+            plan.check_time_limit(time, limit, config.run.resume == "auto", findings)
         print(report.page(config, planned, time, findings), flush=True)
         write_json(planned | {"time": time and asdict(time)} | asdict(findings))
         if findings.refusals:
@@ -78,16 +74,10 @@ def parse(args: Sequence[str]) -> PlanArguments:
     file = cli.parse(PlanArguments, args, "plan", description=text).config
     from_file = PlanArguments(file, settings=cli.read_yaml(file, "plan"))
     arguments = replace(cli.parse(PlanArguments, args, "plan", from_file), config=file)
-    for name, valid in (
-        ("nodes", Range(min=1)),
-        ("gpus", Range(min=1)),
-        ("images_per_second", Range(above=0, below=math.inf)),
-    ):
-        value = getattr(arguments, name)
-        if value is not None and value not in valid:
-            raise UserError(f"{name} is {value}; valid: {valid}.")
-    if (arguments.images_per_second is not None) + (arguments.like is not None) + arguments.measure > 1:
-        raise UserError("the training speed has one source: give one of --images-per-second, --like and --measure.")
+    cli.validate(arguments.settings)  # first, since it names these without "settings."
+    cli.validate_ranges(arguments)
+    if arguments.images_per_second is not None and arguments.measure:
+        raise UserError("the training speed has one source: give either --images-per-second or --measure.")
     return arguments
 
 

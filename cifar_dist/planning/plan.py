@@ -1,19 +1,17 @@
 """What a run will do, computed by the code that trains, and why it cannot work."""
 
-import json
 import math
 import os
 import shutil
-import statistics
 import tempfile
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import repeat
-from pathlib import Path
-from time import perf_counter
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from cifar_dist.cli import accumulation_steps
@@ -25,31 +23,26 @@ from cifar_dist.distributed import World, init_distributed
 from cifar_dist.errors import UserError
 from cifar_dist.fault_tolerance.health import explain_out_of_memory
 from cifar_dist.models.layers import num_parameters
-from cifar_dist.reports.finished_runs import changes, read_run
 from cifar_dist.training import checkpoint, run_directory
 from cifar_dist.training.metrics import Metrics
 from cifar_dist.training.precision import Precision, choose_precision, set_backends
-from cifar_dist.training.schedule import LOW_RESOLUTION, Schedule, Step
+from cifar_dist.training.schedule import LOW_RESOLUTION, Schedule, Step, lr_fraction
 from cifar_dist.training.summary import device_name
 from cifar_dist.training.train_step import TrainStep
 
 NOTICE_S = 120  # slurm/train.sh asks for a signal this long before the time limit; the run then saves and ends
 _MEASURE_S = 5.0
-# Settings that decide how much there is to compute per image.
-_COST = ("model.", "augment.low_resolution_share", "optim.name", "debug.anomaly", "run.deterministic")
 Figures: TypeAlias = dict[str, Any]  # of a plan, named as in summary.json where it has them; steps count from 1
 
 
 @dataclass(frozen=True)
 class TrainingTime:
-    """How long training takes, and where the number comes from. None: not known."""
+    """How long training takes, and where the number comes from."""
 
     train_seconds: float
     step_seconds: float  # mean over all steps
     source: str
-    num_devices: int | None = None  # on which the speed was measured
-    startup_seconds: float | None = None  # from the start of the process to its first step
-    peak_memory_bytes: int | None = None  # of torch's allocations in a step on a GPU
+    peak_memory_bytes: int | None = None  # of torch's allocations in a step on a GPU; None: not measured
 
 
 @dataclass
@@ -109,15 +102,12 @@ def _precision(config: Config) -> Precision:
 
 
 def _learning_rates(schedule: Schedule, optimizer: torch.optim.Optimizer) -> dict[str, Figures]:
-    """Rates of the parameter groups at the start, half of the peak, the peak, half again (or the end), the end."""
+    """Rates of the parameter groups at the first step, at the peak, halfway from there to the end, and at the end."""
     fractions = [schedule.step(number).lr_fraction for number in range(schedule.total_steps)]
     last, peak = len(fractions) - 1, fractions.index(max(fractions))
-    half = fractions[peak] / 2
-    rise = next(k for k, fraction in enumerate(fractions) if fraction >= half)
-    fall = next((k for k in range(peak, last) if fractions[k] <= half), last)
     groups = zip(("SGD", "SGD (norm scales)", "SGD (biases)", "Muon"), optimizer.param_groups, strict=False)
     peaks = {name: group["peak_lr"] for name, group in groups if group["params"]}
-    points = {"start": 0, "half": rise, "peak": peak, "half again": fall, "end": last}
+    points = {"start": 0, "peak": peak, "halfway": (peak + last) // 2, "end": last}
     return {
         point: {"step": k + 1, **{name: peak_lr * fractions[k] for name, peak_lr in peaks.items()}}
         for point, k in points.items()
@@ -130,66 +120,32 @@ def from_speed(images_per_second: float, plan: Figures) -> TrainingTime:
     return TrainingTime(seconds * plan["steps"], seconds, f"given: {images_per_second:,.0f} images/s per device")
 
 
-def from_run(directory: Path, config: Config, plan: Figures) -> TrainingTime:
-    """From a finished run.
-
-    Raises:
-        UserError: its steps computed something else.
-    """
-    run = read_run(directory)
-    lines = [
-        line for line in changes(run.config, config, "\n  {name} was {old}, is {new}") if line[3:].startswith(_COST)
-    ]
-    if lines:
-        raise UserError(
-            f"{directory} has other settings, so its training speed does not apply (--measure does):{''.join(lines)}"
-        )
-    figures, devices = run.figures, run.figures["device_names"]
-    speed = figures["images_per_second"] / len(devices)
-    how = f"on {len(devices)} x {', '.join(set(devices))}, micro-batch {figures['micro_batch_size']}"
-    first_step = json.loads((directory / "summary.json").read_text(encoding="utf-8")).get("first_step_seconds")
-    time = from_speed(speed, plan)
-    source = f"{directory}: {speed:,.0f} images/s per device {how}, {figures['precision']}"
-    return replace(time, source=source, num_devices=len(devices), startup_seconds=first_step)
-
-
 def measure(config: Config, plan: Figures) -> TrainingTime:
     """Time the optimizer steps of one device of the run on a device of this machine, with black images."""
     train = replace(config.train, batch_size=plan["micro_batch_size"] * plan["accumulation"])
     with init_distributed(train.device) as world, explain_out_of_memory(config, 0, plan["world_size"]):
-        set_backends(train, config.run.deterministic, world.device)
-        train_step = TrainStep(replace(config, train=train), world, choose_precision(train.precision, world.device))
-        num, device, metrics = train.micro_batch_size, world.device, Metrics(world)
+        num, device, threads = train.micro_batch_size, world.device, torch.get_num_threads()
+        set_backends(train, config.run.deterministic, device)
+        train_step = TrainStep(replace(config, train=train), world, choose_precision(train.precision, device))
         indices = torch.arange(num, device=device)
         images = torch.zeros(num, 32, 32, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)  # as the loader's
         batches = repeat((0, Batch(images, torch.zeros_like(indices), indices)))
-
-        def step_seconds(image_size: int | None) -> float:
-            start = perf_counter()
-            train_step.run(Step(0, 0.0, image_size), batches, metrics)
-            metrics.window()  # waits for the device
-            return perf_counter() - start
-
         seconds, low = 0.0, plan["low_resolution_steps"]
         for image_size, count in ((LOW_RESOLUTION, low), (None, plan["steps"] - low)):
             if count:
-                step_seconds(image_size)  # the first step is slower
-                times, until = [step_seconds(image_size)], perf_counter() + _MEASURE_S
-                while perf_counter() < until:
-                    times.append(step_seconds(image_size))
-                seconds += count * statistics.median(times)
-        on_gpu, threads = device.type == "cuda", f", {torch.get_num_threads()} threads"
-        memory = torch.cuda.max_memory_allocated(device) if on_gpu else None
-    name = device_name(device) + ("" if on_gpu else threads)
+                step = partial(train_step.run, Step(0, 0.0, image_size), batches, Metrics(world))
+                timer = Timer("step()", globals={"step": step}, num_threads=threads)  # waits for the GPU, warms up
+                seconds += count * timer.blocked_autorange(min_run_time=_MEASURE_S).median
+        memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    name = device_name(device) + f", {threads} threads" * (device.type == "cpu")
     source = f"measured here, {name}, without reading data and without other devices"
-    return TrainingTime(seconds, seconds / plan["steps"], source, 1, peak_memory_bytes=memory)
+    return TrainingTime(seconds, seconds / plan["steps"], source, memory)
 
 
 def check(config: Config, plan: Figures) -> Findings:
     """Check the warm-up, and on this machine the dataset and the run directory."""
     optim, folder, steps, findings = config.optim, config.data.dir, plan["steps"], Findings()
-    schedule = Schedule(config, plan["steps_per_epoch"])
-    highest = schedule.step(plan["learning_rate"]["peak"]["step"] - 1).lr_fraction
+    highest = lr_fraction(plan["learning_rate"]["peak"]["step"] - 1, steps, optim)
     if highest < 1:
         findings.warnings.append(
             f"the learning rate reaches only {highest:.0%} of its peak: the warm-up takes at least "
@@ -224,27 +180,25 @@ def check(config: Config, plan: Figures) -> Findings:
     return findings
 
 
-def check_time_limit(plan: Figures, time: TrainingTime | None, limit_s: int, resumes: bool, findings: Findings) -> None:
-    """Add to `findings` whether the run fits into an allocation of `limit_s` seconds, or how many it takes."""
+def check_time_limit(time: TrainingTime | None, limit_s: int, resumes: bool, findings: Findings) -> None:
+    """Add to `findings` whether training fits into an allocation of `limit_s` seconds, or how many it takes."""
     if time is None:
         findings.warnings.append("the time limit is not checked, because the training speed is not known.")
         return
-    startup = time.startup_seconds or 0.0
-    usable = limit_s - NOTICE_S - startup  # each allocation has a start-up, and its run ends NOTICE_S early
+    usable = limit_s - NOTICE_S
     if time.train_seconds <= usable:
-        left = clock(usable - time.train_seconds)
-        findings.time_limit = f"{clock(limit_s)}; {left} are left of it before the last {NOTICE_S} s"
+        left = f"{clock(usable - time.train_seconds)} are left for start-up, validations and saving"
+        findings.time_limit = f"{clock(limit_s)}; {left}, before the last {NOTICE_S} s"
         return
     text = (
         f"the time limit {clock(limit_s)}, less the {NOTICE_S} s before its end at which slurm/train.sh stops a run, "
-        f"is too short: start-up and training take {clock(startup + time.train_seconds)}."
+        f"is too short: training takes {clock(time.train_seconds)}"
     )
     if usable < time.step_seconds:
-        least = clock(startup + time.step_seconds)
-        findings.refusals.append(f"{text} Start-up and one step alone take {least}. Raise the limit.")
+        findings.refusals.append(f"{text}, one step alone {clock(time.step_seconds)}. Raise the limit.")
         return
-    num, epochs = math.ceil(time.train_seconds / usable), int(usable / time.train_seconds * plan["epochs"])
-    text += f" One allocation has room for {epochs} of {plan['epochs']:g} epochs, so the run takes {num} allocations"
+    num = math.ceil(time.train_seconds / usable)
+    text += f", so the run takes {num} allocations"
     if resumes:
         findings.warnings.append(f"{text} ({num - 1} requeues).")
     else:

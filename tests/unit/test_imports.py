@@ -26,7 +26,7 @@ ALLOWED = {
     "fault_tolerance": {"ground"},
     "reports": {"ground"},
     "cluster": {"ground", "fault_tolerance", "reports"},
-    "planning": PARTS | {"training", "fault_tolerance", "reports"},
+    "planning": PARTS | {"training", "fault_tolerance"},
     "benchmarks": PARTS | {"training", "fault_tolerance"},
     "offline": {"ground", "data", "training"},
 }

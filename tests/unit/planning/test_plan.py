@@ -26,7 +26,6 @@ from cifar_dist.planning.plan import (
     check,
     check_time_limit,
     clock,
-    from_run,
     from_speed,
     make_plan,
     measure,
@@ -106,21 +105,21 @@ def test_checkpoints_of_a_real_run(planned: Figures, run_dir: Path) -> None:
 
 @pytest.mark.run
 @pytest.mark.data
-def test_time_like_a_real_run(planned: Figures, config: Config, run_dir: Path, data_dir: Path) -> None:
-    summary, like = runs.summary(run_dir), from_run(run_dir, config, planned)
+def test_time_at_the_speed_of_a_real_run(planned: Figures, run_dir: Path, data_dir: Path) -> None:
+    summary = runs.summary(run_dir)
     # Three devices are assumed to be three times as fast.
-    assert like.train_seconds == pytest.approx(summary["train_seconds"] / 3)
-    assert like.step_seconds == pytest.approx(summary["train_seconds"] / 3 / 24)
-    assert like.startup_seconds == summary["first_step_seconds"]
-    result = plan(CONFIG, *SETTINGS, "--data.dir", data_dir, "--like", run_dir, "--time-limit", "10")
+    time = from_speed(summary["images_per_second"], planned)
+    assert time.train_seconds == pytest.approx(summary["train_seconds"] / 3)
+    assert time.step_seconds == pytest.approx(summary["train_seconds"] / 3 / 24)
+    speed = str(summary["images_per_second"])
+    result = plan(
+        CONFIG, *SETTINGS, "--data.dir", data_dir, "--images-per-second", speed, "--time-limit", "10"
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     text = " ".join(result.stdout.split())
-    assert f"time training {clock(summary['train_seconds'])} ({run_dir}: " in text
+    assert f"time training {clock(summary['train_seconds'])} (given: " in text
     assert "time limit 10:00; 0" in text
     assert "are assumed to be" not in text
-    wider = plan(CONFIG, *SETTINGS, "--data.dir", data_dir, "--like", run_dir, "--model.width", "0.125")
-    assert wider.returncode == 2
-    assert "model.width was 0.0625, is 0.125" in wider.stderr
 
 
 def test_without_validation() -> None:
@@ -135,9 +134,9 @@ def test_without_validation() -> None:
 
 
 @pytest.mark.parametrize(("settings", "points"), [
-    ((), {"start": 1, "half": 3, "peak": 5, "half again": 16, "end": 24}),
-    (("--optim.warmup_min_steps", "50"), {"start": 1, "half": 9, "peak": 18, "half again": 22, "end": 24}),
-    (("--train.max_steps", "1"), {"start": 1, "half": 1, "peak": 1, "half again": 1, "end": 1}),
+    ((), {"start": 1, "peak": 5, "halfway": 14, "end": 24}),
+    (("--optim.warmup_min_steps", "50"), {"start": 1, "peak": 18, "halfway": 21, "end": 24}),
+    (("--train.max_steps", "1"), {"start": 1, "peak": 1, "halfway": 1, "end": 1}),
 ])  # fmt: skip
 def test_steps_at_which_the_learning_rate_is_shown(settings: tuple[str, ...], points: dict[str, int]) -> None:
     changed = load_config(["--config", CONFIG, *SETTINGS, "--optim.warmup_min_steps", "0", *settings])
@@ -162,42 +161,40 @@ def test_no_time_limits(text: str) -> None:
         time_limit_seconds(text)
 
 
-def time_limit(plan: Figures, time: TrainingTime | None, limit_s: int, resumes: bool = False) -> Findings:
+def time_limit(time: TrainingTime | None, limit_s: int, resumes: bool = False) -> Findings:
     findings = Findings()
-    check_time_limit(plan, time, limit_s, resumes, findings)
+    check_time_limit(time, limit_s, resumes, findings)
     return findings
 
 
 @pytest.mark.parametrize(("limit", "text"), [
-    (120 + 20 + 24, "02:44; 0 s are left"), (120 + 20 + 30, "02:50; 6 s are left"),
-    (120 + 20 + 23, "room for 2 of 2.4 epochs, so the run takes 2 allocations (1 requeues)."),
-    (120 + 20 + 10, "room for 1 of 2.4 epochs, so the run takes 3 allocations (2 requeues)."),
-    (120 + 20 + 1, "room for 0 of 2.4 epochs, so the run takes 24 allocations (23 requeues)."),
-    (120 + 20, "start-up and training take 00:44. Start-up and one step alone take 00:21. Raise the limit."),
-    (60, "one step alone"),
+    (120 + 24, "02:24; 0 s are left"), (120 + 30, "02:30; 6 s are left"),
+    (120 + 23, "training takes 00:24, so the run takes 2 allocations (1 requeues)."),
+    (120 + 10, "3 allocations (2 requeues)."), (120 + 1, "24 allocations (23 requeues)."),
+    (120, "training takes 00:24, one step alone 1 s. Raise the limit."), (60, "one step alone"),
 ])  # fmt: skip
-def test_allocations_of_a_time_limit(limit: int, text: str, planned: Figures) -> None:
-    """24 steps of a second each, after 20 s of start-up in each allocation."""
-    found = time_limit(planned, TrainingTime(24.0, 1.0, "", startup_seconds=20.0), limit, resumes=True)
+def test_allocations_of_a_time_limit(limit: int, text: str) -> None:
+    """24 steps of a second each."""
+    found = time_limit(TrainingTime(24.0, 1.0, ""), limit, resumes=True)
     (message,) = [*found.refusals, *found.warnings, *filter(None, [found.time_limit])]
     assert text in message
     assert bool(found.refusals) == ("one step" in text)
     assert bool(found.time_limit) == ("left" in text)
 
 
-def test_a_time_limit_that_needs_requeues_without_resume(planned: Figures) -> None:
-    (text,) = time_limit(planned, TrainingTime(24.0, 1.0, "", startup_seconds=20.0), 150).refusals
-    assert "room for 1 of 2.4 epochs, so the run takes 3 allocations. That needs --run.name NAME --run.resume" in text
+def test_a_time_limit_that_needs_requeues_without_resume() -> None:
+    (text,) = time_limit(TrainingTime(24.0, 1.0, ""), 130).refusals
+    assert "training takes 00:24, so the run takes 3 allocations. That needs --run.name NAME --run.resume auto" in text
 
 
-def test_a_time_limit_without_a_training_speed(planned: Figures) -> None:
-    (text,) = time_limit(planned, None, 60).warnings
+def test_a_time_limit_without_a_training_speed() -> None:
+    (text,) = time_limit(None, 60).warnings
     assert text == "the time limit is not checked, because the training speed is not known."
 
 
 def test_time_of_a_speed(planned: Figures) -> None:
     given = from_speed(32.0, planned)  # a step of 96 images, on three devices
-    assert (given.step_seconds, given.train_seconds, given.startup_seconds) == (1.0, 24.0, None)
+    assert (given.step_seconds, given.train_seconds) == (1.0, 24.0)
 
 
 def test_clock() -> None:
@@ -263,7 +260,7 @@ def test_warnings(config: Config, planned: Figures, tmp_path: Path) -> None:
     ((CONFIG, "--nodes", "0"), "nodes is 0; valid: 1 or more."),
     ((CONFIG, "--time-limit", "1h"), "time_limit is 1h; valid are Slurm's forms"),
     ((CONFIG, "--images-per-second", "0"), "images_per_second is 0.0; valid: above 0."),
-    ((CONFIG, "--measure", "--like", "runs/a"), "the training speed has one source"),
+    ((CONFIG, "--measure", "--images-per-second", "9"), "the training speed has one source"),
     ((CONFIG, "--json", "/nowhere/a.json"), "--json /nowhere/a.json cannot be written: No such file or directory."),
     ((CONFIG, "--train.epoch", "3"), "--train.epochs"),
     ((CONFIG, "--optim.lr", "-1"), "optim.lr is -1.0; valid: above 0"),
@@ -344,7 +341,7 @@ def test_too_little_memory_is_refused_while_measuring(
 
 def test_page_without_a_training_speed(config: Config, planned: Figures) -> None:
     text = page(config, planned, None, Findings(warnings=["look"]))
-    assert "time          unknown; give --images-per-second SPEED (per device), --like runs/NAME, or --measure" in text
+    assert "time          unknown; give --images-per-second SPEED (per device) or --measure" in text
     assert text.splitlines()[-1] == "warning:      look"
     assert "memory" not in text
     assert text.isascii()
