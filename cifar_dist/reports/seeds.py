@@ -3,7 +3,6 @@
 Does not import torch, so that a table appears at once.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -75,20 +74,15 @@ def report(runs: Sequence[FinishedRun]) -> dict[str, Any]:
 
 def table(runs: Sequence[FinishedRun]) -> str:
     """One line per seed, then mean, standard deviation and interval."""
-    n, rows = len(runs), [["", *TITLES, "commit"]]
+    rows = [["", *TITLES, "commit"]]
     for run in runs:
         commit, dash, dirty = (run.figures["git_commit"] or "-").partition("-")
         cells = [_cell(name, run.figures[name]) for name in COLUMNS]
         rows.append([f"seed {run.figures['seed']}", *cells, commit[:7] + dash + dirty])
     rows.append([])
-    for label, key in list(STATISTICS.items())[: None if n > 1 else 1]:
+    for label, key in STATISTICS.items():
         rows.append([label, *(_cell(name, getattr(value, key, None)) for name, value in spreads(runs).items())])
-    note = "one run has no standard deviation and no interval"
-    if n > 1:
-        note = (
-            f"standard deviation over {n} runs, dividing by {n - 1}; interval: mean +- {t_quantile(n):.3f} (Student's "
-            f"t, {n - 1} degree{'s' if n > 2 else ''} of freedom) x standard deviation / sqrt({n})"
-        )
+    note = "standard deviation (divided by n - 1) and interval (Student's t, n - 1 degrees of freedom) need n > 1 runs"
     return "\n".join([*_heading(runs), "", *aligned(rows), "", note])
 
 
@@ -114,20 +108,20 @@ def compare(groups: Mapping[str, Path], output: Path) -> str:
 
 def _heading(runs: Sequence[FinishedRun]) -> list[str]:
     figures, config, num = runs[0].figures, runs[0].config, len(runs)
-    val_n, devices = figures["val_n"], figures["device_names"]
+    val_n = figures["val_n"]
     validation = "none, trained on all" if val_n is None else f"n = {val_n:,} images held out from training"
-    lines = [
+    machines = []
+    for run in runs:
+        devices, torch = run.figures["device_names"], run.figures["versions"].get("torch")
+        machines.append(f"{len(devices)} x {', '.join(set(devices))}; torch {torch}")
+    return [
         f"{num} run{'s that differ only in the seed' if num > 1 else ''}: {config.model.name}, "
         f"{figures['params']:,} parameters, {figures['epochs']:g} epochs of batch {figures['batch_size']}, "
         f"{figures['precision']}",
         f"test accuracy, last epoch, n = {figures['test_n']:,} images, TTA: {config.eval.tta}; validation accuracy: "
         f"{validation}; in percent",
+        f"on {', and on '.join(dict.fromkeys(machines))}",
     ]
-    names = ("git_commit", "versions", "device_names")
-    counts = {name: len({json.dumps(run.figures[name], sort_keys=True) for run in runs}) for name in names}
-    if counts["device_names"] == counts["versions"] == 1:
-        lines.append(f"on {len(devices)} x {', '.join(set(devices))}; torch {figures['versions'].get('torch')}")
-    return lines + [f"note: {name} has {n} values in these runs" for name, n in counts.items() if n > 1]
 
 
 def _cell(column: str, value: float | Sequence[float] | None) -> str:

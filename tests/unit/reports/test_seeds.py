@@ -120,16 +120,17 @@ def test_one_run_without_validation_and_tta(
     call(monkeypatch, run / "summary.json", "--json", tmp_path / "out.json")
     output = capsys.readouterr().out
     assert "validation accuracy: none, trained on all" in output
-    assert "one run has no standard deviation and no interval" in output
+    assert "need n > 1 runs" in output
     rows = [line.split() for line in output.splitlines()]
     assert ["seed", "3", "-", "86.00", "-", "100.0", "27,000", "-"] in rows
     assert ["mean", "-", "86.00", "-", "100.0", "27,000"] in rows
+    assert ["standard", "deviation", *"-----"] in rows
     figures = json.loads((tmp_path / "out.json").read_text())
     assert figures["val_accuracy"] is figures["test_accuracy_tta"] is figures["t_quantile"] is None
     assert figures["test_accuracy"] == {"mean": 0.86, "standard_deviation": None, "interval_95": None}
 
 
-def test_other_differences_are_noted(
+def test_devices_and_commits_may_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = replace(CONFIG, data=replace(CONFIG.data, dir=Path("/elsewhere")))
@@ -138,9 +139,9 @@ def test_other_differences_are_noted(
     leave_run(tmp_path, 1, other, git_commit="fedcba9876543210", device_names=["b", "b"])
     call(monkeypatch, tmp_path)
     output = capsys.readouterr().out
-    assert "note: git_commit has 2 values in these runs" in output
-    assert "note: device_names has 2 values in these runs" in output
-    assert "note: versions" not in output
+    assert "on 2 x a; torch 2.15.0, and on 2 x b; torch 2.15.0" in output
+    assert "0123456-dirty\n" in output
+    assert "fedcba9\n" in output
 
 
 def test_missing_and_unfinished_runs_are_all_named(
@@ -150,11 +151,12 @@ def test_missing_and_unfinished_runs_are_all_named(
     for seed in (1, 2):
         (leave_run(tmp_path, seed) / "summary.json").unlink()
     message = refusal(monkeypatch, capsys, tmp_path, tmp_path / "seed-7")
-    for part in ("seed-1 is not finished", "seed-2 is not finished", "seed-7 does not exist", "--run.resume auto"):
-        assert part in message
+    for name in ("seed-1", "seed-2"):
+        assert f"{name} holds no finished run: no summary.json. Resume the run with --run.resume auto." in message
+    assert "seed-7 does not exist" in message
     assert "seed-0" not in message
     (tmp_path / "empty").mkdir()
-    assert "holds no run" in refusal(monkeypatch, capsys, tmp_path / "seed-0" / "..", tmp_path / "empty")
+    assert "empty holds no finished run" in refusal(monkeypatch, capsys, tmp_path / "seed-0" / "..", tmp_path / "empty")
     assert "no run is given" in refusal(monkeypatch, capsys)
 
 
@@ -163,8 +165,8 @@ def test_missing_and_unfinished_runs_are_all_named(
     [
         ("", "is damaged"),
         ('{"seed": 0, ', "is damaged"),
-        ("[1, 2]", "no keys and values"),
-        ("{}", "seed is missing"),
+        ("[1, 2]", "seed is None, not 0"),
+        ("{}", "seed is None, not 0"),
         ("\udcff", "is damaged"),
     ],
 )
@@ -187,12 +189,13 @@ def test_damaged_summaries_are_refused(
         ({"test_accuracy": "0.86"}, "test_accuracy is 0.86"),
         ({"test_accuracy": math.nan}, "test_accuracy is nan"),
         ({"train_seconds": math.inf}, "train_seconds is inf"),
-        ({"test_n": 1e4}, "test_n is 10000.0"),
+        ({"steps": 1e4}, "steps is 10000.0"),
         ({"train_seconds": -1.0}, "train_seconds is -1.0"),
-        ({"seed": 5}, "seed is 5, but run.seed 0"),
-        ({"batch_size": 512}, "batch_size is 512, but train.batch_size 1024"),
-        ({"test_accuracy_tta": None}, "test_accuracy_tta is None, but eval.tta flip"),
-        ({"val_accuracy": None, "val_n": None}, "val_accuracy is None, but data.train_on train"),
+        ({"seed": 5}, "seed is 5, not 0"),
+        ({"batch_size": 512}, "batch_size is 512, not 1024"),
+        ({"test_n": 500}, "of a trial with eval.test_subset: test_n is 500, not 10000."),
+        ({"test_accuracy_tta": None}, "test_accuracy_tta is None"),
+        ({"val_accuracy": None, "val_n": None}, "val_accuracy is None"),
     ],
 )
 def test_impossible_figures_are_refused(
@@ -229,10 +232,6 @@ def test_runs_that_differ_in_more_than_the_seed_are_refused(
     ("figures", "part"),
     [
         ({"val_n": 4_000}, "val_n is 5000 and 4000"),
-        (
-            {"test_n": 500},
-            "has the score of 500 of the 10,000 test images (eval.test_subset), which does not belong in a table",
-        ),
         ({"precision": "fp32"}, "precision is bf16 and fp32"),
         ({"model_sha256": "model 0"}, "copy"),
     ],
@@ -271,7 +270,9 @@ def test_check_refuses_directories_with_other_settings(
     assert "eval.test_subset is for trials" in refusal(monkeypatch, capsys, tmp_path / "seed-2", "--check", asked)
     asked.write_text(to_yaml(replace(CONFIG, eval=replace(CONFIG.eval, tta="none"))))
     for directory in (finished, begun):
-        assert "eval.tta was flip, is now none" in refusal(monkeypatch, capsys, directory, "--check", asked)
+        assert "eval.tta is flip in the first, none in the second" in refusal(
+            monkeypatch, capsys, directory, "--check", asked
+        )
 
 
 def test_json_that_cannot_be_written(
@@ -329,7 +330,7 @@ def test_stopped_and_gone_on(data_dir: Path, tmp_path: Path) -> None:
     output = runs.finish(start("seeds", *arguments, cpu=runs.ON_ONE_CPU[-1], NPROC_PER_NODE="1"), timeout_s=400)
     assert f"resuming from {folder}/seed-0/checkpoints/step-" in output
     assert "2 runs that differ only in the seed" in output
-    assert "Student's t, 1 degree of freedom" in output
+    assert "Student's t" in output
     summaries = [runs.summary(folder / f"seed-{seed}") for seed in (0, 1)]
     assert [(s["seed"], s["steps"], s["world_size"]) for s in summaries] == [(0, 6, 1), (1, 6, 1)]
     figures = json.loads((folder / "seeds.json").read_text())
@@ -345,7 +346,7 @@ def test_stopped_and_gone_on(data_dir: Path, tmp_path: Path) -> None:
     assert times_of(folder) == before
 
     refused = runs.finish(start("seeds", *arguments, "--eval.tta", "flip"), expected=2)
-    assert "eval.tta was none, is now flip" in refused
+    assert "eval.tta is none in the first, flip in the second" in refused
     assert times_of(folder) == before
 
 
