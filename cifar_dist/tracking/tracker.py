@@ -54,10 +54,8 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        clean = error is None or (isinstance(error, SystemExit) and not error.code)
         self._console.close()
-        if self._wandb is not None:
-            self._wandb.finish({}, exit_code=0 if clean else 1)
+        self._wandb.finish({}, exit_code=0 if error is None else 1)
         try:
             self._records.close()
         except UserError:
@@ -75,8 +73,7 @@ class Tracker:
             UserError: metrics.jsonl cannot be written. A W&B process that dies does not stop the run (see `finish`).
         """
         self._records.append(step, metrics)
-        if self._wandb is not None:
-            self._wandb.log({"step": step, **metrics})
+        self._wandb.log({"step": step, **metrics})
         self._console.log_metrics(step, metrics)
 
     def log(self, text: str) -> None:
@@ -90,8 +87,6 @@ class Tracker:
             UserError: metrics.jsonl cannot be written, or a W&B mode was given explicitly and W&B failed.
         """
         self._console.close()
-        if self._wandb is not None:
-            self._wandb.finish(summary, exit_code=0)
+        self._wandb.finish(summary, exit_code=0)
         self._records.close()
-        if self._wandb is not None:
-            self._wandb.check()
+        self._wandb.check()

@@ -15,57 +15,67 @@ from cifar_dist.errors import UserError
 from cifar_dist.files import write_text_atomic
 from cifar_dist.process import stop_signals_blocked
 from cifar_dist.tracking.metrics_file import Value
-from cifar_dist.tracking.wandb_login import Mode, resolve_mode
 
 if TYPE_CHECKING:
     import wandb
 
 INIT_TIMEOUT_S = 20.0
 FINISH_TIMEOUT_S = 30.0  # a preempted job may have no more; what is not uploaded stays on disk
+# Values of WANDB_MODE; run and dryrun are W&B's older names of online and offline.
+ENVIRONMENT_MODES = ("online", "run", "offline", "dryrun", "disabled")
 
 
 def start_wandb(
     config: TrackConfig, run_dir: Path, run_config: dict[str, Any], name: str, log: Callable[[str], None]
-) -> WandbRun | None:
-    """Start the W&B run of this run directory, or resume it; None if W&B is disabled. For the arguments see `Tracker`.
+) -> WandbRun:
+    """Start the W&B run of this run directory, or resume it. For the arguments see `Tracker`.
+
+    --track.wandb gives the mode, or WANDB_MODE if that is auto. If neither does, see `_stored_mode`.
 
     Raises:
-        UserError: a mode that was given explicitly failed. In mode auto, offline replaces a server that fails, and
-            nothing replaces a wandb that fails; a line tells so.
+        UserError: WANDB_MODE is unknown, or a mode that was given failed. If none was given, offline replaces what
+            fails, and nothing replaces an offline W&B that fails; a line tells so.
     """
-    mode, explicit = resolve_mode(config.wandb)
+    mode = config.wandb if config.wandb != "auto" else os.environ.get("WANDB_MODE") or "auto"
+    if mode not in ("auto", *ENVIRONMENT_MODES):
+        raise UserError(f"WANDB_MODE is {mode!r}; valid: {', '.join(ENVIRONMENT_MODES)}.")
+    explicit = mode != "auto"
     if mode == "disabled":
-        return None
-    run_id = _run_id(run_dir)
-    modes: tuple[Mode, ...] = (mode,) if explicit or mode == "offline" else ("online", "offline")
-    for attempt in modes:
+        return WandbRun(None, explicit, log)
+    for attempt in (mode,) if explicit else ("auto", "offline"):
         try:
-            run = _init(attempt, config.project, run_dir, run_id, run_config, name)
+            run = _init(attempt, config.project, run_dir, run_config, name)
         except Exception as error:
             _teardown()  # else the failed run keeps its id occupied
             reason = " ".join(str(error).split()) or type(error).__name__
             if explicit:
-                others = "offline or disabled" if attempt == "online" else "disabled"
+                others = "offline or disabled" if mode == "online" else "disabled"
                 raise UserError(
-                    f"W&B {attempt} was asked for and failed: {reason}\nTo go without: --track.wandb {others}."
+                    f"W&B {mode} was asked for and failed: {reason}\nTo go without: --track.wandb {others}."
                 ) from error
-            instead = "it works offline now" if attempt == "online" else "metrics go to metrics.jsonl only"
-            log(f"W&B {attempt} failed, so {instead}: {reason}")
+            instead = "it works offline now" if attempt == "auto" else "metrics go to metrics.jsonl only"
+            log(f"W&B failed, so {instead}: {reason}")
             continue
-        where = run.url if attempt == "online" else f"`wandb sync {run.settings.sync_dir}` uploads it"
-        log(f"W&B {attempt}: {where}")
+        if run.offline:
+            log(f"W&B offline: `wandb sync {run.settings.sync_dir}` uploads it")
+        elif not run.disabled:
+            log(f"W&B online: {run.url}")
         return WandbRun(run, explicit, log)
-    return None
+    return WandbRun(None, explicit, log)
 
 
-def _init(mode: Mode, project: str, run_dir: Path, run_id: str, run_config: dict[str, Any], name: str) -> wandb.Run:
+def _init(mode: str, project: str, run_dir: Path, run_config: dict[str, Any], name: str) -> wandb.Run:
+    run_id = _run_id(run_dir)
+    os.environ["WANDB_SILENT"] = "true"
     # No crash reports to a third party: offline means no network at all.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb  # here, because it takes half a second
 
+    with stop_signals_blocked():  # its process must outlive this one's last step
+        wandb.setup()
     settings: dict[str, Any] = {
+        "mode": _stored_mode() if mode == "auto" else mode,
         "console": "off",
-        "silent": True,
         "save_code": False,
         "disable_code": True,
         "disable_git": True,  # a remote's address may hold a token
@@ -74,10 +84,8 @@ def _init(mode: Mode, project: str, run_dir: Path, run_id: str, run_config: dict
     }
     if "finish_timeout" in wandb.Settings.model_fields:  # older ones wait without end
         settings |= {"finish_timeout": FINISH_TIMEOUT_S, "finish_timeout_raises": True}
-    with stop_signals_blocked():  # its process must outlive this one's last step
-        wandb.setup(wandb.Settings(silent=True))
     run = wandb.init(
-        mode=mode, project=project, dir=str(run_dir), id=run_id, resume="allow", name=name, config=run_config,
+        project=project, dir=str(run_dir), id=run_id, resume="allow", name=name, config=run_config,
         settings=wandb.Settings(**settings),
     )  # fmt: skip
     # W&B's own step cannot go back, as it does when a run resumes; ours is a metric like the others.
@@ -86,33 +94,46 @@ def _init(mode: Mode, project: str, run_dir: Path, run_id: str, run_config: dict
     return run
 
 
+def _stored_mode() -> str:
+    """After `wandb disabled` or `wandb offline` that mode; else online with a login, and offline without.
+
+    W&B must be set up, and silent, so that it does not ask for a login.
+    """
+    import wandb
+
+    if wandb.setup().settings.mode == "disabled":
+        return "disabled"
+    try:
+        return "online" if wandb.login(verify=False) else "offline"  # verifying would need the network
+    except wandb.errors.UsageError:  # there is no login
+        return "offline"
+
+
 def _run_id(run_dir: Path) -> str:
     path = run_dir / "wandb_id.txt"
-    try:
-        if path.exists():
-            run_id = path.read_text().strip()
-            if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", run_id):
-                raise UserError(f"{path} holds no W&B run id: {run_id[:80]!r}. Delete it for a new W&B run.")
-            return run_id
-        run_id = secrets.token_hex(4)
-        write_text_atomic(path, run_id + "\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read or write {path}: {error}.") from error
+    if not path.exists():
+        write_text_atomic(path, secrets.token_hex(4) + "\n")
+    run_id = path.read_text(errors="replace").strip()
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", run_id):
+        raise UserError(f"{path} holds no W&B run id: {run_id[:80]!r}. Delete it for a new W&B run.")
     return run_id
 
 
 def _teardown() -> None:
-    import wandb
-
     with suppress(Exception):  # its process may be dead already
+        import wandb
+
         wandb.teardown()
 
 
 class WandbRun:
-    """A started run. When W&B fails, for whatever reason, it logs one line and ignores all that follows."""
+    """A started run, or None, for which all does nothing.
 
-    def __init__(self, run: wandb.Run, explicit: bool, log: Callable[[str], None]) -> None:
-        self._run: wandb.Run | None = run
+    When W&B fails, for whatever reason, it logs one line and ignores all that follows.
+    """
+
+    def __init__(self, run: wandb.Run | None, explicit: bool, log: Callable[[str], None]) -> None:
+        self._run = run
         self._explicit = explicit
         self._log = log
         self._failure: str | None = None

@@ -103,7 +103,7 @@ MUTANTS = (
     Mutant("SIGUSR1 not handled", "process.py", "STOP_SIGNALS = (signal.SIGUSR1, ", "STOP_SIGNALS = (",
            ("test_trainer.py::test_a_signal_in_the_training_loop_is_deferred[SIGUSR1]",)),
     Mutant("id of the W&B run not kept", "tracking/wandb_run.py",
-           'write_text_atomic(path, run_id + "\\n")', "pass", ("test_tracker.py::test_wandb_offline",)),
+           "if not path.exists():", "if True:", ("test_tracker.py::test_wandb_offline",)),
 )  # fmt: skip
 
 

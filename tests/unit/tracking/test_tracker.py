@@ -23,7 +23,6 @@ from cifar_dist.tracking import wandb_run
 from cifar_dist.tracking.console import describe
 from cifar_dist.tracking.metrics_file import Record, read_records
 from cifar_dist.tracking.tracker import Tracker
-from cifar_dist.tracking.wandb_login import resolve_mode
 
 OFF = TrackConfig(wandb="disabled")
 SECRET_KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -95,14 +94,6 @@ def strict_lines(directory: Path) -> list[Record]:
     text = (directory / "metrics.jsonl").read_text()
     assert text == "" or text.endswith("\n")
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
-
-
-@pytest.fixture
-def _no_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("WANDB")] + ["NETRC"]:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
 
 
 def test_records_are_strict_json(tmp_path: Path) -> None:
@@ -244,9 +235,9 @@ def test_wandb_process_dies(tmp_path: Path) -> None:
 def test_wandb_online_without_login(tmp_path: Path) -> None:
     online = start(tmp_path / "run", "online")
     assert online.returncode == 2
-    assert "there is no login for api.wandb.ai" in online.stderr
-    assert "--track.wandb offline or --track.wandb disabled" in online.stderr
-    assert [file.name for file in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+    assert "W&B online was asked for and failed: No API key configured. Use `wandb login` to log in." in online.stderr
+    assert "To go without: --track.wandb offline or disabled." in online.stderr
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["metrics.jsonl", "wandb_id.txt"]
 
 
 def test_wandb_dead_server(tmp_path: Path) -> None:
@@ -264,7 +255,7 @@ def test_wandb_dead_server(tmp_path: Path) -> None:
     auto = start(tmp_path / "b", "auto", env=login)
     assert time.monotonic() - began < wandb_run.INIT_TIMEOUT_S  # so it is the time-out that decides; W&B's own is 90 s
     assert auto.returncode == 0, auto.stderr
-    assert re.search(r"W&B online failed, so it works offline now: .*connection refused", auto.stdout)
+    assert re.search(r"W&B failed, so it works offline now: .*connection refused", auto.stdout)
     assert len(list(tmp_path.glob("b/wandb/offline-run-*/*.wandb"))) == 1
     assert len(strict_lines(tmp_path / "b")) == 7
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and SECRET_KEY in path.read_text("latin-1")]
@@ -278,7 +269,7 @@ def test_wandb_bad_key(tmp_path: Path) -> None:
     login = {"WANDB_API_KEY": "too-short", "WANDB_BASE_URL": "http://127.0.0.1:9"}
     auto = start(tmp_path / "run", "auto", env=login)
     assert auto.returncode == 0, auto.stderr
-    assert "W&B online failed, so it works offline now: WANDB_API_KEY invalid" in auto.stdout
+    assert "W&B failed, so it works offline now: WANDB_API_KEY invalid" in auto.stdout
 
 
 def test_wandb_id_file_is_checked(tmp_path: Path) -> None:
@@ -287,27 +278,57 @@ def test_wandb_id_file_is_checked(tmp_path: Path) -> None:
         Tracker(tmp_path, TrackConfig(wandb="offline"), {}, 100, 0, "name")
 
 
-@pytest.mark.usefixtures("_no_login")
-def test_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve_mode("auto") == ("offline", False)
-    assert resolve_mode("disabled") == ("disabled", True)
-    netrc = tmp_path / ".netrc"
-    netrc.write_text("machine api.forge.coreweave.com login user password " + SECRET_KEY + "\n")
-    netrc.chmod(0o600)
-    assert resolve_mode("auto") == ("online", False)
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert resolve_mode("auto") == ("offline", False)
-    netrc.write_text("machine wandb.example.org login user password " + SECRET_KEY + "\n")
-    assert resolve_mode("auto") == ("online", False)
-    assert resolve_mode("online") == ("online", True)
-    (tmp_path / "wandb").mkdir()
-    (tmp_path / "wandb" / "settings").write_text("[default]\nmode = offline\n")
-    assert resolve_mode("auto") == ("offline", False)
-    monkeypatch.setenv("WANDB_MODE", "online")
-    assert resolve_mode("auto") == ("online", True)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert resolve_mode("auto") == ("disabled", True)
-    assert resolve_mode("offline") == ("offline", True)
+# For each set of environment variables: the mode without --track.wandb and WANDB_MODE.
+STORED_MODES = """
+import json, os, sys
+import wandb
+from cifar_dist.tracking.wandb_run import _stored_mode
+
+for case in json.loads(sys.argv[1]):
+    os.environ.update(case)
+    wandb.setup()
+    print(_stored_mode())
+    wandb.teardown()
+    for name in case:
+        del os.environ[name]
+"""
+
+
+def test_mode_without_options(tmp_path: Path) -> None:
+    """Files stand for `wandb login`, `wandb offline` and `wandb disabled`; WANDB_CONFIG_DIR and NETRC name them."""
+    for mode in ("online", "offline", "disabled"):
+        (tmp_path / mode).mkdir()
+        (tmp_path / mode / "settings").write_text(f"[default]\nmode = {mode}\nbase_url = https://wandb.example.org\n")
+    for host in ("wandb.example.org", "api.wandb.ai"):
+        (tmp_path / host).write_text(f"machine {host} login user password {SECRET_KEY}\n")
+        (tmp_path / host).chmod(0o600)
+    (tmp_path / "damaged").write_text("machine machine machine\n")
+    (tmp_path / "folder").mkdir()
+    own = {"NETRC": str(tmp_path / "wandb.example.org")}
+    cases: list[tuple[dict[str, str], str]] = [
+        ({}, "offline"),
+        ({"WANDB_API_KEY": SECRET_KEY}, "online"),
+        ({"WANDB_IDENTITY_TOKEN_FILE": str(tmp_path / "token")}, "online"),
+        ({"NETRC": str(tmp_path / "api.wandb.ai")}, "online"),
+        (own, "offline"),
+        (own | {"WANDB_BASE_URL": "https://wandb.example.org"}, "online"),
+        (own | {"WANDB_CONFIG_DIR": str(tmp_path / "online")}, "online"),
+        (own | {"WANDB_CONFIG_DIR": str(tmp_path / "offline")}, "offline"),
+        (own | {"WANDB_CONFIG_DIR": str(tmp_path / "disabled")}, "disabled"),
+        ({"NETRC": str(tmp_path / "damaged")}, "offline"),
+        ({"NETRC": str(tmp_path / "folder")}, "offline"),
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", STORED_MODES, json.dumps([variables for variables, _ in cases])],
+        env=environment(tmp_path, WANDB_SILENT="true"), capture_output=True, text=True, timeout=80, check=False,
+    )  # fmt: skip
+    assert result.stderr == ""
+    assert result.stdout.split() == [mode for _, mode in cases]
+
+
+def test_mode_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "on")
     with pytest.raises(UserError, match=r"WANDB_MODE is 'on'; valid: online, run, offline"):
-        resolve_mode("auto")
+        Tracker(tmp_path, TrackConfig(), {}, 100, 0, "name")
+    result = start(tmp_path / "run", "auto", env={"WANDB_MODE": "disabled"})
+    assert "wandb loaded: False" in result.stdout
