@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from cifar_dist.errors import UserError
 from cifar_dist.files import write_bytes_atomic
 from cifar_dist.tracking.metrics_file import Record, number, read_records
 
@@ -17,8 +16,14 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, distinguishable for the colour-blind; one per series, in every panel.
 TRAIN, VALIDATION, TEST = "#0072B2", "#D55E00", "#009E73"
 INK, GRID = "#333333", "#dddddd"
-
-Points = tuple[list[int], list[float]]
+STYLE: dict[Any, Any] = {
+    "figure.facecolor": "white", "figure.constrained_layout.w_pad": 0.14, "text.color": INK,
+    "legend.frameon": False, "legend.fontsize": 9,
+    "axes.labelcolor": INK, "axes.edgecolor": GRID, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.7,
+    "xtick.color": INK, "xtick.labelsize": 9, "ytick.color": INK, "ytick.labelsize": 9,
+    "lines.linewidth": 1.8, "lines.markeredgecolor": "white", "lines.markeredgewidth": 0.6, "lines.markersize": 4.5,
+}  # fmt: skip
 
 
 def draw_curves(metrics_path: Path, out: Path, title: str) -> None:
@@ -31,100 +36,71 @@ def draw_curves(metrics_path: Path, out: Path, title: str) -> None:
         out: the PNG, 1560 x 540 pixels; replaced atomically.
 
     Raises:
-        UserError: the metrics cannot be read, or the file cannot be written.
+        OSError: the metrics cannot be read, or the file cannot be written.
     """
     # The object interface: pyplot keeps global state and chooses a window system.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     records = read_records(metrics_path)
-    figure = Figure(figsize=(13, 4.5), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.14), facecolor="white")
-    figure.suptitle(title, fontsize=12, color=INK)
-    loss, accuracy, rate = figure.subplots(1, 3)
-    _line(loss, _points(records, "train/loss"), "training", TRAIN)
-    _line(loss, _points(records, "val/loss"), "validation", VALIDATION, marked=True)
-    _line(accuracy, _points(records, "train/accuracy", 100), "training", TRAIN)
-    _line(accuracy, _points(records, "val/accuracy", 100), "validation", VALIDATION, marked=True)
-    _test_point(accuracy, records)
-    _line(rate, _points(records, "lr"), "", TRAIN)
-    steps_per_epoch = _steps_per_epoch(records)
-    for axes, name in ((loss, "loss (cross-entropy)"), (accuracy, "accuracy (%)"), (rate, "learning rate")):
-        _furnish(axes, name, steps_per_epoch)
-    rate.set_ylim(bottom=0)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure)  # attaches itself to the figure
-    figure.savefig(buffer, format="png")
-    try:
-        write_bytes_atomic(out, buffer.getvalue())
-    except OSError as error:
-        raise UserError(f"cannot write the curves {out}: {error.strerror or error}.") from error
+    with rc_context(STYLE):
+        figure = Figure(figsize=(13, 4.5), dpi=120, layout="constrained")
+        figure.suptitle(title, fontsize=12)
+        loss, accuracy, rate = figure.subplots(1, 3)
+        _line(loss, records, "train/loss", "training", TRAIN)
+        _line(loss, records, "val/loss", "validation", VALIDATION, marked=True)
+        _line(accuracy, records, "train/accuracy", "training", TRAIN, scale=100)
+        _line(accuracy, records, "val/accuracy", "validation", VALIDATION, scale=100, marked=True)
+        _test_point(accuracy, records)
+        _line(rate, records, "lr", "", TRAIN)
+        steps_per_epoch = next((r["step"] / r["epoch"] for r in reversed(records) if r.get("epoch")), None)
+        for axes, name in ((loss, "loss (cross-entropy)"), (accuracy, "accuracy (%)"), (rate, "learning rate")):
+            _furnish(axes, name, steps_per_epoch)
+        rate.set_ylim(bottom=0)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+    write_bytes_atomic(out, buffer.getvalue())
 
 
-def _points(records: list[Record], key: str, scale: float = 1) -> Points:
+def _line(
+    axes: Axes, records: list[Record], key: str, label: str, colour: str, *, scale: float = 1, marked: bool = False
+) -> None:
     steps, values = [], []
     for record in records:
-        step, value = record["step"], number(record.get(key))
-        if isinstance(step, int) and value is not None:
-            steps.append(step)
-            values.append(scale * value if math.isfinite(value) else math.nan)
-    return steps, values
-
-
-def _steps_per_epoch(records: list[Record]) -> float | None:
-    for record in reversed(records):
-        step, epoch = number(record["step"]), number(record.get("epoch"))
-        if step and epoch and math.isfinite(epoch):
-            return step / epoch
-    return None
-
-
-def _line(axes: Axes, points: Points, label: str, colour: str, *, marked: bool = False) -> None:
-    steps, values = points
+        value = number(record.get(key))
+        if value is not None:
+            steps.append(record["step"])
+            values.append(scale * value)
     if steps:
         # A single value makes no line, so it needs a marker to be seen.
         marker = "o" if marked or sum(map(math.isfinite, values)) < 2 else ""
-        axes.plot(
-            steps, values, color=colour, label=label, linewidth=1.8, marker=marker, markersize=4.5,
-            markeredgecolor="white", markeredgewidth=0.6, zorder=3 if marked else 2,
-        )  # fmt: skip
+        axes.plot(steps, values, color=colour, label=label, marker=marker, zorder=3 if marked else 2)
 
 
 def _test_point(axes: Axes, records: list[Record]) -> None:
-    steps, values = _points(records, "test/accuracy", 100)
-    if not steps or not math.isfinite(values[-1]):
-        return
-    label = f"test: {values[-1]:.2f} %"
-    _, augmented = _points(records, "test/accuracy_tta", 100)
-    if augmented and math.isfinite(augmented[-1]):
-        label += f"\n(with further views {augmented[-1]:.2f} %)"
-    axes.plot(
-        steps[-1:], values[-1:], linestyle="", marker="D", markersize=7, color=TEST, label=label,
-        markeredgecolor="white", markeredgewidth=0.8, zorder=4, clip_on=False,
-    )  # fmt: skip
+    for record in records:  # at most one has it
+        if record.get("test/accuracy") is not None:
+            value, augmented = 100 * record["test/accuracy"], record.get("test/accuracy_tta")
+            further = "" if augmented is None else f"\n(with further views {100 * augmented:.2f} %)"
+            label = f"test: {value:.2f} %{further}"
+            axes.plot(record["step"], value, "D", color=TEST, label=label, markersize=7, zorder=4, clip_on=False)
 
 
 def _furnish(axes: Axes, name: str, steps_per_epoch: float | None) -> None:
     import numpy as np
 
-    axes.set_xlabel("step", color=INK)
-    axes.set_ylabel(name, color=INK)
-    axes.grid(color=GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GRID)
-    axes.tick_params(colors=INK, labelsize=9)
+    axes.set_xlabel("step")
+    axes.set_ylabel(name)
     if not axes.lines:
-        axes.text(0.5, 0.5, "no values yet", transform=axes.transAxes, ha="center", color=INK)
+        axes.text(0.5, 0.5, "no values yet", transform=axes.transAxes, ha="center")
         axes.set(xticks=[], yticks=[])
         return
     axes.set_xlim(left=0)
     axes.locator_params(axis="x", integer=True)
-    if axes.get_legend_handles_labels()[1] and name != "learning rate":
-        axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend()
     if steps_per_epoch is not None:
         k = steps_per_epoch
         top = axes.secondary_xaxis("top", functions=(lambda x: np.divide(x, k), lambda x: np.multiply(x, k)))
-        top.set_xlabel("epoch", color=INK)
+        top.set_xlabel("epoch")
         top.spines["top"].set_visible(False)
-        top.tick_params(colors=INK, labelsize=9)

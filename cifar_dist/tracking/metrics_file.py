@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +12,24 @@ from cifar_dist.errors import UserError
 from cifar_dist.files import write_bytes_atomic
 
 Value = float | int | str | None
-Record = dict[str, Value]
+Record = dict[str, Any]  # of `Value`s
 
 
 def read_records(path: Path) -> list[Record]:
     """All records of a metrics.jsonl in file order; a line torn by a crash is skipped.
 
     Raises:
-        UserError: there is no such file, or it cannot be read.
+        OSError: there is no such file, or it cannot be read.
     """
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read the metrics {path}: {error.strerror or error}.") from error
-    return [record for line in lines if (record := _parse(line)) is not None]
+    return [record for line in path.read_bytes().splitlines() if (record := _parse(line)) is not None]
 
 
 def number(value: Value) -> float | None:
-    """The value as a float, "nan", "inf" and "-inf" turned back; None for what is no number."""
-    if value is None or (isinstance(value, str) and value not in ("nan", "inf", "-inf")):
-        return None
-    return float(value)
+    """The value as a float, "nan", "inf" and "-inf" turned back; None for null."""
+    return None if value is None else float(value)
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes) -> Record | None:
     try:
         record = json.loads(line)
     except ValueError:  # also UnicodeDecodeError: a torn line may end inside a character
@@ -64,12 +59,10 @@ class RecordFile:
     def __init__(self, path: Path, start_step: int) -> None:
         self.path = path
         self.num_dropped = 0
-        try:
+        with self._explain_unwritable():
             if path.is_file():
                 self._cut(start_step)
             self._file = path.open("ab", buffering=0)
-        except OSError as error:
-            raise self._error(error) from error
 
     def _cut(self, start_step: int) -> None:
         before = self.path.read_bytes()
@@ -93,11 +86,9 @@ class RecordFile:
         """
         record = {"step": step, **{key: _strict(value) for key, value in metrics.items()}}
         rest = memoryview(json.dumps(record, allow_nan=False).encode() + b"\n")
-        try:
+        with self._explain_unwritable():
             while rest:  # a nearly full disk takes a part of a line and refuses the next
                 rest = rest[self._file.write(rest) :]
-        except OSError as error:
-            raise self._error(error) from error
 
     def close(self) -> None:
         """Sync to disk and close; a second call does nothing.
@@ -105,18 +96,16 @@ class RecordFile:
         Raises:
             UserError: the disk is full or failed.
         """
-        if self._file.closed:
-            return
-        try:
-            if self.path.is_file():  # a pipe or a device cannot be synced
+        if not self._file.closed:
+            with self._file, self._explain_unwritable():
                 os.fsync(self._file.fileno())
-        except OSError as error:
-            raise self._error(error) from error
-        finally:
-            self._file.close()
 
-    def _error(self, error: OSError) -> UserError:
-        return UserError(
-            f"cannot write the metrics {self.path}: {error.strerror or error}. "
-            f"Make room or choose another run.dir, then resume with --run.resume auto."
-        )
+    @contextmanager
+    def _explain_unwritable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write the metrics {self.path}: {error.strerror or error}. "
+                f"Make room or choose another run.dir, then resume with --run.resume auto."
+            ) from error
