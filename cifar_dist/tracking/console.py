@@ -27,14 +27,10 @@ BAR_KEYS = ("train/loss", "train/accuracy", "images_per_second")
 BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 
 
-def describe(metrics: Mapping[str, Value], keys: tuple[str, ...] | None = None) -> str:
-    """The known metrics as `epoch 0.87  loss 1.412  accuracy 61.2 %`; accuracies are given as fractions."""
-    parts = []
-    for key, words, scale in FIELDS:
-        value = number(metrics.get(key))
-        if value is not None and (keys is None or key in keys):
-            parts.append(words.format(scale * value))
-    return "  ".join(parts)
+def describe(metrics: Mapping[str, Value]) -> list[str]:
+    """The known metrics: `epoch 0.87`, `loss 1.412`, `accuracy 61.2 %`, which is given as a fraction."""
+    values = ((words, scale, number(metrics.get(key))) for key, words, scale in FIELDS)
+    return [words.format(scale * value) for words, scale, value in values if value is not None]
 
 
 class Console:
@@ -63,26 +59,21 @@ class Console:
             self._bar.update(step - self._bar.n)
 
     def log_metrics(self, step: int, metrics: Mapping[str, Value]) -> None:
-        """Show one record: training metrics in the bar where there is one, everything else as a line."""
+        """Show one record: one of training in the bar where there is one, any other as a line."""
         self.progress(step)
-        left = self._time_left(step) if "train/loss" in metrics else ""
+        left = self._time_left(step) if "train/loss" in metrics else []
         if self._bar is not None and "train/loss" in metrics:
-            text = "  ".join(part for part in (describe(metrics, BAR_KEYS), left) if part)
-            self._bar.set_postfix_str(text)
-            metrics = {key: value for key, value in metrics.items() if not key.startswith("train/")}
-            if not any(key.startswith(("val/", "test/")) for key in metrics):
-                return
-            metrics = {key: value for key, value in metrics.items() if key not in ("lr", "images_per_second")}
-            left = ""
-        parts = (f"step {step}/{self._total}", describe(metrics), left)
-        self.log("  ".join(part for part in parts if part))
+            shown = {key: metrics.get(key) for key in BAR_KEYS}
+            self._bar.set_postfix_str("  ".join(describe(shown) + left))
+        else:
+            self.log("  ".join([f"step {step}/{self._total}", *describe(metrics), *left]))
 
-    def _time_left(self, step: int) -> str:
+    def _time_left(self, step: int) -> list[str]:
         if self._first is None or step <= self._first[0] or step >= self._total:
-            return ""
+            return []
         first_step, first_time = self._first
         seconds_per_step = (time.monotonic() - first_time) / (step - first_step)
-        return f"{tqdm.format_interval(round(seconds_per_step * (self._total - step)))} left"
+        return [f"{tqdm.format_interval(round(seconds_per_step * (self._total - step)))} left"]
 
     def log(self, text: str) -> None:
         """Print a line to stdout, above the bar where there is one."""

@@ -168,7 +168,7 @@ def test_plain_lines(tmp_path: Path) -> None:
 
 
 def test_words() -> None:
-    assert describe({"train/loss": "nan", "lr": 1e-05, "val/loss": None, "other": 3}) == "loss nan  lr 1e-05"
+    assert describe({"train/loss": "nan", "lr": 1e-05, "val/loss": None, "other": 3}) == ["loss nan", "lr 1e-05"]
 
 
 def test_bar_on_a_terminal(tmp_path: Path) -> None:
