@@ -67,7 +67,8 @@ def read_runs(paths: Sequence[Path]) -> list[FinishedRun]:
         except UserError as error:
             problems.append(str(error))
     if problems:
-        raise UserError("\n  ".join(problems))
+        more = [f"and {len(problems) - 12} more"] if len(problems) > 12 else []  # one screen is enough
+        raise UserError("\n  ".join([*problems[:12], *more]))
     runs.sort(key=lambda run: run.config.run.seed)
     _refuse_unequal(runs)
     return runs
