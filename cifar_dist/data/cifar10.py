@@ -19,7 +19,7 @@ class BetonFile:
 
 FFCV_VERSION = "1.0.2"
 TRAIN, TEST = "train.beton", "test.beton"
-# FFCV writes these files from the official images, in their order, with one worker: always the same bytes.
+# What FFCV writes from the official images, in their order, with one worker: always the same bytes.
 BETON_FILES = {
     TRAIN: BetonFile(NUM_TRAIN, 158_486_400, "d8ff422c5b4e2d19ce6e823e414e38ddddbb79e3a99b863cf00339bdb7e6903c"),
     TEST: BetonFile(NUM_TEST, 33_794_432, "bdd4c762aa97c8530ced54965a33e1891fc1d93be7f67994fd22039c5eb3b3b2"),

@@ -13,12 +13,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 import filelock
 
-from cifar_dist.data.cifar10 import BETON_FILES, FFCV_VERSION, TEST, TRAIN
+from cifar_dist.data.cifar10 import BETON_FILES, TEST, TRAIN
 from cifar_dist.errors import DataError
 from cifar_dist.files import sha256_of_file, sync_directory
 
@@ -123,14 +122,11 @@ def stage(data_dir: Path, stage_dir: Path, source: str, log: Log) -> Path:
 def _copy(data_dir: Path, stage_dir: Path, log: Log) -> None:
     for name in BETON_FILES:
         (stage_dir / name).unlink(missing_ok=True)  # a damaged copy, or one of a killed process
-    try:
-        with _new_files(stage_dir, log) as partial:
-            if shutil.disk_usage(stage_dir).free < _TOTAL_BYTES + _SPARE_BYTES:
-                raise OSError(f"no room for {_TOTAL_BYTES / 1e6:.0f} MB")
-            for name in BETON_FILES:
-                shutil.copyfile(data_dir / name, partial / name)
-    except DataError as error:
-        raise OSError(str(error).splitlines()[0]) from None
+    with _new_files(stage_dir, log) as partial:
+        if shutil.disk_usage(stage_dir).free < _TOTAL_BYTES + _SPARE_BYTES:
+            raise OSError(f"no room for {_TOTAL_BYTES / 1e6:.0f} MB")
+        for name in BETON_FILES:
+            shutil.copyfile(data_dir / name, partial / name)
 
 
 def _prepare(data_dir: Path, source: str, log: Log) -> None:
@@ -140,8 +136,8 @@ def _prepare(data_dir: Path, source: str, log: Log) -> None:
     started = time.monotonic()
     with _new_files(data_dir, log) as partial:
         data = sources.fetch(source, log, scratch=partial)
-        train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
-        beton.write({partial / TRAIN: train, partial / TEST: test})
+        beton.write(partial / TRAIN, data.train_images, data.train_labels)
+        beton.write(partial / TEST, data.test_images, data.test_labels)
     log(f"dataset {data_dir}: prepared from {data.origin} in {time.monotonic() - started:.1f} s")
 
 
@@ -160,7 +156,7 @@ def _new_files(folder: Path, log: Log) -> Iterator[Path]:
     """A temporary folder to write both files to; at the end they are verified and moved to `folder`. Needs the lock.
 
     Raises:
-        DataError: a file is wrong; then none is moved.
+        OSError: a file is wrong, e.g. because the disk is faulty; then none is moved.
     """
     for stale in folder.glob(".partial-*"):  # of processes that were killed
         shutil.rmtree(stale, ignore_errors=True)
@@ -169,10 +165,7 @@ def _new_files(folder: Path, log: Log) -> Iterator[Path]:
         yield partial
         for name in BETON_FILES:
             if wrong := _problem(partial / name):
-                raise DataError(
-                    f"{name}, just written, is wrong: {wrong}.\nIs the disk full or faulty? The files are those of "
-                    f"ffcv {FFCV_VERSION}; ffcv {version('ffcv')} is installed."
-                )
+                raise OSError(f"{name}, just written, is wrong: {wrong}")
         for name in BETON_FILES if missing(folder) else ():
             # A killed preparation leaves one file of the right content. One with other content is the user's own.
             if os.path.lexists(folder / name) and _problem(folder / name):

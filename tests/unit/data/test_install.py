@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from cifar_dist.data import cifar10
@@ -152,19 +151,15 @@ def test_read_only_folder(read_only: Path) -> None:
         install.ensure(read_only, "auto", print, rebuild=True)
 
 
-@pytest.mark.slow
-def test_another_version_of_ffcv_is_named(binary_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its files may have other bytes; they are not used."""
+def test_a_faulty_disk_is_noticed(binary_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = beton.write
 
-    def write_otherwise(files: Any) -> None:
-        write(files)
-        for path in files:
-            edit = path.read_bytes()[:-1] + b"x"
-            path.write_bytes(edit)
+    def write_otherwise(path: Path, *arrays: Any) -> None:
+        write(path, *arrays)
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
 
     monkeypatch.setattr(beton, "write", write_otherwise)
-    with pytest.raises(DataError, match=r"train\.beton, just written, is wrong: its SHA-256 (.|\n)* of ffcv 1\.0\.2"):
+    with pytest.raises(DataError, match=r"cannot be prepared: train\.beton, just written, is wrong: its SHA-256 "):
         install.ensure(tmp_path / "data", str(binary_dir), print)
     assert names(tmp_path / "data") == [".prepare.lock"]
 
@@ -180,15 +175,6 @@ def prepare(folder: Path, source: Path, *more: str) -> subprocess.Popen[str]:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-def writers(folder: Path) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        line = " ".join(process.info["cmdline"] or [])
-        if "prepare.beton" in line and str(folder) in line and process.status() != psutil.STATUS_ZOMBIE:
-            found.append(process)
-    return found
 
 
 def wait_for(condition: Callable[[], Any], limit_s: float = 30) -> None:
@@ -207,7 +193,6 @@ def kill_as_soon_as(condition: Callable[[], Any], folder: Path, source: Path) ->
     process.kill()
     output, _ = process.communicate()
     assert install.missing(folder) == ["train.beton", "test.beton"], output
-    wait_for(lambda: not writers(folder))
 
 
 def test_killed_then_two_at_once(binary_dir: Path, tmp_path: Path) -> None:
@@ -235,7 +220,6 @@ def test_killed_then_two_at_once(binary_dir: Path, tmp_path: Path) -> None:
     (aside,) = folder.glob("set-aside-*")
     assert (aside / cifar10.TRAIN).read_bytes() == b"somebody's own"
     assert names(folder) == sorted([*COMPLETE, aside.name])
-    assert writers(folder) == []
     install.ensure(folder, "auto", print)
 
 
@@ -270,12 +254,10 @@ def test_damaged_data_is_rebuilt(copy: Path, binary_dir: Path) -> None:
 def test_interrupted_by_the_terminal(binary_dir: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     process = prepare(folder, binary_dir)
-    wait_for(lambda: writers(folder))
+    wait_for(lambda: list(folder.glob(f".partial-*/{cifar10.TRAIN}")))
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
     assert process.returncode != 0
-    # An interrupt within Popen leaves no handle to kill by: the writer then ends itself, as its stdin is closed.
-    wait_for(lambda: not writers(folder))
     assert names(folder) == [".prepare.lock"]
 
 
@@ -284,7 +266,7 @@ def test_full_disk_leaves_nothing(binary_dir: Path, tmp_path: Path) -> None:
     if subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("NOT TESTED: a full disk needs the right to mount a tmpfs")
     try:
-        with pytest.raises(DataError, match=r"has 104\.9 MB free, the data needs 192\.3 MB"):
+        with pytest.raises(DataError, match=r"No space left on device .*\n.* 400 MB free"):
             install.ensure(tmp_path / "data", str(binary_dir), print)
         assert names(tmp_path / "data") == [".prepare.lock"]
     finally:
