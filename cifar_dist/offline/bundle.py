@@ -183,8 +183,10 @@ def gather_wheels(folder: Path, requirements: Sequence[str], ffcv_wheel: Path, t
     pip = ["uv", "tool", "run", "--quiet", "--python", sys.executable, "--with=setuptools==84.2.1"]
     pip += ["--with=wheel==0.48.0", "pip@26.3", "--quiet", "--disable-pip-version-check"]
     download = [*pip, "download", "--no-deps", "--no-build-isolation", "--require-hashes", "--implementation=cp"]
-    download += [f"--python-version={target.python}", *(f"--platform={name}" for name in pip_platforms(target))]
-    download += [f"--dest={folder}", "--requirement=/dev/stdin"]
+    download += [f"--python-version={target.python}", f"--dest={folder}", "--requirement=/dev/stdin"]
+    # All whose wheels run there, best first. pip knows only that manylinux2014 includes the two older names.
+    platforms = [f"manylinux_2_{minor}" for minor in range(int(target.glibc.removeprefix("2.")), 4, -1)]
+    download += [f"--platform={name}_{target.machine}" for name in (*platforms, "manylinux2014")]
     complaint = f"the packages for Python {target.python} on {target.machine} could not be downloaded"
     run(download, complaint, "\n".join([*requirements, uv]))
     for archive in folder.glob("*.tar.gz"):
@@ -202,13 +204,6 @@ def gather_wheels(folder: Path, requirements: Sequence[str], ffcv_wheel: Path, t
     (folder / "requirements.txt").write_text("".join(lines), encoding="utf-8")
     facts = "".join(f"{key} {value}\n" for key, value in asdict(target).items() if value)
     (folder / TARGET).write_text(facts, encoding="utf-8")
-
-
-def pip_platforms(target: Target) -> list[str]:
-    """Names of all platforms whose wheels run on `target`, best first: pip takes each name literally."""
-    names = [f"manylinux_2_{minor}" for minor in range(int(target.glibc.removeprefix("2.")), 4, -1)]
-    names += ["manylinux2014", "manylinux2010", "manylinux1"]  # older names of 2.17, 2.12 and 2.5
-    return [f"{name}_{target.machine}" for name in names]
 
 
 def run(command: Sequence[str], complaint: str, stdin: str = "") -> str:
