@@ -21,11 +21,6 @@ from cifar_dist.errors import EXIT_CODES, PeerError, StopError, exit_on_error
 from cifar_dist.fault_tolerance import signals
 from cifar_dist.process import STOP_SIGNALS, kill_process_tree, quick_imports, run_and_exit
 
-# torchrun kills workers after this time. Saving a checkpoint takes a second, closing W&B up to 30.
-SHUTDOWN_TIMEOUT_S = 60
-# Other signals are handled here: a second one would abort torchrun's shutdown.
-_OPTIONS = ("--signals-to-handle", "SIGHUP,SIGQUIT")
-
 
 def main() -> None:
     """Run torchrun in this process and exit with the code of its workers."""
@@ -33,8 +28,9 @@ def main() -> None:
         signals.install_handlers()  # before torchrun starts, a signal ends this process
         os.environ |= {EXIT_CODES: folder, signals.LAUNCHER: str(os.getpid())}
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers set their own; otherwise torchrun warns
-        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT_S))
         os.environ.setdefault("LOGLEVEL", "ERROR")  # otherwise torchrun logs each process that it stops
+        # torchrun kills workers after this time. Saving a checkpoint takes a second, closing W&B up to 30.
+        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "60")
         # A shared store keeps a key of the first start, on which a restart waits forever.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         # Otherwise torch's C++ prints pages of stack addresses for a lost process.
@@ -43,14 +39,25 @@ def main() -> None:
         with signals.deferred(), quick_imports():  # importing torch swallows exceptions
             from torch.distributed import run
 
-            options: Namespace = run.parse_args([*_OPTIONS, *sys.argv[1:]])  # type: ignore[no-untyped-call]
+            # Other signals are handled here: a second one would abort torchrun's shutdown.
+            words = ["--signals-to-handle", "SIGHUP,SIGQUIT", *sys.argv[1:]]
+            options: Namespace = run.parse_args(words)  # type: ignore[no-untyped-call]
         os.environ["TORCH_CPP_LOG_LEVEL"] = level or "ERROR"  # for the workers
-        place = _rendezvous(options)
-        if place:
-            rendezvous.check(*place)
+        _check_rendezvous(options)
         with signals.deferred():
-            code = _torchrun(options, place)
+            code = _torchrun(options)
     raise SystemExit(code)
+
+
+def _check_rendezvous(options: Namespace) -> None:
+    """Check the port where the nodes meet, unless torch chooses one itself."""
+    from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+    static = options.rdzv_backend == "static"
+    endpoint = options.rdzv_endpoint or (f"{options.master_addr}:{options.master_port or 0}" if static else "")
+    address, port = parse_rendezvous_endpoint(endpoint, default_port=0)
+    if port and not options.standalone and options.rdzv_backend in ("static", "c10d"):
+        rendezvous.check(address, port, opens=static and options.node_rank == 0)
 
 
 class _Stop:
@@ -74,7 +81,7 @@ class _Stop:
             os._exit(128 + number)
 
 
-def _torchrun(options: Namespace, place: tuple[str, int, bool] | None) -> int:
+def _torchrun(options: Namespace) -> int:
     from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -97,40 +104,26 @@ def _torchrun(options: Namespace, place: tuple[str, int, bool] | None) -> int:
         codes = written_codes()  # code 6 (lost a peer) does not count: that peer had stopped before
         return 0 if codes == {0} else failure_code([], codes - {PeerError.exit_code}) or StopError.exit_code
     except Exception as error:
-        # The node that hosts the rendezvous may have exited first, or nodes are missing.
-        code = failure_code([], written_codes())
-        if not code and isinstance(error, (RendezvousError, DistError)):
-            raise PeerError(_rendezvous_failed(place, error)) from None
-        if not code:
-            raise
-        return code
+        if code := failure_code([], written_codes()):  # the node that hosts the rendezvous has exited first
+            return code
+        if isinstance(error, (RendezvousError, DistError)):
+            endpoint = run.get_rdzv_endpoint(options)  # type: ignore[no-untyped-call]
+            raise PeerError(_rendezvous_failed(endpoint, error)) from None
+        raise
     finally:
         stop.at = stop.at or time.monotonic()  # from now on no signal changes the exit code
         kill_process_tree(os.getpid())
 
 
-def _rendezvous(options: Namespace) -> tuple[str, int, bool] | None:
-    """(address, port, whether this process opens it); None if torch chooses a port itself."""
-    static = options.rdzv_backend == "static"
-    if options.standalone or options.rdzv_backend not in ("static", "c10d"):
-        return None
-    endpoint = options.rdzv_endpoint or (f"{options.master_addr}:{options.master_port}" if static else "")
-    address, _, port = endpoint.rpartition(":")
-    if not address or not port.isdigit() or int(port) == 0:
-        return None
-    return address.strip("[]"), int(port), static and int(options.node_rank) == 0
-
-
-def _rendezvous_failed(place: tuple[str, int, bool] | None, error: Exception) -> str:
-    where = f" at {place[0]}:{place[1]}" if place else ""
+def _rendezvous_failed(endpoint: str, error: Exception) -> str:
     known = {
         "RendezvousTimeoutError": "fewer nodes have joined than NNODES",
         "RendezvousClosedError": "the run has ended on another node",
         "RendezvousConnectionError": "the node with that address is gone",
     }
-    detail = known.get(type(error).__name__) or (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+    detail = known.get(type(error).__name__) or str(error).partition("\n")[0][:200] or type(error).__name__
     return (
-        f"{socket.gethostname()} cannot connect to the other nodes{where}: {detail}\n"
+        f"{socket.gethostname()} cannot connect to the other nodes at {endpoint}: {detail}\n"
         f"See the messages of the other nodes; all need the same MASTER_ADDR, MASTER_PORT, NNODES and RUN_ID. Then "
         f"start all of them again with --run.resume auto."
     )

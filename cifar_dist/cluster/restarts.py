@@ -34,11 +34,10 @@ class Agent(LocalElasticAgent):
         for path in Path(os.environ[EXIT_CODES]).iterdir():  # of the previous start
             path.unlink()
         pids: dict[int, Any] = super()._start_workers(worker_group)
-        context, timeout_s = self._pcontext, self._shutdown_timeout
-        assert context is not None
-        close = context.close
+        context: Any = self._pcontext
+        close, timeout_s = context.close, self._shutdown_timeout
         # A patch: torch gives workers 30 s to save and upload, and has no option for more.
-        context.close = lambda death_sig=None, timeout=0: close(death_sig, timeout_s)  # type: ignore[method-assign]  # noqa: ARG005
+        context.close = lambda death_sig=None, timeout=0: close(death_sig, timeout_s)  # noqa: ARG005
         return pids
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -73,9 +72,8 @@ def failure_code(failures: Collection[int], written: set[int]) -> int:
     # A worker without handlers yet dies of torchrun's own SIGTERM. After any other signal torchrun stops the other
     # workers, which then exit as stopped.
     lost = any(code < 0 and code != -signal.SIGTERM for code in failures)
-    others = [kind.exit_code for kind in ((PeerError, StopError) if lost else (StopError, PeerError))]
-    ranked = [code for code in found if code not in (0, *others)] + [code for code in others if code in found]
-    return ranked[0] if ranked else 0
+    last = [kind.exit_code for kind in ((PeerError, StopError) if lost else (StopError, PeerError))]
+    return min(filter(None, found), key=lambda code: last.index(code) if code in last else -1, default=0)
 
 
 def written_codes() -> set[int]:
