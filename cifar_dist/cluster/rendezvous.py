@@ -4,6 +4,7 @@ If another program uses the port, torch notices late or never, and prints a trac
 """
 
 import errno
+import itertools
 import os
 import socket
 import sys
@@ -39,10 +40,11 @@ def check(address: str, port: int, opens: bool) -> None:
     local = any(_is_here(family, where[0]) for family, _, _, _, where in found)
     if opens:
         in_use = is_port_in_use(port)
+    elif local:  # a process of this node opens the port, maybe this one
+        in_use = is_port_in_use(port) and not _is_store(address, port)
     else:
-        if not local:
-            _wait(address, port)
-        in_use = _listens(address, port) and not _is_store(address, port)
+        _wait(address, port)
+        in_use = not _is_store(address, port)
     if in_use:
         with socket.create_server(("", 0)) as free:
             other = free.getsockname()[1]
@@ -57,11 +59,11 @@ def check(address: str, port: int, opens: bool) -> None:
 
 def is_port_in_use(port: int) -> bool:
     """Whether torch could not listen at `port` on this node."""
-    for family, anywhere in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
+    for family in (socket.AF_INET, socket.AF_INET6):
         try:
             with socket.socket(family, socket.SOCK_STREAM) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does
-                probe.bind((anywhere, port))
+                probe.bind(("", port))  # all addresses of this node
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 return True
@@ -75,21 +77,18 @@ def _is_here(family: int, address: str | int) -> bool:
     return False
 
 
-def _listens(address: str, port: int) -> bool:
-    with suppress(OSError):
-        socket.create_connection((address, port), timeout=_CONNECT_S).close()
-        return True
-    return False
-
-
 def _wait(address: str, port: int) -> None:
-    if _listens(address, port):
-        return
+    """Wait until a program listens there."""
     limit_s = int(os.environ.get("MEET_TIMEOUT_S") or 300)  # launch/multinode has checked it
-    print(f"waiting up to {limit_s} s for {address}:{port}; nothing listens there yet", file=sys.stderr, flush=True)
-    deadline = time.monotonic() + limit_s
-    while not _listens(address, port):
-        if time.monotonic() > deadline:
+    started = time.monotonic()
+    for attempt in itertools.count():
+        with suppress(OSError):
+            socket.create_connection((address, port), timeout=_CONNECT_S).close()
+            return
+        if attempt == 0:
+            text = f"waiting up to {limit_s} s for {address}:{port}; nothing listens there yet"
+            print(text, file=sys.stderr, flush=True)
+        elif time.monotonic() > started + limit_s:
             raise PeerError(
                 f"nothing answered at {address}:{port} within {limit_s} s, as seen from {socket.gethostname()}.\n"
                 f"Check that launch/multinode runs on {address} with the same MASTER_PORT, and that no firewall blocks "
