@@ -1,76 +1,60 @@
 """The batch scripts in slurm/ run it on the first node: `python -m cifar_dist.cluster.slurm train|sweep|evaluate`.
 
 Starts a launcher on each node under srun, and requeues the job after the signal that Slurm sends before the time limit.
+Does not import torch, so that signal handlers are installed early.
 """
-
-from __future__ import annotations
 
 import argparse
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from cifar_dist.cluster.slurm_job import (
-    Job,
-    JobSteps,
-    final_status,
-    first_address,
-    free_port,
-    processes_per_node,
-    requeue,
-)
+from filelock import FileLock
+
+from cifar_dist import cli
+from cifar_dist.cluster.slurm_job import Job, first_address, free_port, processes_per_node
+from cifar_dist.config import Config
 from cifar_dist.errors import DivergedError, PeerError, StopError, UserError, exit_on_error
-
-if TYPE_CHECKING:
-    from cifar_dist.config import Config
+from cifar_dist.reports import seeds
 
 MULTINODE = Path(__file__).parents[2] / "launch/multinode"
 
 
 def main() -> None:
     """Run the work that the first argument names, and exit with its code (see `errors`)."""
-    job_steps = JobSteps()  # handles signals from now on; slow imports come later
     with exit_on_error():
-        work, *arguments = sys.argv[1:] or [""]
-        kinds = {"train": _train, "sweep": _sweep, "evaluate": _evaluate}
-        if work not in kinds:
-            raise UserError(f"the first argument is '{work}'; valid: {', '.join(kinds)}.")
-        code = kinds[work](Job.current(), job_steps, arguments)
+        job = Job()
+        job.handle_signals()
+        code = {"train": _train, "sweep": _sweep, "evaluate": _evaluate}[sys.argv[1]](job, sys.argv[2:])
     raise SystemExit(code)
 
 
-def _train(job: Job, job_steps: JobSteps, arguments: Sequence[str]) -> int:
+def _train(job: Job, arguments: Sequence[str]) -> int:
     config = _config(job, arguments)
-    directory = config.run.dir or Path("runs", config.run.name or job.label)
+    directory = config.run.dir or Path("runs", config.run.name or f"job-{job.id}")
     named = () if config.run.dir else ("--run.dir", str(directory))
-    return _run(job, job_steps, arguments, config, directory, ["slurm/train.sh", *arguments, *named])
+    return _run(job, arguments, config, directory, ["slurm/train.sh", *arguments, *named])
 
 
 def _config(job: Job, arguments: Sequence[str]) -> Config:
     """The configuration of `arguments`. Parsed here so that mistakes are printed once, and not on every node."""
-    from cifar_dist import cli
-
     os.environ["WORLD_SIZE"] = str(job.num_nodes * processes_per_node())
-    config = cli.load_config(arguments, "train")
-    del os.environ["WORLD_SIZE"]
-    return config
+    return cli.load_config(arguments)
 
 
-def _run(
-    job: Job, job_steps: JobSteps, arguments: Sequence[str], config: Config, directory: Path, again: Sequence[str]
-) -> int:
+def _run(job: Job, arguments: Sequence[str], config: Config, directory: Path, again: Sequence[str]) -> int:
     """Train in `directory`, resuming what is there, and requeue the job after SIGUSR1.
 
     Args:
         again: the batch script and its arguments, for the message that tells how to resume.
     """
-    resume = ("--run.dir", str(directory), "--run.resume", "auto")
+    settings = [*arguments, "--run.dir", str(directory)]
     # A checkpoint given by path is where the run starts; after a requeue it resumes from its own.
-    settings = [*arguments, *(resume if job.restarts or config.run.resume == "never" else resume[:2])]
+    if job.restarts or config.run.resume == "never":
+        settings += ["--run.resume", "auto"]
     if config.data.stage_dir is None:
         settings += ["--data.stage_dir", os.environ.get("SLURM_TMPDIR", f"/tmp/cifar_dist-{os.getuid()}")]
     num_processes = processes_per_node()
@@ -83,12 +67,13 @@ def _run(
         "MASTER_ADDR": os.environ.get("MASTER_ADDR") or first_address(),
         "MASTER_PORT": os.environ.get("MASTER_PORT") or str(free_port(job.id)),
     }
-    code = job_steps.run(job, [str(MULTINODE), *settings], os.environ | env)
-    final_code, step = final_status(directory, job)
-    code = code if final_code is None else final_code
-    if code == StopError.exit_code and job_steps.stop_signal == signal.SIGUSR1:
+    code = job.run([str(MULTINODE), *settings], os.environ | env)
+    status = job.final_status(directory)
+    if status.get("exit_code") is not None:
+        code = status["exit_code"]  # more informative than srun's, which is the greatest of all nodes
+    if code == StopError.exit_code and job.stop_signals[:1] == [signal.SIGUSR1]:
         print(f"job {job.id}: stopped; requeueing it (requeued {job.restarts} times so far)", flush=True)
-        why_not = requeue(job, directory, step)
+        why_not = job.requeue(directory, status.get("last_checkpoint_step"))
         if not why_not:
             return code
         print(f"job {job.id}: not requeued: {why_not}.", flush=True)
@@ -101,10 +86,8 @@ def _run(
     return code
 
 
-def _sweep(job: Job, job_steps: JobSteps, arguments: Sequence[str]) -> int:
+def _sweep(job: Job, arguments: Sequence[str]) -> int:
     """Run I of a job array: seed I; with a grid of G lines, line I mod G with seed I div G."""
-    from cifar_dist.cli import validate_for_table
-
     if "SLURM_ARRAY_TASK_ID" not in os.environ:
         raise UserError("a sweep is a job array: sbatch --array=0-2 slurm/sweep.sh --config configs/quickstart.yaml.")
     array, index, size = (os.environ[f"SLURM_ARRAY_{name}"] for name in ("JOB_ID", "TASK_ID", "TASK_COUNT"))
@@ -112,16 +95,16 @@ def _sweep(job: Job, job_steps: JobSteps, arguments: Sequence[str]) -> int:
     seed, line = divmod(int(index), len(grid))
     asked = [*own, *shlex.split(grid[line]), "--run.seed", str(seed)]
     config = _config(job, asked)
-    validate_for_table(config)
+    cli.validate_for_table(config)
     folder = config.run.dir or Path("runs", config.run.name or f"sweep-{array}")
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} holds a run. Choose another --run.name.")
-    inside = Path(f"seed-{seed}") if len(grid) == 1 else Path(f"setting-{line}", f"seed-{seed}")
+    groups = [folder] if len(grid) == 1 else [folder / f"setting-{k}" for k in range(len(grid))]
     named = () if config.run.dir else ("--run.dir", str(folder))
     again = [f"--array={index}", "slurm/sweep.sh", *arguments, *named]
-    code = _run(job, job_steps, asked, config, folder / inside, again)
+    code = _run(job, asked, config, groups[line] / f"seed-{seed}", again)
     if code == 0:
-        _report(folder, grid, int(size))
+        _report(folder, dict(zip(grid, groups, strict=True)), int(size))
     return code
 
 
@@ -142,31 +125,26 @@ def _grid(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return settings, rest
 
 
-def _report(folder: Path, grid: Sequence[str], num_runs: int) -> None:
-    """In the last job of the sweep to end: print the table of all runs and write its figures."""
-    from filelock import FileLock
-
-    from cifar_dist.reports import finished_runs, seeds
-
-    groups = [folder] if len(grid) == 1 else [folder / f"setting-{line}" for line in range(len(grid))]
+def _report(folder: Path, groups: Mapping[str, Path], num_runs: int) -> None:
+    """In the last job of the sweep to end: print the table of all runs and write its figures (see `seeds.compare`)."""
     output = folder / "seeds.json"
     with FileLock(folder / ".table.lock"):  # two jobs may end at the same time
-        runs = [run for group in groups if group.is_dir() for run in finished_runs.run_directories([group])]
-        written = [path.stat().st_mtime_ns for run in runs if (path := run / "summary.json").exists()]
-        total = max(num_runs, len(runs))
+        begun = [path for group in groups.values() for path in group.glob("*/config.yaml")]
+        written = [path.stat().st_mtime_ns for group in groups.values() for path in group.glob("*/summary.json")]
+        total = max(num_runs, len(begun))
         if len(written) < total:
             print(f"sweep {folder}: {len(written)} of {total} runs are complete", flush=True)
         elif output.exists() and output.stat().st_mtime_ns >= max(written):
             print(f"sweep {folder}: all {total} runs are complete; see {output}", flush=True)
         else:
-            print(seeds.compare(dict(zip(grid, groups, strict=True)), output), flush=True)
+            print(seeds.compare(groups, output), flush=True)
 
 
-def _evaluate(job: Job, job_steps: JobSteps, arguments: Sequence[str]) -> int:
+def _evaluate(job: Job, arguments: Sequence[str]) -> int:
     """Score a checkpoint on the first node of the job."""
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone"]
     command = [*torchrun, "--nproc-per-node", str(processes_per_node()), "-m", "cifar_dist.evaluate"]
-    return job_steps.run(job, [*command, *arguments], os.environ | {"OMP_NUM_THREADS": "1"}, num_nodes=1)
+    return job.run([*command, *arguments], os.environ | {"OMP_NUM_THREADS": "1"}, num_nodes=1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A Slurm job as its batch script sees it on the first node: its resources, its job steps, its requeue.
 
-Tested with Slurm 22.05. Does not import torch, so that signal handlers are installed early.
+Tested with Slurm 22.05.
 """
 
 import os
@@ -10,10 +10,8 @@ import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Self
+from typing import Any
 
 from cifar_dist.cluster.rendezvous import is_port_in_use
 from cifar_dist.errors import PeerError, StopError, UserError
@@ -21,8 +19,8 @@ from cifar_dist.files import read_json, write_json
 
 # Below the kernel's ephemeral ports.
 _FIRST_PORT, _NUM_PORTS = 16_384, 16_384
-# srun may lose a signal while it starts the tasks, so it is sent again.
-_REPEAT_S = 10.0
+# How soon srun is sent a stop signal, and how often, since it may lose one while it starts the tasks.
+_REPEAT_S = 5.0
 # How long other nodes may run after the first has exited. Living nodes notice a lost peer within seconds; Slurm notices
 # a lost node after SlurmdTimeout (default 300 s), and requeues the job only if it is still running then.
 _LAST_NODE_S = 600
@@ -30,18 +28,15 @@ _ATTEMPTS = "attempts.json"
 _MAX_IDLE = 3  # consecutive attempts without a further step
 
 
-@dataclass(frozen=True)
 class Job:
-    """The job of this process; `label` stays the same when the job is requeued."""
+    """The job of this process.
 
-    id: int
-    label: str
-    restarts: int
-    num_nodes: int
-    max_requeues: int
+    Slurm's SIGTERM, at the time limit or by scancel, reaches every process of a step and the script. A signal for the
+    script alone (`--signal=B:USR1@120`) does not reach the step. It is forwarded as SIGUSR1, which srun passes on;
+    SIGTERM would make srun kill the step.
+    """
 
-    @classmethod
-    def current(cls, env: Mapping[str, str] = os.environ) -> Self:
+    def __init__(self, env: Mapping[str, str] = os.environ) -> None:
         """Read the environment of the batch script.
 
         Raises:
@@ -49,13 +44,66 @@ class Job:
         """
         if "SLURM_JOB_ID" not in env:
             raise UserError("this script is for Slurm: sbatch slurm/train.sh. Without Slurm, use launch/node.")
-        number = int(env["SLURM_JOB_ID"])
-        name = f"{env['SLURM_ARRAY_JOB_ID']}-{env['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_TASK_ID" in env else number
         most = env.get("MAX_REQUEUES", "20")
         if not re.fullmatch("[0-9]{1,4}", most):
             raise UserError(f"MAX_REQUEUES is {most}; valid: 0 to 9999.")
-        restarts, num_nodes = env.get("SLURM_RESTART_COUNT", "0"), env.get("SLURM_JOB_NUM_NODES", "1")
-        return cls(number, f"job-{name}", int(restarts), int(num_nodes), int(most))
+        self.id, self.max_requeues = int(env["SLURM_JOB_ID"]), int(most)
+        self.restarts = int(env.get("SLURM_RESTART_COUNT", "0"))
+        self.num_nodes = int(env.get("SLURM_JOB_NUM_NODES", "1"))
+        self.stop_signals: list[int] = []  # received, in their order
+
+    def handle_signals(self) -> None:
+        """From now on stop signals are added to `stop_signals`, and `run` forwards them."""
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda received, _: self.stop_signals.append(received))
+
+    def run(self, command: Sequence[str], env: Mapping[str, str], num_nodes: int | None = None) -> int:
+        """Run `command` once per node, on the first `num_nodes` if given; return the greatest exit code of all nodes.
+
+        Each task may use all resources of the job on its node. srun does not kill the others when one exits.
+        """
+        if self.stop_signals:
+            return StopError.exit_code
+        nodes = str(num_nodes or self.num_nodes)
+        options = ["--nodes", nodes, "--ntasks", nodes, "--ntasks-per-node", "1", "--cpu-bind=none"]
+        options += ["--kill-on-bad-exit=0", f"--wait={_LAST_NODE_S}"]
+        if "SLURM_GPUS_ON_NODE" in os.environ:  # a step of an exclusive job gets no GPUs unless it requests them
+            options.append(f"--gpus-per-node={gpus_per_node()}")
+        step = subprocess.Popen(["srun", *options, *command], env=env)
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                code = step.wait(_REPEAT_S)
+                return code if code >= 0 else PeerError.exit_code
+            if self.stop_signals:
+                step.send_signal(signal.SIGUSR1)
+
+    def final_status(self, directory: Path) -> dict[str, Any]:
+        """What status.json says of the run in `directory`; empty if another job or attempt wrote it."""
+        status = read_json(directory / "status.json")
+        return status if (status.get("job"), status.get("restarts")) == (str(self.id), self.restarts) else {}
+
+    def requeue(self, directory: Path, step: int | None) -> str:
+        """Requeue this job. Returns why not; empty if Slurm accepted, which may kill this process at any moment.
+
+        Args:
+            directory: of the run; the step that each attempt reached is recorded there.
+            step: of the newest checkpoint; None without one.
+        """
+        if self.restarts >= self.max_requeues:
+            return f"it was requeued {self.restarts} times, and MAX_REQUEUES is {self.max_requeues}"
+        steps = [*read_json(directory / _ATTEMPTS).get(str(self.id), ()), step]
+        if steps[-_MAX_IDLE - 1 :].count(step) > _MAX_IDLE:
+            return f"{_MAX_IDLE} attempts in a row got no step further; it needs a longer --time"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)  # the run may have stopped before creating it
+            write_json(directory / _ATTEMPTS, {str(self.id): steps})
+            command = ["scontrol", "requeue", str(self.id)]
+            result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        except FileNotFoundError as error:
+            return f"{error.filename} is not on this node"
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return str(error)
+        return "" if result.returncode == 0 else "scontrol says: " + " ".join(result.stderr.split())
 
 
 def gpus_per_node(env: Mapping[str, str] = os.environ) -> int:
@@ -108,81 +156,3 @@ def free_port(job_id: int) -> int:
     """A free port on this node for the job's rendezvous, derived from the job id so that jobs on one node differ."""
     ports = (_FIRST_PORT + (job_id + 97 * attempt) % _NUM_PORTS for attempt in range(_NUM_PORTS))
     return next(port for port in ports if not is_port_in_use(port))
-
-
-class JobSteps:
-    """Runs job steps under srun, and forwards stop signals that the batch script receives.
-
-    Slurm's SIGTERM, at the time limit or by scancel, reaches every process of a step and the script. A signal for the
-    script alone (`--signal=B:USR1@120`) does not reach the step. It is forwarded as SIGUSR1, which srun passes on;
-    SIGTERM would make srun kill the step.
-    """
-
-    def __init__(self) -> None:
-        self.stop_signal: signal.Signals | None = None
-        self._running: subprocess.Popen[bytes] | None = None
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        self.stop_signal = self.stop_signal or signal.Signals(number)
-        self._forward()
-
-    def _forward(self) -> None:
-        if self.stop_signal is not None and self._running is not None:
-            self._running.send_signal(signal.SIGUSR1)
-
-    def run(self, job: Job, command: Sequence[str], env: Mapping[str, str], num_nodes: int | None = None) -> int:
-        """Run `command` once per node, on the first `num_nodes` if given; return the greatest exit code of all nodes.
-
-        Each task may use all resources of the job on its node. srun does not kill the others when one exits.
-        """
-        if self.stop_signal is not None:
-            return StopError.exit_code
-        nodes = str(num_nodes or job.num_nodes)
-        options = ["--nodes", nodes, "--ntasks", nodes, "--ntasks-per-node", "1", "--cpu-bind=none"]
-        options += ["--kill-on-bad-exit=0", f"--wait={_LAST_NODE_S}"]
-        if "SLURM_GPUS_ON_NODE" in os.environ:  # a step of an exclusive job gets no GPUs unless it requests them
-            options.append(f"--gpus-per-node={gpus_per_node()}")
-        self._running = step = subprocess.Popen(["srun", *options, *command], env=env)
-        while True:
-            self._forward()
-            with suppress(subprocess.TimeoutExpired):
-                code = step.wait(_REPEAT_S)
-                return code if code >= 0 else PeerError.exit_code
-
-
-def final_status(directory: Path, job: Job) -> tuple[int | None, int | None]:
-    """Exit code and newest checkpoint step in a run's status.json, if this attempt of this job wrote it; else None.
-
-    More informative than srun's exit code, which is the greatest of all nodes.
-    """
-    status = read_json(directory / "status.json")
-    if (status.get("job"), status.get("restarts")) != (str(job.id), job.restarts):
-        return None, None
-    return status.get("exit_code"), status.get("last_checkpoint_step")
-
-
-def requeue(job: Job, directory: Path, step: int | None) -> str:
-    """Requeue this job. Returns why not; empty if Slurm accepted, which may kill this process at any moment.
-
-    Args:
-        directory: of the run; the step that each attempt reached is recorded there.
-        step: of the newest checkpoint; None without one.
-    """
-    if job.restarts >= job.max_requeues:
-        return f"it was requeued {job.restarts} times, and MAX_REQUEUES is {job.max_requeues}"
-    recorded = read_json(directory / _ATTEMPTS)
-    steps = [*(recorded.get("last_steps", ()) if recorded.get("job") == job.id else ()), step]
-    if len(steps) > _MAX_IDLE and len(set(steps[-_MAX_IDLE - 1 :])) == 1:
-        return f"{_MAX_IDLE} attempts in a row got no step further; it needs a longer --time"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)  # the run may have stopped before creating it
-        write_json(directory / _ATTEMPTS, {"job": job.id, "last_steps": steps})
-        command = ["scontrol", "requeue", str(job.id)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except FileNotFoundError as error:
-        return f"{error.filename} is not on this node"
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    return "" if result.returncode == 0 else "scontrol says: " + " ".join(result.stderr.split())

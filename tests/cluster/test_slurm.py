@@ -245,9 +245,7 @@ class QuickJobs:
         for name, home in (("elsewhere", {}), ("from home", {"CIFAR_DIST_HOME": str(runs.REPOSITORY)})):
             words = ("sbatch", "--parsable", f"--output={folder}/{name}", str(runs.REPOSITORY / "slurm/train.sh"))
             self.numbers[name] = cluster.command(*words, "--print-config", cwd=folder, env=home).strip()
-        code = (
-            "import os; from cifar_dist.cluster.slurm_job import *; JobSteps().run(Job.current(), ['env'], os.environ)"
-        )
+        code = "import os; from cifar_dist.cluster.slurm_job import *; Job().run(['env'], os.environ)"
         command = f'cd {shlex.quote(str(runs.REPOSITORY))} && {shlex.quote(sys.executable)} -c "{code}"'
         for number, options in GPUS.items():
             output = f"--output={folder}/{number}"
@@ -319,20 +317,20 @@ def test_processes_per_node() -> None:
 def test_attempts_that_get_no_further_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a node without scontrol, as in a container, where each refusal has its own reason."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    first = slurm_job.Job.current({"SLURM_JOB_ID": "7"})
+    first = slurm_job.Job({"SLURM_JOB_ID": "7"})
     steps = [None, None, 20, 40, 40, 40]
     for restarts, step in enumerate(steps):
-        job = slurm_job.Job.current({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)})
-        assert slurm_job.requeue(job, tmp_path, step) == "scontrol is not on this node"
-    assert slurm_job.requeue(first, tmp_path, 40) == "3 attempts in a row got no step further; it needs a longer --time"
-    assert slurm_job.requeue(first, tmp_path, 41) == "scontrol is not on this node"
-    other = slurm_job.Job.current({"SLURM_JOB_ID": "8"})
-    assert slurm_job.requeue(other, tmp_path, 41) == "scontrol is not on this node"
-    bounded = slurm_job.Job.current({"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "2", "MAX_REQUEUES": "2"})
-    assert "requeued 2 times" in slurm_job.requeue(bounded, tmp_path, 60)
+        job = slurm_job.Job({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)})
+        assert job.requeue(tmp_path, step) == "scontrol is not on this node"
+    assert first.requeue(tmp_path, 40) == "3 attempts in a row got no step further; it needs a longer --time"
+    assert first.requeue(tmp_path, 41) == "scontrol is not on this node"
+    other = slurm_job.Job({"SLURM_JOB_ID": "8"})
+    assert other.requeue(tmp_path, 41) == "scontrol is not on this node"
+    bounded = slurm_job.Job({"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "2", "MAX_REQUEUES": "2"})
+    assert "requeued 2 times" in bounded.requeue(tmp_path, 60)
     for wrong in ("-1", "10000", ""):
         with pytest.raises(UserError, match=f"MAX_REQUEUES is {wrong}; valid: 0 to 9999"):
-            slurm_job.Job.current({"SLURM_JOB_ID": "8", "MAX_REQUEUES": wrong})
+            slurm_job.Job({"SLURM_JOB_ID": "8", "MAX_REQUEUES": wrong})
 
 
 def test_ports_of_jobs() -> None:
