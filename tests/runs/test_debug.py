@@ -25,7 +25,7 @@ def test_debug_mode(data_dir: Path, tmp_path: Path) -> None:
     assert re.search(r"images +\(64, 3, 32, 32\) +uint8", output)
     assert re.search(r"normalised +\(64, 3, 32, 32\) ", output)
     assert re.search(r"classifier\.weight +\(10, 256\) +float32 +2,560", output)
-    assert re.search(r"in all +381,882", output)
+    assert re.search(r"381,882 parameters:", output)
     fitted = re.search(r"self-check: one batch of 64 images fitted to ([\d.]+)%", output)
     assert fitted is not None
     assert float(fitted[1]) > 95
