@@ -47,7 +47,7 @@ def from_torchvision(state_dict: StateDict) -> InceptionNetwork:
         state_dict: of `torchvision.models.googlenet`; copied, in its own dtype.
 
     Raises:
-        ValueError: it is not one; names the first name or shape that does not fit.
+        ValueError: it is not one; names what does not fit.
     """
     auxiliary = any(name.startswith("aux") for name in state_dict)
     return _load(_googlenet(_length(state_dict, "fc.bias"), auxiliary), state_dict, TORCHVISION_NAMES)
@@ -81,17 +81,16 @@ def from_cadene(state_dict: StateDict) -> InceptionNetwork:
             `last_linear`; copied, in its own dtype. The original wants BGR images from 0 to 255, less their mean.
 
     Raises:
-        ValueError: it is not one; names the first name or shape that does not fit.
+        ValueError: it is not one; names what does not fit.
     """
     state = {}
     for name, tensor in state_dict.items():
         current = f"last_linear.{name[3:]}" if name.startswith("fc.") else name
         state[current] = tensor.reshape(-1) if "_bn." in name and tensor.ndim == 2 else tensor
     for mean in [name for name in state if name.endswith("_bn.running_mean")]:
-        layer = mean.removesuffix("_bn.running_mean")
-        state.setdefault(f"{layer}_bn.num_batches_tracked", torch.tensor(0))
-        if f"{layer}.bias" in state:
-            state[mean] = state[mean] - state.pop(f"{layer}.bias")
+        bias = mean.replace("_bn.running_mean", ".bias")
+        if bias in state:
+            state[mean] = state[mean] - state.pop(bias)
     variant = replace(CADENE, conv_bias=False)
     with torch.device("meta"):
         network = inception_v2(stem="imagenet", num_classes=_length(state, "last_linear.bias"), variant=variant)
@@ -117,16 +116,10 @@ def _external_name(name: str, names: Names) -> str:
 
 def _load(network: InceptionNetwork, state: StateDict, names: Names) -> InceptionNetwork:
     """`network`, which is on the meta device, with copies of the tensors of `state`, which has other names."""
-    wanted = {_external_name(name, names): (name, tensor.shape) for name, tensor in network.state_dict().items()}
-    missing = [name for name in wanted if name not in state]
-    unexpected = [name for name in state if name not in wanted]
-    if missing or unexpected:
-        raise ValueError(
-            f"not the state dict expected: {len(missing)} names are missing ({', '.join(missing[:3]) or 'none'}), "
-            f"{len(unexpected)} are unexpected ({', '.join(unexpected[:3]) or 'none'})"
-        )
-    for name, (_, shape) in wanted.items():
-        if state[name].shape != shape:
-            raise ValueError(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(shape)}")
-    network.load_state_dict({own: state[name].clone() for name, (own, _) in wanted.items()}, assign=True)
+    own_names = {_external_name(name, names): name for name in network.state_dict()}
+    try:
+        copies = {own_names.get(name, name): tensor.clone() for name, tensor in state.items()}
+        network.load_state_dict(copies, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"not the state dict expected; by the names of this package: {str(error)[:600]}") from None
     return network
