@@ -1,15 +1,12 @@
 """Fits the filters of a whitening stem to training images, equally on every rank."""
 
-from functools import partial
-
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from cifar_dist.data.augment import normalize
 from cifar_dist.data.loader import BetonLoader
 from cifar_dist.data.order import Indices
-from cifar_dist.distributed import World, run_and_sync_errors
+from cifar_dist.distributed import World, broadcast_from_main
 from cifar_dist.models.stems import WhiteningConv, whitening_filters
 from cifar_dist.phase import SLOW_S, Phase, set_phase
 from cifar_dist.training.precision import reproducible
@@ -31,18 +28,13 @@ def fit_whitening(models: list[nn.Module], loader: BetonLoader, samples: Indices
     if not stems:
         return
     set_phase(_FIT)
-    fit = partial(_filters, loader, samples, stems[0].kernel_size)
-    computed = run_and_sync_errors(world, fit, only_if=world.is_main)
-    filters = torch.empty(stems[0].weight.shape, dtype=torch.float64) if computed is None else computed
-    filters = filters.to(world.device)
-    if world.size > 1:
-        dist.broadcast(filters, src=0)
+    filters = broadcast_from_main(world, lambda: _filters(loader, samples, stems[0].kernel_size).tolist())
     for stem in stems:
-        stem.weight.copy_(filters)
+        stem.weight.copy_(torch.tensor(filters, dtype=torch.float64))
 
 
 def _filters(loader: BetonLoader, samples: Indices, kernel_size: int) -> Tensor:
     cpu = torch.device("cpu")
     with reproducible(cpu):
         images = [normalize(batch.images.to(cpu), torch.float64) for batch in loader.read(samples, len(samples))]
-        return whitening_filters(torch.cat(images), kernel_size).contiguous()
+        return whitening_filters(torch.cat(images), kernel_size)
