@@ -74,13 +74,3 @@ def sync_directory(directory: Path) -> None:
 def sha256_of_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_sha256sums(folder: Path) -> dict[str, str]:
-    """SHA-256 by file name, from the file SHA256SUMS in `folder`, as sha256sum writes it.
-
-    Raises:
-        OSError: there is no such file, or it cannot be read.
-    """
-    lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
-    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}

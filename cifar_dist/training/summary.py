@@ -4,7 +4,9 @@ import hashlib
 import importlib.metadata
 import math
 import platform
+import re
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import nn
 
 from cifar_dist.cli import command_line
 from cifar_dist.config import Config
-from cifar_dist.files import read_sha256sums, sha256_of_file
+from cifar_dist.files import sha256_of_file
 from cifar_dist.models.layers import num_parameters
 from cifar_dist.training.evaluation import Score
 from cifar_dist.training.trainer import Trainer
@@ -22,24 +24,18 @@ from cifar_dist.training.trainer import Trainer
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    return found[1] if found else platform.machine()
 
 
 def versions() -> dict[str, str | None]:
-    names = ("cifar_dist", "torch", "torchvision", "ffcv", "numba", "numpy", "wandb")
-    found = {name: _version(name) for name in names}
-    return {"python": platform.python_version(), **found, "cuda": torch.version.cuda}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None  # not installed: run from a clone
+    """Of Python, CUDA and the libraries that decide speed and results; None: not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("cifar_dist", "torch", "torchvision", "ffcv", "numba", "numpy", "wandb"):
+        found[name] = None  # of cifar_dist in a clone
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found | {"cuda": torch.version.cuda}
 
 
 def git_commit() -> str | None:
@@ -60,17 +56,17 @@ def bundle_commit(folder: Path) -> str | None:
     """The commit of the bundle (see offline.bundle) in `folder`, with -dirty after changes; None: it is no bundle."""
     try:
         commit = (folder / "COMMIT").read_text(encoding="utf-8").strip()
-        code = {name: sha for name, sha in read_sha256sums(folder).items() if name.startswith("cifar_dist/")}
+        sums = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    unchanged = all((folder / name).is_file() and sha256_of_file(folder / name) == sha for name, sha in code.items())
+    code = [line.split("  ", 1) for line in sums if "  cifar_dist/" in line]
+    unchanged = all((folder / name).is_file() and sha256_of_file(folder / name) == digest for digest, name in code)
     return commit if unchanged or commit.endswith("-dirty") else f"{commit}-dirty"
 
 
 def summarize(config: Config, trainer: Trainer, test: Score, devices: list[str]) -> dict[str, Any]:
     """Values of summary.json. Accuracies are fractions; `*_n` are the numbers of samples that they are over."""
     order, schedule = trainer.order, trainer.schedule
-    images = schedule.total_steps * config.train.batch_size
     train_step, progress = trainer.train_step, trainer.progress
     validation = progress.last_validation
     return {
@@ -92,7 +88,7 @@ def summarize(config: Config, trainer: Trainer, test: Score, devices: list[str])
         "train_n": len(order.samples),
         "samples_dropped_per_epoch": order.dropped_per_epoch,
         "train_seconds": progress.train_seconds,
-        "images_per_second": images / progress.train_seconds,
+        "images_per_second": schedule.total_steps * config.train.batch_size / progress.train_seconds,
         "first_step_seconds": progress.first_step_seconds,
         "startup_seconds": progress.startup_seconds,
         "val_accuracy": validation["val/accuracy"] if validation else None,
