@@ -40,8 +40,7 @@ def main() -> None:
         from cifar_dist.training.score_checkpoint import score_checkpoint
 
     with exit_on_error(), init_distributed(arguments.device) as world, Watchdog(world, timeout_s=0):
-        validation = arguments.split == "validation"
-        figures = score_checkpoint(arguments.checkpoint, world, validation, arguments.data_dir)
+        figures = score_checkpoint(arguments.checkpoint, world, arguments.split, arguments.data_dir)
         if world.is_main:
             print(to_json(figures), end="")
         write_json(figures)

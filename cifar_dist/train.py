@@ -4,7 +4,6 @@ import os
 import sys
 from contextlib import ExitStack
 
-from cifar_dist.config import Config
 from cifar_dist.errors import begin_shutdown, exit_on_error, write_exit_code
 from cifar_dist.fault_tolerance import signals
 from cifar_dist.process import quick_imports, run_and_exit
@@ -18,21 +17,17 @@ def main() -> None:
 
         with exit_on_error(on_all_ranks=True):
             config = load_config(sys.argv[1:], "train", "Train GoogLeNet on CIFAR-10.")
-        _train(config)
+        if config.train.device == "cpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or FFCV would open one of the GPUs
+        # torch is imported only now, so that --help and mistakes are answered at once.
+        with quick_imports():
+            from cifar_dist.distributed import init_distributed
+            from cifar_dist.training.run import Run
+
+        with init_distributed(config.train.device) as world, ExitStack() as stack:
+            Run(config, world, stack).execute()
         begin_shutdown()
         write_exit_code(0)
-
-
-def _train(config: Config) -> None:
-    if config.train.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or FFCV would open one of the GPUs
-    # torch is imported only now, so that --help and mistakes are answered at once.
-    with quick_imports():
-        from cifar_dist.distributed import init_distributed
-        from cifar_dist.training.run import Run
-
-    with init_distributed(config.train.device) as world, ExitStack() as stack:
-        Run(config, world, stack).execute()
 
 
 if __name__ == "__main__":

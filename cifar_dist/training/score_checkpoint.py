@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +24,25 @@ from cifar_dist.training.precision import choose_precision, set_backends
 from cifar_dist.training.run_directory import config_of
 
 
-def score_checkpoint(path: Path, world: World, validation: bool, data_dir: Path | None) -> dict[str, Any]:
+def score_checkpoint(path: Path, world: World, split: str, data_dir: Path | None) -> dict[str, Any]:
     """Score the model in the file `path` on all ranks. Returns the figures, the same on every rank.
 
     Batch-norm statistics are computed anew from training images, as at the end of training, so checkpoints from the
-    middle of a run are scored in the same way.
+    middle of a run are scored in the same way. `split` is test or validation.
 
     Raises:
         UserError: the checkpoint, the data or the split cannot be used.
     """
-
-    def log(text: str) -> None:
-        if world.is_main:
-            print(text, file=sys.stderr, flush=True)  # stdout is for the result
-
     data = run_and_sync_errors(world, lambda: checkpoint.read_verified(path, need_digest=False), only_if=world.is_main)
     data = broadcast_bytes(data or b"", world)
     state = run_and_sync_errors(world, lambda: checkpoint.decode(data, str(path)))
     config = run_and_sync_errors(world, lambda: config_of(state["config"], str(path)))
-    if validation and config.data.train_on == "all":
+    if split == "validation" and config.data.train_on == "all":
         text = f"{path} was trained on all 50,000 images (data.train_on all): no validation split."
         raise UserError(text, on_all_ranks=True)
+    log = partial(print, file=sys.stderr, flush=True)  # stdout is for the result
     folder = prepared_folder(replace(config.data, dir=data_dir or config.data.dir, stage_dir=None), world, log)
-    split = read_split(config.data, folder, world)
+    samples = read_split(config.data, folder, world)
     precision = run_and_sync_errors(world, lambda: choose_precision(config.train.precision, world.device))
     set_backends(config.train, config.run.deterministic, world.device)
     # Auxiliary heads only help training.
@@ -56,17 +53,14 @@ def score_checkpoint(path: Path, world: World, validation: bool, data_dir: Path 
     target, weights = (model, main_weights(state["model"])) if ema is None else (ema, state["ema"])
     run_and_sync_errors(world, lambda: checkpoint.load_weights(target, weights, str(path)))
     evaluator = Evaluator(model if ema is None else ema.module, config.eval, precision, world)
-    with BetonLoader(folder / "train.beton", world.device) as loader:
-        evaluator.recalibrate(loader, bn_samples(split, config.eval))
-        if validation:
-            result = evaluator.score(loader, split.validation, config.eval.tta)
-        else:
-            with loader.for_file(folder / "test.beton") as test_loader:
-                result = evaluator.score(test_loader, np.arange(NUM_TEST), config.eval.tta)
+    name, scored = ("test.beton", np.arange(NUM_TEST)) if split == "test" else ("train.beton", samples.validation)
+    with BetonLoader(folder / "train.beton", world.device) as loader, loader.for_file(folder / name) as images:
+        evaluator.recalibrate(loader, bn_samples(samples, config.eval))
+        result = evaluator.score(images, scored, config.eval.tta)
     return {
         "checkpoint": str(path),
         "step": state["step"],
-        "split": "validation" if validation else "test",
+        "split": split,
         "n": result.n,
         "accuracy": result.accuracy,
         "accuracy_tta": result.accuracy_tta,
