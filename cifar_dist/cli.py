@@ -6,14 +6,12 @@ to tyro as if they had been typed, so that one set of types and messages serves 
 
 import argparse
 import difflib
-import errno
 import os
 import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -21,8 +19,8 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import tyro
 import yaml
 
-from cifar_dist.config import NUM_TRAIN, NUM_VALIDATION, Config, ModelConfig, Range, to_yaml
-from cifar_dist.errors import UserError, is_main_process, wait_for_main_process
+from cifar_dist.config import NUM_TRAIN, NUM_VALIDATION, Config, Range, to_yaml
+from cifar_dist.errors import UserError, explain_os_error, is_main_process, wait_for_main_process
 from cifar_dist.files import write_json
 
 T = TypeVar("T")
@@ -76,30 +74,31 @@ def load_config(args: Sequence[str], command: str = "train", description: str = 
 
 
 def read_yaml(path: Path, command: str = "train") -> Config:
-    """Read a YAML file of sections and keys over the defaults.
+    """The configuration in a YAML file, see `from_yaml`.
 
     Raises:
-        UserError: the file is missing, no UTF-8, no YAML, or has a key or a value that no configuration has.
+        UserError: also if the file cannot be read.
+    """
+    with explain_os_error(str(path), "The configurations of this project are in configs/."):
+        data = path.read_bytes()
+    return from_yaml(data, str(path), command)
+
+
+def from_yaml(text: str | bytes, origin: str, command: str = "train") -> Config:
+    """The defaults with the sections and keys that YAML in UTF-8 gives; `origin` says where from, for messages.
+
+    Raises:
+        UserError: it is no YAML, or has a key or a value that no configuration has.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}. The configurations of this project are in configs/.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        detail = " ".join(str(error).split())
-        raise UserError(f"{path} is not readable as YAML: {detail}") from None
-    return from_tree({} if tree is None else tree, str(path), command)
-
-
-def from_tree(tree: Any, origin: str, command: str = "train") -> Config:
-    """The configuration of nested sections, as read from YAML; `origin` says where from, for messages."""
-    arguments = list(_arguments(tree, Config(), "", origin))
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{origin} is not readable as YAML: {' '.join(str(error).split())}") from None
+    arguments = list(_arguments({} if tree is None else tree, Config(), "", origin))
     try:
         return parse(Config, arguments, command)
-    except SystemExit:
-        if is_main_process():
-            print(f"error: the value above comes from {origin}.", file=sys.stderr)
-        raise
+    except SystemExit:  # after tyro's message
+        raise UserError(f"the value above comes from {origin}.") from None
 
 
 def _arguments(tree: Any, defaults: Any, prefix: str, origin: str) -> Iterator[str]:
@@ -108,7 +107,8 @@ def _arguments(tree: Any, defaults: Any, prefix: str, origin: str) -> Iterator[s
     names = [item.name for item in fields(defaults)]
     for key, value in tree.items():
         if key not in names:
-            raise UserError(f"{origin}: unknown key {prefix}{key}.{_closest(str(key), prefix, names)}")
+            name = f"{prefix}{key}"
+            raise UserError(f"{origin}: unknown key {name}.{_closest(name)} Valid here: {', '.join(names)}.")
         current = getattr(defaults, key)
         if is_dataclass(current):
             yield from _arguments({} if value is None else value, current, f"{prefix}{key}.", origin)
@@ -120,14 +120,18 @@ def _arguments(tree: Any, defaults: Any, prefix: str, origin: str) -> Iterator[s
             yield f"--{prefix}{key}={typed}"
 
 
-def _closest(key: str, prefix: str, names: list[str]) -> str:
-    places = {name: f"{prefix}{name}" for name in names}
-    if not prefix:
-        sections = Config()
-        places |= {f.name: f"{s.name}.{f.name}" for s in fields(sections) for f in fields(getattr(sections, s.name))}
-    close = difflib.get_close_matches(key, places, n=1, cutoff=0.5)
-    hint = f" Did you mean {places[close[0]]}?" if close else ""
-    return f"{hint} Valid here: {', '.join(names)}."
+def _closest(name: str) -> str:
+    """A question about the section or setting with the name most similar to `name`, which may lack its section."""
+    names = [*asdict(Config()), *settings_of(Config())]
+    places = {place.rpartition(".")[2]: place for place in names} | {place: place for place in names}
+    close = difflib.get_close_matches(name, places, n=1, cutoff=0.5)
+    return f" Did you mean {places[close[0]]}?" if close else ""
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """All settings by their full names, such as optim.lr."""
+    sections = asdict(config).items()
+    return {f"{section}.{key}": value for section, values in sections for key, value in values.items()}
 
 
 def validate(config: Config) -> None:
@@ -136,7 +140,7 @@ def validate(config: Config) -> None:
     Raises:
         UserError: names the setting, its value and what is valid.
     """
-    c = config
+    c, model = config, config.model
     validate_ranges(c)
     if c.run.resume == "":
         raise UserError("run.resume is empty; valid: never, auto or the path of a checkpoint.")
@@ -144,13 +148,35 @@ def validate(config: Config) -> None:
         raise UserError(f"run.name is {c.run.name}; valid: a name without /.")
     if c.run.resume == "auto" and c.run.name is None and c.run.dir is None:
         raise UserError("run.resume is auto, which needs the name of the run: give --run.name NAME or --run.dir PATH.")
-    _validate_model(c.model, c.optim.name)
-    if c.augment.low_resolution_share and c.model.auxiliary:
+    if c.augment.low_resolution_share and model.auxiliary:
         raise UserError(
             "augment.low_resolution_share is above 0, but auxiliary classifiers need images of one size. Use "
             "augment.low_resolution_share 0, or model.auxiliary False."
         )
-    _validate_sizes(c)
+    if model.name != "inception_v1":
+        if model.norm == "none":
+            raise UserError("model.norm is none, but Inception V2 is built on batch norm; use batch, or inception_v1.")
+        if model.branch5x5 != "paper":
+            other = f"model.branch5x5 is {model.branch5x5}"
+            raise UserError(f"{other}, but Inception V2 has two 3x3 there; use paper, or inception_v1.")
+    if model.stem == "imagenet" and model.auxiliary:
+        raise UserError(
+            "model.auxiliary is True, but model.stem imagenet leaves 2x2 of a 32x32 image at 4a, too few for the "
+            "auxiliary classifiers' 5x5 pool. Use another model.stem, or model.auxiliary False."
+        )
+    if model.norm == "none" and c.optim.name == "muon":
+        raise UserError(
+            "optim.name is muon, which needs model.norm batch: it keeps the filters at one length. Use optim.name sgd."
+        )
+    available = NUM_TRAIN if c.data.train_on == "all" else NUM_TRAIN - NUM_VALIDATION
+    num_samples = available if c.data.subset is None else c.data.subset
+    if not 1 <= num_samples <= available:
+        raise UserError(f"data.subset is {num_samples}; with data.train_on {c.data.train_on} valid: 1 to {available}.")
+    if c.train.batch_size > num_samples:
+        raise UserError(
+            f"train.batch_size is {c.train.batch_size}, but there are only {num_samples} training samples, so not "
+            f"one step fits into an epoch. Lower train.batch_size or raise data.subset."
+        )
 
 
 def validate_ranges(settings: Any, prefix: str = "") -> None:
@@ -168,36 +194,6 @@ def validate_ranges(settings: Any, prefix: str = "") -> None:
             for number in value if isinstance(value, tuple) else (value,):
                 if number is not None and number not in valid:
                     raise UserError(f"{prefix}{key} is {number}; valid: {valid}.")
-
-
-def _validate_model(model: ModelConfig, optimizer: str) -> None:
-    if model.name != "inception_v1":
-        if model.norm == "none":
-            raise UserError("model.norm is none, but Inception V2 is built on batch norm; use batch, or inception_v1.")
-        if model.branch5x5 != "paper":
-            other = f"model.branch5x5 is {model.branch5x5}"
-            raise UserError(f"{other}, but Inception V2 has two 3x3 there; use paper, or inception_v1.")
-    if model.stem == "imagenet" and model.auxiliary:
-        raise UserError(
-            "model.auxiliary is True, but model.stem imagenet leaves 2x2 of a 32x32 image at 4a, too few for the "
-            "auxiliary classifiers' 5x5 pool. Use another model.stem, or model.auxiliary False."
-        )
-    if model.norm == "none" and optimizer == "muon":
-        raise UserError(
-            "optim.name is muon, which needs model.norm batch: it keeps the filters at one length. Use optim.name sgd."
-        )
-
-
-def _validate_sizes(c: Config) -> None:
-    available = NUM_TRAIN if c.data.train_on == "all" else NUM_TRAIN - NUM_VALIDATION
-    num_samples = available if c.data.subset is None else c.data.subset
-    if not 1 <= num_samples <= available:
-        raise UserError(f"data.subset is {num_samples}; with data.train_on {c.data.train_on} valid: 1 to {available}.")
-    if c.train.batch_size > num_samples:
-        raise UserError(
-            f"train.batch_size is {c.train.batch_size}, but there are only {num_samples} training samples, so not "
-            f"one step fits into an epoch. Lower train.batch_size or raise data.subset."
-        )
 
 
 def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) -> int:
@@ -254,23 +250,16 @@ def json_writer(path: Path | None) -> Callable[[dict[str, Any]], None]:
     Raises:
         UserError: here, before the work starts, if the folder cannot be used; in the function, if writing fails.
     """
+    if path is None:
+        return lambda _: None
+    unwritable = f"--json {path} cannot be written"
+    if path.is_dir():
+        raise UserError(f"{unwritable}: it is a folder.")
+    with explain_os_error(unwritable):
+        tempfile.TemporaryFile(dir=path.parent).close()
 
     def write(values: dict[str, Any]) -> None:
-        if path is not None:
-            with _explain_unwritable(path):
-                write_json(path, values)
+        with explain_os_error(unwritable):
+            write_json(path, values)
 
-    if path is not None:
-        with _explain_unwritable(path):
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, "it is a folder")
-            tempfile.TemporaryFile(dir=path.parent).close()
     return write
-
-
-@contextmanager
-def _explain_unwritable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--json {path} cannot be written: {error.strerror}.") from None

@@ -76,9 +76,16 @@ class StopError(BaseException):
     exit_code = 75
 
 
-KINDS: tuple[type[UserError], ...] = (
-    UserError, DataError, CheckpointError, NonFiniteError, PeerError, RunInUseError, DivergedError
-)  # fmt: skip
+KINDS: tuple[type[UserError], ...] = (UserError, *UserError.__subclasses__())
+
+
+@contextmanager
+def explain_os_error(what: str, advice: str = "") -> Iterator[None]:
+    """Convert an OSError inside to a `UserError`: `what`, the system's reason, and `advice`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror}. {advice}".rstrip()) from None
 
 
 @contextmanager
@@ -98,16 +105,13 @@ def exit_on_error(on_all_ranks: bool = False) -> Iterator[None]:
             wait_for_main_process()
         write_exit_code(error.exit_code)
         raise SystemExit(error.exit_code) from None
-    except StopError as error:
+    except (StopError, KeyboardInterrupt) as error:
         begin_shutdown()
         if is_main_process():
-            print(error, file=sys.stderr, flush=True)
-        write_exit_code(error.exit_code)
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        if is_main_process():
-            print("interrupted", file=sys.stderr, flush=True)
-        raise SystemExit(130) from None
+            print(str(error) or "interrupted", file=sys.stderr, flush=True)
+        code = error.exit_code if isinstance(error, StopError) else 130
+        write_exit_code(code)
+        raise SystemExit(code) from None
     except Exception:
         begin_shutdown()
         write_exit_code(1)

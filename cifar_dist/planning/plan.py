@@ -20,7 +20,7 @@ from cifar_dist.data.cifar10 import BETON_FILES
 from cifar_dist.data.loader import Batch
 from cifar_dist.data.order import Order, split
 from cifar_dist.distributed import World, init_distributed
-from cifar_dist.errors import UserError
+from cifar_dist.errors import UserError, explain_os_error
 from cifar_dist.fault_tolerance.health import explain_out_of_memory
 from cifar_dist.models.layers import num_parameters
 from cifar_dist.training import checkpoint, run_directory
@@ -160,7 +160,7 @@ def check(config: Config, plan: Figures) -> Findings:
         )
     directory, needed = run_directory.path_of(config), plan["checkpoints_bytes"]
     try:
-        with run_directory.explain_unwritable(directory):
+        with explain_os_error(f"the run directory {directory} cannot be written", "Choose another --run.dir."):
             if config.run.resume != "auto" and run_directory.holds_run(directory):
                 findings.refusals.append(
                     f"the run directory {directory} already holds a run. Resume it with --run.resume auto, or choose "

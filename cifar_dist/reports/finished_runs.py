@@ -5,12 +5,12 @@ Does not import torch, so that a table appears at once. Every refusal is a UserE
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from cifar_dist.cli import read_yaml, validate_for_table
+from cifar_dist import cli
 from cifar_dist.config import NUM_TEST, Config
 from cifar_dist.errors import UserError
 from cifar_dist.files import read_json
@@ -81,7 +81,7 @@ def _read_run(directory: Path) -> FinishedRun:
         raise UserError(f"{directory} does not exist.")
     if not path.exists():
         raise UserError(f"{directory} holds no finished run: no summary.json. Resume the run with --run.resume auto.")
-    config, values = read_yaml(directory / "config.yaml"), read_json(path)
+    config, values = cli.read_yaml(directory / "config.yaml"), read_json(path)
     problems = list(_problems(values, config))
     if problems:
         raise UserError(
@@ -114,9 +114,7 @@ def _problems(values: Mapping[str, Any], config: Config) -> Iterator[str]:
 
 def settings_of(config: Config) -> dict[str, Any]:
     """The settings that all runs of one table have in common, by their full names."""
-    sections = asdict(config).items()
-    values = {f"{section}.{key}": value for section, keys in sections for key, value in keys.items()}
-    return {name: value for name, value in values.items() if name not in _MAY_DIFFER}
+    return {name: value for name, value in cli.settings_of(config).items() if name not in _MAY_DIFFER}
 
 
 def _differences(first: Config, second: Config) -> str:
@@ -130,10 +128,10 @@ def refuse_other_settings(directories: Sequence[Path], asked: Config) -> None:
 
     Stricter than resuming, which accepts changes of logging, scoring and the precision of matrix products.
     """
-    validate_for_table(asked)
+    cli.validate_for_table(asked)
     begun = [directory for directory in directories if _holds_run(directory)]
     for directory in begun:
-        if differences := _differences(read_yaml(directory / "config.yaml"), asked):
+        if differences := _differences(cli.read_yaml(directory / "config.yaml"), asked):
             raise UserError(
                 f"the run in {directory} and the settings given now differ:{differences}\n"
                 f"Choose another --run.name, or give the settings of that run."

@@ -19,7 +19,7 @@ from cifar_dist.data.dataset import prepared_folder, read_split, scored_samples
 from cifar_dist.data.loader import BetonLoader
 from cifar_dist.data.order import Split
 from cifar_dist.distributed import World, all_gather_text, broadcast_bytes, broadcast_from_main, run_and_sync_errors
-from cifar_dist.errors import UserError
+from cifar_dist.errors import UserError, explain_os_error
 from cifar_dist.fault_tolerance import health, run_lock, signals, status
 from cifar_dist.fault_tolerance.stop_consensus import StopConsensus
 from cifar_dist.fault_tolerance.watchdog import Watchdog
@@ -92,24 +92,18 @@ class Run(Hooks):
             """Create and lock the directory; the names of it and of the checkpoint, whose bytes go to `data`."""
             nonlocal data
             directory = run_directory.path_of(self.config)
-            with run_directory.explain_unwritable(directory):
+            with explain_os_error(f"the run directory {directory} cannot be written", "Choose another --run.dir."):
                 directory.mkdir(parents=True, exist_ok=True)
                 self.lock = run_lock.acquire(directory, self.config.run.resume == "auto", self.log)
             self.stack.callback(self.lock.release)
             run_directory.check(self.config, directory)
-            found = run_directory.find_start(self.config, directory, self.log)
-            if found is None:
-                return str(directory), ""
-            origin, data = found
-            if not origin.is_relative_to(directory):
-                # Copied, so that a run that stops before its first checkpoint can resume without the other run.
-                step = checkpoint.decode(data, str(origin))["step"]
-                checkpoint.write(directory / "checkpoints", step, data)
-            self.log(f"resuming from {origin}")
+            origin, data = run_directory.find_start(self.config, directory, self.log) or ("", b"")
             return str(directory), str(origin)
 
         directory, origin = broadcast_from_main(self.world, open_on_main)
         self.directory = Path(directory)
+        if origin:
+            self.log(f"resuming from {origin}")
         return origin, broadcast_bytes(data, self.world)
 
     def _build_trainer(self, precision: Precision, data_dir: Path, split: Split) -> Trainer:

@@ -59,7 +59,7 @@ def score_of_training_images(run_dir: Path, data_dir: Path) -> Score:
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
     config = cli.load_config(["--config", str(run_dir / "config.yaml")])
     train_step = TrainStep(config, world, choose_precision(config.train.precision, world.device))
-    found = newest_valid(run_dir / "checkpoints", print)
+    found = newest_valid(run_dir / "checkpoints", config, print)
     assert found is not None
     split = read_split(config.data, data_dir, world)
     with BetonLoader(data_dir / "train.beton", world.device) as loader:

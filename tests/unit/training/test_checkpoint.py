@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from cifar_dist.config import Config
 from cifar_dist.errors import CheckpointError
 from cifar_dist.files import write_bytes_atomic
 from cifar_dist.models.architectures import inception_v1
@@ -91,7 +92,7 @@ def test_newest_valid_passes_over_damage(damage: str, tmp_path: Path) -> None:
         path.unlink()
         path.mkdir()
     warnings: list[str] = []
-    found = newest_valid(tmp_path, warnings.append)
+    found = newest_valid(tmp_path, Config(), warnings.append)
     assert found is not None
     assert found[0] == checkpoint.path_of(tmp_path, 1)
     assert checkpoint.decode(found[1], "it")["model"]["weight"][0] == 1.0
@@ -100,10 +101,10 @@ def test_newest_valid_passes_over_damage(damage: str, tmp_path: Path) -> None:
 
 
 def test_no_valid_checkpoint_is_an_error_and_none_is_not(tmp_path: Path) -> None:
-    assert newest_valid(tmp_path / "nothing", print) is None
+    assert newest_valid(tmp_path / "nothing", Config(), print) is None
     save(tmp_path, 1, state(1.0)).write_bytes(b"x")
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
-        newest_valid(tmp_path, lambda _: None)
+        newest_valid(tmp_path, Config(), lambda _: None)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="NOT TESTED: a small file system needs root")

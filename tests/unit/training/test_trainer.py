@@ -110,7 +110,7 @@ def test_the_best_checkpoint_is_kept_over_a_restart(
         trainer_of(first, loader, tmp_path, monkeypatch).train()
     assert checkpoint.all_steps(tmp_path) == [4, 6]
     trainer = trainer_of(second, loader, tmp_path, monkeypatch)
-    found = newest_valid(tmp_path, print)
+    found = newest_valid(tmp_path, trainer.config, print)
     assert found is not None
     trainer.restore(checkpoint.decode(found[1], "it"), "it")
     assert (trainer.progress.step, trainer.progress.best_step) == (6, 4)
@@ -137,7 +137,7 @@ def test_a_validation_put_off_by_a_stop_is_done_once(
 
     def resumed(seen: Seen) -> Trainer:
         trainer = trainer_of(seen, loader, tmp_path, monkeypatch, config)
-        found = newest_valid(tmp_path, print)
+        found = newest_valid(tmp_path, trainer.config, print)
         assert found is not None
         trainer.restore(checkpoint.decode(found[1], "it"), "it")
         return trainer
