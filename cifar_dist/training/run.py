@@ -48,7 +48,7 @@ class Run(Hooks):
 
     def __init__(self, config: Config, world: World, stack: ExitStack) -> None:
         self.config, self.world, self.stack = config, world, stack
-        self.directory = Path()  # set by _open_directory
+        self.directory, self.name = Path(), ""  # set by _open_directory; the name in curves.png and at W&B
         self.tracker: Tracker | None = None
         self.lock: run_lock.RunLock | None = None
         self._stop = StopConsensus(world)
@@ -102,6 +102,7 @@ class Run(Hooks):
 
         directory, origin = broadcast_from_main(self.world, open_on_main)
         self.directory = Path(directory)
+        self.name = self.config.run.name or self.directory.resolve().name
         if origin:
             self.log(f"resuming from {origin}")
         return origin, broadcast_bytes(data, self.world)
@@ -123,7 +124,6 @@ class Run(Hooks):
         if broadcast_from_main(world, summary.exists) and trainer.progress.step == trainer.schedule.total_steps:
             self.log(f"this run is complete; its results are in {summary}")
             return
-        run_and_sync_errors(world, self._write_config, only_if=world.is_main)
         # With debug.overfit_steps it trains on one batch, on a CPU for many minutes, but on all ranks alike.
         set_phase(Phase("the self-check", limit_s=VERY_SLOW_S))
         run_and_sync_errors(world, lambda: debug.check(config, trainer, self.log))
@@ -139,21 +139,17 @@ class Run(Hooks):
         self.log_metrics(trainer.progress.step, metrics)
         results = summarize(config, trainer, test, devices)
         run_and_sync_errors(world, lambda: self._write_results(results), only_if=world.is_main)
-        views = {"flip": "flip", "six": "six views"}.get(config.eval.tta)
-        tta = "" if test.accuracy_tta is None else f", {test.accuracy_tta:.2%} with {views}"
         part = "" if test.n == NUM_TEST else f" of {NUM_TEST} (eval.test_subset)"
         self.log(
-            f"test accuracy {test.accuracy:.2%}{tta} on {test.n}{part} images; "
+            f"test accuracy {test.accuracy:.2%} on {test.n}{part} images; "
             f"{trainer.progress.train_seconds:.0f} s of training; see {summary} and curves.png"
         )
 
-    def _write_config(self) -> None:
-        self.before_write()
-        write_text_atomic(self.directory / "config.yaml", to_yaml(self.config))
-
     def _start_tracking(self, trainer: Trainer) -> None:
         self.before_write()
-        values, steps = yaml.safe_load(to_yaml(self.config)), (trainer.schedule.total_steps, trainer.progress.step)
+        text = to_yaml(self.config)
+        write_text_atomic(self.directory / "config.yaml", text)
+        values, steps = yaml.safe_load(text), (trainer.schedule.total_steps, trainer.progress.step)
         tracker = Tracker(self.directory, self.config.track, values, *steps, self.name)
         self.tracker = self.stack.enter_context(tracker)
 
@@ -165,11 +161,6 @@ class Run(Hooks):
         # Without the command line, which may contain what other readers of the W&B project should not see.
         values = {key: v for key, v in results.items() if isinstance(v, (int, float, str)) and key != "command"}
         self.tracker.finish(values)
-
-    @property
-    def name(self) -> str:
-        """The name of the run in curves.png and at W&B."""
-        return self.config.run.name or self.directory.resolve().name
 
     def log(self, text: str) -> None:
         """Print a line on rank 0; write it to the log file on every rank."""
@@ -209,9 +200,9 @@ class Run(Hooks):
             self._compare_ranks(trainer)
 
     def before_save(self, trainer: Trainer) -> None:
-        progress = trainer.progress
-        self._compare_ranks(trainer)  # first: the next check is local, and after this one all ranks decide alike
-        health.refuse_nonfinite(self._state(trainer), progress.step, progress.last_saved)
+        # First, since the next check is local, and after this one all ranks decide alike.
+        state = self._compare_ranks(trainer)
+        health.refuse_nonfinite(state, trainer.progress.step, trainer.progress.last_saved)
 
     def before_write(self) -> None:
         if self._tracking_error is not None:
@@ -219,12 +210,11 @@ class Run(Hooks):
         if self.lock is not None:
             self.lock.check()
 
-    def _compare_ranks(self, trainer: Trainer) -> None:
-        progress = trainer.progress
-        health.refuse_divergence(self._state(trainer), self.world, progress.step, progress.last_saved)
-        self._compared_step = progress.step
-
-    def _state(self, trainer: Trainer) -> dict[str, Tensor]:
-        train_step = trainer.train_step
+    def _compare_ranks(self, trainer: Trainer) -> dict[str, Tensor]:
+        """Refuse ranks that differ; the tensors that were compared."""
+        progress, train_step = trainer.progress, trainer.train_step
         ema = train_step.ema and train_step.ema.module
-        return health.tensors_of_state(train_step.model, ema, train_step.optimizer)
+        state = health.tensors_of_state(train_step.model, ema, train_step.optimizer)
+        health.refuse_divergence(state, self.world, progress.step, progress.last_saved)
+        self._compared_step = progress.step
+        return state
