@@ -28,7 +28,10 @@ def main() -> None:
     with exit_on_error():
         job = Job()
         job.handle_signals()
-        code = {"train": _train, "sweep": _sweep, "evaluate": _evaluate}[sys.argv[1]](job, sys.argv[2:])
+        kinds = {"train": _train, "sweep": _sweep, "evaluate": _evaluate}
+        if sys.argv[1:2] not in ([kind] for kind in kinds):
+            raise UserError(f"the first argument must be one of {', '.join(kinds)}.")
+        code = kinds[sys.argv[1]](job, sys.argv[2:])
     raise SystemExit(code)
 
 

@@ -20,7 +20,7 @@ from cifar_dist.files import read_json, write_json
 # Below the kernel's ephemeral ports.
 _FIRST_PORT, _NUM_PORTS = 16_384, 16_384
 # How soon srun is sent a stop signal, and how often, since it may lose one while it starts the tasks.
-_REPEAT_S = 5.0
+_REPEAT_S = 2.0
 # How long other nodes may run after the first has exited. Living nodes notice a lost peer within seconds; Slurm notices
 # a lost node after SlurmdTimeout (default 300 s), and requeues the job only if it is still running then.
 _LAST_NODE_S = 600
