@@ -186,7 +186,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["optim: {lr: fast}", "model: {stem: mine}", "train: {epochs: 1.5}"])
 def test_value_of_a_wrong_type_names_the_file(tmp_path: Path, value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match=r"the value above comes from --config .*config\.yaml\."):
+    with pytest.raises(UserError, match=r"the value above comes from .*config\.yaml\."):
         cli.load_config(written(tmp_path, value))
     assert value.split()[-1].rstrip("}") in capsys.readouterr().err
 
