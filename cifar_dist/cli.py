@@ -253,9 +253,9 @@ def json_writer(path: Path | None) -> Callable[[dict[str, Any]], None]:
     if path is None:
         return lambda _: None
     unwritable = f"--json {path} cannot be written"
-    if path.is_dir():
-        raise UserError(f"{unwritable}: it is a folder.")
     with explain_os_error(unwritable):
+        if path.is_dir():
+            raise UserError(f"{unwritable}: it is a folder.")
         tempfile.TemporaryFile(dir=path.parent).close()
 
     def write(values: dict[str, Any]) -> None:

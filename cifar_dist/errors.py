@@ -85,7 +85,7 @@ def explain_os_error(what: str, advice: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{what}: {error.strerror}. {advice}".rstrip()) from None
+        raise UserError(f"{what}: {error.strerror or error}. {advice}".rstrip()) from None
 
 
 @contextmanager

@@ -54,12 +54,17 @@ def run_and_exit(main: Callable[[], None]) -> NoReturn:
         code = 1
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    try:
-        for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr):
+        try:
             stream.flush()
+        except (AttributeError, ValueError):  # there is none, or it is closed
+            pass
+        except OSError as error:
+            code = 120  # as Python does
+            with suppress(OSError):
+                os.write(2, f"error: {stream.name} cannot be written: {error.strerror}\n".encode())
+    with suppress(AttributeError, OSError):
         ctypes.CDLL(None).fflush(None)
-    except (AttributeError, OSError, ValueError):  # one of them is closed, or cannot be written
-        raise SystemExit(code) from None  # Python tells which, and exits with 120
     os._exit(int(code or 0) & 0xFF)
 
 

@@ -1,8 +1,6 @@
 """Results of the benchmark as text and JSON, and the comparison of two of them."""
 
 import os
-import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -11,11 +9,12 @@ from typing import Any
 
 import torch
 
+from cifar_dist.cli import command_line
 from cifar_dist.errors import UserError
 from cifar_dist.files import read_json
 from cifar_dist.training import summary
 
-FORMAT = "cifar_dist bench, format 1"
+FORMAT = "cifar_dist bench, format 2"
 Report = dict[str, Any]
 """Header, and "parts": {name: {"seconds", "tables": [Table.to_json()]}}, with "failure" for a part that failed."""
 
@@ -30,7 +29,7 @@ def header() -> Report:
         versions |= {"cudnn": str(cudnn.version()), "nccl": ".".join(map(str, nccl.version()))}
     return {
         "format": FORMAT,
-        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "command": command_line(),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "git_commit": summary.git_commit(),
         "hardware": ", ".join(devices),

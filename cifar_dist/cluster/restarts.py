@@ -72,8 +72,9 @@ def failure_code(failures: Collection[int], written: set[int]) -> int:
     # A worker without handlers yet dies of torchrun's own SIGTERM. After any other signal torchrun stops the other
     # workers, which then exit as stopped.
     lost = any(code < 0 and code != -signal.SIGTERM for code in failures)
-    last = [kind.exit_code for kind in ((PeerError, StopError) if lost else (StopError, PeerError))]
-    return min(filter(None, found), key=lambda code: last.index(code) if code in last else -1, default=0)
+    others = [kind.exit_code for kind in ((PeerError, StopError) if lost else (StopError, PeerError))]
+    errors = [code for code in found if code not in (0, *others)]
+    return next(iter([*errors, *(code for code in others if code in found)]), 0)
 
 
 def written_codes() -> set[int]:

@@ -1,7 +1,7 @@
 """The batch scripts in slurm/ run it on the first node: `python -m cifar_dist.cluster.slurm train|sweep|evaluate`.
 
 Starts a launcher on each node under srun, and requeues the job after the signal that Slurm sends before the time limit.
-Does not import torch, so that signal handlers are installed early.
+Does not import torch, so that it starts at once.
 """
 
 import argparse
@@ -29,9 +29,10 @@ def main() -> None:
         job = Job()
         job.handle_signals()
         kinds = {"train": _train, "sweep": _sweep, "evaluate": _evaluate}
-        if sys.argv[1:2] not in ([kind] for kind in kinds):
-            raise UserError(f"the first argument must be one of {', '.join(kinds)}.")
-        code = kinds[sys.argv[1]](job, sys.argv[2:])
+        work, *arguments = sys.argv[1:] or [""]
+        if work not in kinds:
+            raise UserError(f"the first argument is '{work}'; valid: {', '.join(kinds)}.")
+        code = kinds[work](job, arguments)
     raise SystemExit(code)
 
 
@@ -45,7 +46,9 @@ def _train(job: Job, arguments: Sequence[str]) -> int:
 def _config(job: Job, arguments: Sequence[str]) -> Config:
     """The configuration of `arguments`. Parsed here so that mistakes are printed once, and not on every node."""
     os.environ["WORLD_SIZE"] = str(job.num_nodes * processes_per_node())
-    return cli.load_config(arguments)
+    config = cli.load_config(arguments)
+    del os.environ["WORLD_SIZE"]
+    return config
 
 
 def _run(job: Job, arguments: Sequence[str], config: Config, directory: Path, again: Sequence[str]) -> int:

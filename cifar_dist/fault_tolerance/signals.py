@@ -123,6 +123,8 @@ def _watch(reader: socket.socket, launcher: int | None) -> None:
         if overdue and _state.received is None and not _state.deferred and not shutting_down():
             write_exit_code(StopError.exit_code)
             os._exit(StopError.exit_code)
+    if _state.interrupted_at is not None:
+        os._exit(128 + signal.SIGINT)  # the launcher exited at a second Ctrl-C
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_ORPHAN_GRACE_S)
     os._exit(PeerError.exit_code)

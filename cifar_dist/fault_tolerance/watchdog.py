@@ -47,7 +47,8 @@ class Watchdog(threading.Thread):
         self.directory: Path | None = None
         self._training_thread = threading.get_ident()
         self._identity = identity()
-        self._began, self._idle_s = 0.0, 0.0  # of the phase last seen, and the seconds since it was first seen
+        self._began = 0.0  # when the phase last seen began
+        self._idle_s = 0.0  # how long it has been seen
         self._seen = dict.fromkeys(range(world.size), Heartbeat())  # the newest heartbeats, with `silent_s`
         self._closed = threading.Event()
         self._heartbeats = HeartbeatThread(world, self._heartbeat)
@@ -121,8 +122,9 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         """Once a second: end this rank because of a failure notice, or check whether the run is stalled."""
         while not self._closed.wait(INTERVAL_S):
-            self._idle_s = self._idle_s + INTERVAL_S if current.began == self._began else 0.0
-            self._began = current.began
+            began = current.began
+            self._idle_s = self._idle_s + INTERVAL_S if began == self._began else 0.0
+            self._began = began
             for rank, heartbeat in self._heartbeats.seen.items():
                 last = self._seen[rank]
                 silent_s = last.silent_s + INTERVAL_S if heartbeat.number == last.number else 0.0

