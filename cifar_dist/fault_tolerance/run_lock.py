@@ -22,7 +22,7 @@ from cifar_dist.errors import RunInUseError, write_exit_code
 from cifar_dist.fault_tolerance import signals
 from cifar_dist.files import read_json, write_json
 
-LOCK, REQUEST = ".lock", ".lock.request"
+LOCK, JOB, REQUEST = ".lock", ".lock.job", ".lock.request"
 LEASE_S = 20.0  # ten refreshes; a file server may delay one by some seconds
 REFRESH_S = 2.0
 EXIT_S = 60.0  # then an owner that lost the lease or was asked to exit ends itself without saving
@@ -37,7 +37,7 @@ class Owner(NamedTuple):
 
     pid: int
     host: str
-    job: str | None = None  # of Slurm, once status.json tells it
+    job: str | None = None  # of Slurm
     restarts: int = 0  # of that job
     token: str | None = None  # of its lease
 
@@ -90,6 +90,8 @@ class RunLock:
         self._released.set()
         self._thread.join(REFRESH_S)
         with suppress(OSError):
+            if self.held():
+                (self.directory / JOB).unlink(missing_ok=True)
             self._lease.release()
 
     def _watch(self) -> None:
@@ -142,6 +144,9 @@ def acquire(directory: Path, wait: bool, log: Callable[[str], None]) -> RunLock:
             (directory / REQUEST).unlink(missing_ok=True)
     if waiter.owner is not None:
         log(f"{waiter.owner} no longer holds {directory}; taken over")
+    job, restarts = slurm_job()
+    if job is not None:
+        write_json(directory / JOB, {"token": lease.token, "job": job, "restarts": restarts})
     return RunLock(directory, lease)
 
 
@@ -187,14 +192,14 @@ class _Waiter:
 
 def owner(directory: Path) -> Owner | None:
     """The owner of `directory`, None without one."""
-    record, status = SoftFileLease(directory / LOCK).owner, read_json(directory / "status.json")
+    record, job = SoftFileLease(directory / LOCK).owner, read_json(directory / JOB)
     if record is None:
         return None
+    if job.get("token") != record.token:
+        job = {}
     # filelock escapes odd characters of the host name, and in a container appends the namespace of process ids.
     host = unquote(record.hostname.partition("?pidns-")[0].replace("?", "%"))
-    if (status.get("pid"), status.get("host")) != (record.pid, host):  # of another start
-        status = {}
-    return Owner(record.pid, host, status.get("job"), status.get("restarts", 0), record.token)
+    return Owner(record.pid, host, job.get("job"), job.get("restarts", 0), record.token)
 
 
 def slurm_job() -> tuple[str | None, int]:

@@ -19,7 +19,7 @@ import pytest
 
 from cifar_dist.errors import RunInUseError
 from cifar_dist.fault_tolerance import run_lock
-from cifar_dist.fault_tolerance.run_lock import LOCK, REQUEST, acquire
+from cifar_dist.fault_tolerance.run_lock import JOB, LOCK, REQUEST, acquire
 from tests.support import runs
 
 pytestmark = pytest.mark.xdist_group("clock")
@@ -75,13 +75,6 @@ def owner(directory: Path) -> tuple[int, str]:
 
 def wait_for_owner(directory: Path, process: subprocess.Popen[str]) -> None:
     runs.wait_until(lambda: owner(directory)[0] == process.pid, process)
-
-
-def wait_for_owner_of_job_42(directory: Path, process: subprocess.Popen[str]) -> None:
-    """And write what a run writes into status.json, which tells the job."""
-    wait_for_owner(directory, process)
-    status = {"pid": process.pid, "host": os.uname().nodename, "job": "42", "restarts": 0}
-    (directory / "status.json").write_text(json.dumps(status))
 
 
 def left(directory: Path) -> list[str]:
@@ -171,7 +164,8 @@ def test_a_removed_lock_is_lost(tmp_path: Path) -> None:
 def test_an_earlier_start_that_hangs_is_killed(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
     first = holder(tmp_path, 600, exit_s=3, SLURM_JOB_ID="42")
     started.append(first)
-    wait_for_owner_of_job_42(tmp_path, first)
+    wait_for_owner(tmp_path, first)
+    runs.wait_until((tmp_path / JOB).exists, first)
     second = holder(tmp_path, 0, SLURM_JOB_ID="42", SLURM_RESTART_COUNT="1")
     started.append(second)
     output = runs.finish(second, timeout_s=30)
@@ -190,7 +184,7 @@ def test_only_an_earlier_start_of_the_job_is_asked_to_exit(
 ) -> None:
     first = holder(tmp_path, 600, SLURM_JOB_ID="42")
     started.append(first)
-    wait_for_owner_of_job_42(tmp_path, first)
+    runs.wait_until((tmp_path / JOB).exists, first)
     monkeypatch.setenv("SLURM_JOB_ID", job)
     monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
     with pytest.raises(RunInUseError, match=r"\(job 42\)\. Wait for that job"):
