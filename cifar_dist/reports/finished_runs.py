@@ -67,8 +67,7 @@ def read_runs(paths: Sequence[Path]) -> list[FinishedRun]:
         except UserError as error:
             problems.append(str(error))
     if problems:
-        more = [f"and {len(problems) - 12} more"] if len(problems) > 12 else []  # one screen is enough
-        raise UserError("\n  ".join([*problems[:12], *more]))
+        raise UserError(_one_screen(problems))
     runs.sort(key=lambda run: run.config.run.seed)
     _refuse_unequal(runs)
     return runs
@@ -118,9 +117,15 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 def _differences(first: Config, second: Config) -> str:
-    """A line for each setting that differs; empty if none does."""
+    """Each setting that differs, with both values; empty if none does."""
     a, b = settings_of(first), settings_of(second)
-    return "".join(f"\n  {name} is {a[name]} in the first, {b[name]} in the second" for name in a if a[name] != b[name])
+    return _one_screen([f"{name}: {a[name]} and {b[name]}" for name in a if a[name] != b[name]])
+
+
+def _one_screen(lines: Sequence[str]) -> str:
+    """The first twelve lines, and how many more there are."""
+    more = [f"and {len(lines) - 12} more"] if len(lines) > 12 else []
+    return "\n  ".join([*lines[:12], *more])
 
 
 def refuse_other_settings(directories: Sequence[Path], asked: Config) -> None:
@@ -133,7 +138,7 @@ def refuse_other_settings(directories: Sequence[Path], asked: Config) -> None:
     for directory in begun:
         if differences := _differences(cli.read_yaml(directory / "config.yaml"), asked):
             raise UserError(
-                f"the run in {directory} and the settings given now differ:{differences}\n"
+                f"the run in {directory} and the settings given now differ:\n  {differences}\n"
                 f"Choose another --run.name, or give the settings of that run."
             )
     read_runs([directory for directory in begun if (directory / "summary.json").exists()])
@@ -148,7 +153,7 @@ def _refuse_unequal(runs: Sequence[FinishedRun]) -> None:
         if a["model_sha256"] == b["model_sha256"]:
             raise UserError(f"{pair} have the same trained model, so one is a copy of the other.")
         if differences := _differences(first.config, second.config):
-            raise UserError(f"{pair} differ in more than the seed:{differences}")
+            raise UserError(f"{pair} differ in more than the seed:\n  {differences}")
         for name in ("val_n", "steps", "params", "precision"):  # precision also depends on the device
             if a[name] != b[name]:
                 raise UserError(f"{pair} did not do the same: {name} is {a[name]} and {b[name]}.")

@@ -23,7 +23,7 @@ from cifar_dist.files import sha256_of_file, sync_directory
 
 Log = Callable[[str], None]
 _TOTAL_BYTES = sum(file.num_bytes for file in BETON_FILES.values())
-_SPARE_BYTES = 64_000_000  # left free on the disk of a copy
+_SPARE_BYTES = 64_000_000  # left free on the disk
 
 
 def ensure(data_dir: Path, source: str, log: Log, rebuild: bool = False) -> None:
@@ -123,8 +123,6 @@ def _copy(data_dir: Path, stage_dir: Path, log: Log) -> None:
     for name in BETON_FILES:
         (stage_dir / name).unlink(missing_ok=True)  # a damaged copy, or one of a killed process
     with _new_files(stage_dir, log) as partial:
-        if shutil.disk_usage(stage_dir).free < _TOTAL_BYTES + _SPARE_BYTES:
-            raise OSError(f"no room for {_TOTAL_BYTES / 1e6:.0f} MB")
         for name in BETON_FILES:
             shutil.copyfile(data_dir / name, partial / name)
 
@@ -156,8 +154,10 @@ def _new_files(folder: Path, log: Log) -> Iterator[Path]:
     """A temporary folder to write both files to; at the end they are verified and moved to `folder`. Needs the lock.
 
     Raises:
-        OSError: a file is wrong, e.g. because the disk is faulty; then none is moved.
+        OSError: there is no room, or a file is wrong, e.g. because the disk is faulty; then none is moved.
     """
+    if shutil.disk_usage(folder).free < _TOTAL_BYTES + _SPARE_BYTES:
+        raise OSError(f"no room for {_TOTAL_BYTES / 1e6:.0f} MB")
     for stale in folder.glob(".partial-*"):  # of processes that were killed
         shutil.rmtree(stale, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder, ignore_cleanup_errors=True) as place:

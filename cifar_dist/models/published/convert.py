@@ -121,7 +121,6 @@ def _load(network: InceptionNetwork, state: StateDict, names: Names) -> Inceptio
         copies = {own_names.get(name, name): tensor.clone() for name, tensor in state.items()}
         network.load_state_dict(copies, assign=True)
     except RuntimeError as error:
-        raise ValueError(
-            f"not the state dict expected; the names below are those of this package:\n{str(error)[:600]}"
-        ) from None
+        text = "not the state dict expected; the names below are those of this package:"
+        raise ValueError(f"{text}\n{str(error)[:600]}") from None
     return network

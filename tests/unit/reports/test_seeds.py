@@ -224,8 +224,8 @@ def test_runs_that_differ_in_more_than_the_seed_are_refused(
     leave_run(tmp_path, 0)
     leave_run(tmp_path, 1, replace(CONFIG, optim=replace(CONFIG.optim, lr=0.5), model=replace(CONFIG.model, width=0.5)))
     message = refusal(monkeypatch, capsys, tmp_path)
-    assert "optim.lr is 0.05 in the first, 0.5 in the second" in message
-    assert "model.width is 1.0 in the first, 0.5 in the second" in message
+    assert "optim.lr: 0.05 and 0.5" in message
+    assert "model.width: 1.0 and 0.5" in message
 
 
 @pytest.mark.parametrize(
@@ -270,9 +270,7 @@ def test_check_refuses_directories_with_other_settings(
     assert "eval.test_subset is for trials" in refusal(monkeypatch, capsys, tmp_path / "seed-2", "--check", asked)
     asked.write_text(to_yaml(replace(CONFIG, eval=replace(CONFIG.eval, tta="none"))))
     for directory in (finished, begun):
-        assert "eval.tta is flip in the first, none in the second" in refusal(
-            monkeypatch, capsys, directory, "--check", asked
-        )
+        assert "eval.tta: flip and none" in refusal(monkeypatch, capsys, directory, "--check", asked)
 
 
 def test_json_that_cannot_be_written(
@@ -346,7 +344,7 @@ def test_stopped_and_gone_on(data_dir: Path, tmp_path: Path) -> None:
     assert times_of(folder) == before
 
     refused = runs.finish(start("seeds", *arguments, "--eval.tta", "flip"), expected=2)
-    assert "eval.tta is none in the first, flip in the second" in refused
+    assert "eval.tta: none and flip" in refused
     assert times_of(folder) == before
 
 
