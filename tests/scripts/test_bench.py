@@ -301,6 +301,7 @@ def test_compare_refuses_other_files(text: str | None, tmp_path: Path) -> None:
             2,
             "--json /nowhere/a.json cannot be written: No such file or directory.",
         ),
+        (["loader", "--json", f"/tmp/{300 * 'a'}"], 2, "cannot be written: File name too long."),
         (["loader", "--data.dir", "/nowhere"], 3, "/nowhere/test.beton"),
         (["train", "--data.dir", "/nowhere"], 3, "/nowhere/test.beton"),
         (["all", "--data.dir", "/nowhere"], 3, "cifar_dist.prepare --data.dir /nowhere"),

@@ -72,4 +72,4 @@ def test_exception_is_reported() -> None:
 def test_output_that_cannot_be_written() -> None:
     with Path("/dev/full").open("w") as full:
         _, errors = ended("pass", 120, full)
-    assert "No space left on device" in errors
+    assert errors == "error: <stdout> cannot be written: No space left on device\n"
