@@ -78,10 +78,13 @@ def test_a_rank_that_has_finished_neither_reports_nor_is_killed(
 def test_without_a_store_the_lowest_rank_that_runs_here_reports() -> None:
     here = replace(WAITS, **{name: getattr(identity(), name) for name in ("host", "pid", "started")})
     seen = dict(enumerate([silent(here, 6), WAITS, finished(here), here, here]))
-    notice = stall_notice(seen, TIMEOUT_S, store_s=6, own_rank=0)
+    notice = stall_notice(seen, TIMEOUT_S, store_s=6, own_rank=3)
     assert notice is not None
     assert (notice.reporter, notice.silent) == (3, [0])
     assert "No heartbeats for 6 s: the store, in rank 0's process at " in notice.text
+    of_rank_0 = stall_notice(seen, TIMEOUT_S, store_s=6, own_rank=0)
+    assert of_rank_0 is not None
+    assert of_rank_0.silent == []  # it does not kill itself, but exits with its code
 
 
 def test_report_names_the_stalled_rank_first() -> None:
