@@ -53,10 +53,10 @@ class RunConfig:
     """Seed of initialisation, sample order, augmentation and dropout."""
     resume: str = "never"
     """never: refuse a directory that holds a run. auto: resume from its newest valid checkpoint, or start a new run.
-    A path: resume from that checkpoint."""
+    A path: start in a new run directory from that checkpoint of another run."""
     deterministic: bool = False
     """Use deterministic algorithms of torch and cuDNN (slower on GPUs)."""
-    stall_timeout_s: Annotated[int, Range(min=0, max=500)] = 300  # below distributed.TIMEOUT_S, 600 s
+    stall_timeout_s: Annotated[int, Range(min=0, max=500)] = 300  # 100 s below distributed.TIMEOUT_S, to report first
     """Seconds without progress after which a run names the stalled rank and exits. 0: never."""
 
 
@@ -73,7 +73,7 @@ class DataConfig:
     train_on: Literal["train", "all"] = "train"
     """train: 45,000 samples, validation on the other 5,000. all: the whole 50,000, no validation score."""
     num_workers: Positive = 1
-    """FFCV threads per process; one thread reads about 600,000 images/s."""
+    """FFCV threads per process; one thread reads about 550,000 images/s (docs/performance.md)."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ class TrainConfig:
     """Steps between comparisons of the state of all ranks (weights, buffers, optimizer) by checksum, done when metrics
     are next read. They are always compared before a checkpoint is saved. 0: only then."""
     log_every_steps: Positive = 20
-    """Steps between two lines of metrics; in between, nothing waits for the device."""
+    """Steps between two lines of metrics. The device is waited for at these steps, at ends of epochs, validations and
+    saves only."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class OptimConfig:
     momentum: Annotated[float, Range(above=0, below=1)] = 0.9
     """Nesterov momentum of SGD."""
     bias_lr_factor: Annotated[float, Range(above=0, below=1e3)] = 1.0
-    """Learning rate of biases, including batch norm's, divided by `lr` (arXiv 2404.00498)."""
+    """Learning rate of biases, including batch norm's, as a multiple of `lr` (arXiv 2404.00498)."""
     norm_scales: Literal["trained", "fixed"] = "trained"
     """fixed: batch-norm scales stay at 1 (arXiv 2404.00498)."""
     weight_decay: Annotated[float, Range(min=0, below=1e3)] = 5e-4
@@ -154,14 +155,14 @@ class OptimConfig:
     """Fraction of all steps for the linear warm-up."""
     warmup_min_steps: NotNegative = 50
     """The learning rate rises by at most 1 / this of its peak per step, so a shorter warm-up does not reach the peak. A
-    faster rise amplifies rounding differences tenfold per step, so that different numbers of devices diverge."""
+    faster rise amplifies rounding differences several-fold per step, so that different numbers of devices diverge."""
     label_smoothing: Annotated[float, Range(min=0, below=1)] = 0.1
     """Probability spread evenly over all classes (arXiv 1512.00567)."""
     grad_clip: Annotated[float, Range(above=0, below=1e9)] | None = None
     """Maximum norm of the gradient of all parameters. None: no clipping."""
     ema_decay: Annotated[float, Range(above=0, below=1)] | None = None
-    """Decay of an exponential moving average of the weights, which is then evaluated in their place. After n steps it
-    is at most (1 + n) / (10 + n). None: no average."""
+    """Decay of an exponential moving average of the weights, which is then evaluated in their place. After n updates
+    the decay is at most (1 + n) / (10 + n). None: no average."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class AugmentConfig:
     """Size in pixels of a square set to the mean colour (arXiv 1708.04552). 0: none."""
     low_resolution_share: Fraction = 0.0
     """Fraction of all steps, the first ones, with images resized to 24x24 (progressive resizing, arXiv 2104.00298), at
-    little more than half the cost."""
+    little more than half the cost: 56 % of the pixels."""
 
 
 @dataclass(frozen=True)

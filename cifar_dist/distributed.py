@@ -64,7 +64,7 @@ def init_distributed(device: str) -> Iterator[World]:
     try:
         found = _device(device, local_rank, local_size)
     except UserError as error:
-        error.on_all_ranks = local_rank > 0  # printed once per node
+        error.printed_elsewhere = local_rank > 0  # printed once per node
         raise
     world = World(int(env.get("RANK", 0)), size, local_rank, local_size, found, int(env.get("GROUP_WORLD_SIZE", 1)))
     if world.device.type == "cuda":
@@ -182,7 +182,7 @@ def run_and_sync_errors(world: World, work: Callable[[], Any], only_if: bool = T
         text = f"{world.name}: {failure}" if world.local_size < world.size else str(failure)
         sent = _broadcast({"kind": type(failure).__name__, "text": text} if failure else None, world, first)
         kind = next((k for k in KINDS if k.__name__ == sent["kind"]), UserError)
-        raise kind(sent["text"], on_all_ranks=world.rank != first or world.rank < world.local_size)
+        raise kind(sent["text"], printed_elsewhere=world.rank != first or world.rank < world.local_size)
     return value
 
 

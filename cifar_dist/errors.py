@@ -25,10 +25,10 @@ class UserError(ValueError):
 
     exit_code = 2
 
-    def __init__(self, text: str, *, on_all_ranks: bool = False) -> None:
-        """`on_all_ranks`: every rank raises this error, so only rank 0 prints it."""
+    def __init__(self, text: str, *, printed_elsewhere: bool = False) -> None:
+        """`printed_elsewhere`: another rank prints this error, so this one does not, unless it is rank 0."""
         super().__init__(text)
-        self.on_all_ranks = on_all_ranks
+        self.printed_elsewhere = printed_elsewhere
 
 
 class DataError(UserError):
@@ -68,7 +68,7 @@ class DivergedError(UserError):
 
 
 class StopError(BaseException):
-    """A signal stopped the run, and its state is saved.
+    """A signal stopped the run. What it had computed is saved; before the first step there is nothing to save.
 
     Not an Exception: a signal may arrive inside library code that catches every Exception.
     """
@@ -99,7 +99,7 @@ def exit_on_error(on_all_ranks: bool = False) -> Iterator[None]:
         yield
     except UserError as error:
         begin_shutdown()
-        if is_main_process() or not (on_all_ranks or error.on_all_ranks):
+        if is_main_process() or not (on_all_ranks or error.printed_elsewhere):
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             wait_for_main_process()

@@ -19,9 +19,9 @@ class Phase(NamedTuple):
     """A kind of work."""
 
     name: str  # for messages
-    waits: bool = False  # for other ranks, so this rank does not stall the run
+    waits: bool = False  # this rank only waits for others, so it does not stall the run
     limit_s: float = 0.0  # seconds allowed in this phase, if longer than `run.stall_timeout_s`
-    memory: str = "train.micro_batch_size"  # the setting to lower when this phase runs out of memory
+    memory_setting: str = "train.micro_batch_size"  # to lower when this phase runs out of memory
 
 
 @dataclass

@@ -26,7 +26,7 @@
 # Prepare the data first where there is internet (python -m cifar_dist.prepare). Each node copies it to SLURM_TMPDIR or
 # /tmp, once, if there is room.
 set -euo pipefail
-trap '' USR1  # until the program below handles it
+trap '' USR1  # or it would end the job before the program below handles it
 # Slurm runs a copy of this file from another folder, so the repository is looked for from the working directory up.
 from=${CIFAR_DIST_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 root=$(cd "$from" >/dev/null 2>&1 && until [[ -x launch/multinode || $PWD == / ]]; do cd ..; done && pwd) || root=''

@@ -41,7 +41,7 @@ def random_words(indices: Tensor, *keys: int) -> Tensor:
     """
     lows = mix32(torch.stack([indices ^ (key & _MASK32) for key in keys]))
     base = mix32(torch.stack([low ^ (key >> 32) for low, key in zip(lows, keys, strict=True)]))
-    counters = torch.arange(1, NUM_WORDS + 1, device=indices.device) * 0x3C6EF372
+    counters = torch.arange(1, NUM_WORDS + 1, device=indices.device) * 0x3C6EF372  # any constant that sets words apart
     return mix32((base[..., None] + counters) & _MASK32)
 
 

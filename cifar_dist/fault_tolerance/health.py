@@ -40,7 +40,7 @@ def refuse_nonfinite(tensors: Mapping[str, Tensor], step: int, last_saved: int |
 
 def _nonfinite(what: str, last_saved: int | None) -> NonFiniteError:
     advice = "Lower optim.lr, set optim.grad_clip, or see where it starts with --debug.anomaly True."
-    return NonFiniteError(f"{what} {_last_good(last_saved)}. {advice}", on_all_ranks=True)
+    return NonFiniteError(f"{what} {_last_good(last_saved)}. {advice}", printed_elsewhere=True)
 
 
 def _last_good(step: int | None) -> str:
@@ -61,7 +61,10 @@ def tensors_of_state(model: nn.Module, ema: nn.Module | None, optimizer: torch.o
 
 @torch.no_grad()
 def checksums(tensors: Iterable[Tensor]) -> Tensor:
-    """XOR over the bits of each tensor, (N,) int64 on the CPU; waits for the device. NaN equals NaN."""
+    """XOR of the elements of each tensor as 64-bit patterns, (N,) int64 on the CPU; waits for the device.
+
+    Swapped elements, and two elements with the same bit flipped, do not show.
+    """
     return torch.stack([torch.hash_tensor(tensor.detach()).view(torch.int64).cpu() for tensor in tensors])
 
 
@@ -94,7 +97,7 @@ def refuse_divergence(tensors: Mapping[str, Tensor], world: World, step: int, la
         f"{_last_good(last_saved)}{resume}.\n"
         f"A device or its memory is faulty, the nodes differ (processors, versions), or code computes something else\n"
         f"on each rank. Try without the suspect nodes or devices.",
-        on_all_ranks=True,
+        printed_elsewhere=True,
     )
 
 
@@ -114,7 +117,7 @@ def explain_out_of_memory(config: Config, rank: int, world_size: int) -> Iterato
         detail = (str(error).splitlines() or [""])[0][:300] or type(error).__name__
         where = f"in step {current.step}" if current.step else "before the first step"
         text = f"rank {rank} ran out of memory {where} ({current.phase.name}): {detail}\n"
-        raise UserError(text + advice(config, current.phase.memory, world_size)) from error
+        raise UserError(text + advice(config, current.phase.memory_setting, world_size)) from error
 
 
 def advice(config: Config, setting: str, world_size: int) -> str:

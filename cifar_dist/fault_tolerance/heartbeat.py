@@ -21,7 +21,7 @@ from cifar_dist.distributed import World
 from cifar_dist.phase import Phase, started_ticks
 
 INTERVAL_S = 1.0
-_LOST_S = 3.0  # without a heartbeat, once a connection is lost
+_LOST_S = 3.0  # without a heartbeat, once a connection is lost: three intervals
 _NOTICE = "notice"
 
 
@@ -114,7 +114,7 @@ class HeartbeatThread(threading.Thread):
             return None
         silent = [rank for rank, heartbeat in self.seen.items() if heartbeat.number == before[rank].number]
         # Ranks that left the run may have done so because of the lost one.
-        return [rank for rank in silent if not self.seen[rank].finished] or silent
+        return [rank for rank in silent if not self.seen[rank].finished] or silent  # unless all have left
 
     def is_first_to_report(self) -> bool:
         """Whether no other rank of this node has called this, so that the same error is printed once per node."""

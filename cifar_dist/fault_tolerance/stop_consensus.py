@@ -18,7 +18,7 @@ class StopConsensus:
     """All-reduces the ranks' stop requests in the background while the next step is computed.
 
     The result is therefore one step late. The tensors are on the CPU, so nothing waits for a GPU. Waiting for the
-    all-reduce of the step before keeps every rank within one step of the slowest.
+    all-reduce of the step before keeps every rank within one step of the slowest, and fails if a rank is lost.
     """
 
     def __init__(self, world: World) -> None:

@@ -1,4 +1,4 @@
-"""Detects a stalled run, names the rank that stalls it, and ends it. Also makes the error of one rank known to all.
+"""Ends a run that cannot continue: names a stalled rank, names a rank that was lost, sends an error to all ranks.
 
 A thread on each rank checks whether the phase of its training thread changes (see `phase`). If it does not for
 `run.stall_timeout_s`, the last heartbeats of all ranks tell for which rank the others wait. Seconds are counted by the
@@ -30,8 +30,8 @@ _DEBUGGERS = ("bdb", "pdb", "pydevd", "debugpy", "ipdb", "IPython")
 _LOST_PEER_ERRORS = (
     "by peer", "Timed out", "Broken pipe", "Connection refused", "remote process exited", "collective operation timeout"
 )  # fmt: skip
-_NOTIFY_S = 4.0  # for all ranks to receive a failure notice
-_GRACE_S = 20.0  # for the training thread to end by itself after a notice
+_NOTIFY_S = 4.0  # for all ranks to receive a failure notice: some heartbeats
+_GRACE_S = 20.0  # for the training thread to end by itself after a notice, which may include a save
 _EXIT_DELAY_S = 2.0  # between message and exit: torchrun kills all ranks once one has exited
 
 
@@ -66,8 +66,8 @@ class Watchdog(threading.Thread):
             self.replace_lost_connection(error)
             notice = self._notice()
             if isinstance(error, UserError):
-                if not error.on_all_ranks:
-                    error.on_all_ranks = self._publish(FailureNotice(type(error).__name__, str(error)))
+                if not error.printed_elsewhere:
+                    error.printed_elsewhere = self._publish(FailureNotice(type(error).__name__, str(error)))
             elif notice is not None:
                 # A consequence. Also a StopError: torchrun sends SIGTERM to all ranks as soon as one has failed.
                 raise _error(notice) from error
@@ -103,7 +103,7 @@ class Watchdog(threading.Thread):
             f"{self.world.name} lost contact with {names}, which failed or was stopped: {detail}\n"
             f"Look for the first error above and in the run's logs/; then resume with --run.resume auto."
             + "".join(f"\nLast heartbeat of {describe_rank(rank, seen[rank])}" for rank in (lost or [])[:8]),
-            on_all_ranks=lost is not None and not self._heartbeats.is_first_to_report(),
+            printed_elsewhere=lost is not None and not self._heartbeats.is_first_to_report(),
         ) from error
 
     def __enter__(self) -> Self:
@@ -114,7 +114,7 @@ class Watchdog(threading.Thread):
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         try:
             if error is not None:
-                self.replace_lost_connection(error)
+                self.replace_lost_connection(error)  # for errors outside `share_errors`
         finally:
             self._closed.set()
             self._heartbeats.close()
@@ -169,7 +169,7 @@ class Watchdog(threading.Thread):
         """The failure notice; during an abort, in which collectives fail, wait for `_abort` to end this process."""
         notice = self._heartbeats.notice
         if notice is not None and notice.abort:
-            time.sleep(60)  # longer than `_abort` takes
+            time.sleep(60)  # `_abort` takes _EXIT_DELAY_S and the time to write a file
         return notice
 
     def _abort(self, notice: FailureNotice) -> None:
@@ -194,4 +194,4 @@ class Watchdog(threading.Thread):
 
 def _error(notice: FailureNotice) -> UserError:
     kind = next((kind for kind in KINDS if kind.__name__ == notice.kind), PeerError)
-    return kind(notice.text, on_all_ranks=True)
+    return kind(notice.text, printed_elsewhere=True)

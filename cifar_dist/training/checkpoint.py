@@ -48,7 +48,8 @@ def write(directory: Path, step: int, data: bytes) -> Path:
     digest = f"{hashlib.sha256(data).hexdigest()}  {path.name}\n"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        # While a checkpoint of this step is replaced, both digests are valid, so that an interruption damages neither.
+        # A step is saved again if a stop had postponed its validation. Until the new file is in place, the digest file
+        # has the digests of both, so an interruption damages neither.
         old = digest_path(path).read_text("utf-8", "replace") if path.exists() and digest_path(path).exists() else ""
         write_text_atomic(digest_path(path), digest + old)
         write_bytes_atomic(path, data)

@@ -136,7 +136,8 @@ class Evaluator:
         if not chunks:
             return
         num = len(chunks)
-        first = Phase(f"evaluation, batch 1 of {num}", limit_s=SLOW_S, memory="eval.batch_size")  # FFCV compiles
+        # FFCV compiles in the first batch.
+        first = Phase(f"evaluation, batch 1 of {num}", limit_s=SLOW_S, memory_setting="eval.batch_size")
         set_phase(first)
         # Only the last chunk of all may be short. It is also the last of its rank, so the loader cuts the same chunks.
         for k, batch in enumerate(loader.read(np.concatenate(chunks), self.config.batch_size)):

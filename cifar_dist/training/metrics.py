@@ -1,4 +1,4 @@
-"""Loss, accuracy and data receipt, summed on the device between two log steps and all-reduced as one tensor."""
+"""Loss, accuracy and data receipt, summed on the device between two reads and all-reduced as one tensor."""
 
 import hashlib
 from dataclasses import astuple, dataclass, field

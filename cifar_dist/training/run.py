@@ -179,8 +179,8 @@ class Run(Hooks):
             try:
                 self.tracker.log_metrics(step, metrics)
             except UserError as error:
-                # An error on one rank alone would leave the others waiting. So request a stop, at which all ranks save
-                # after the same step; before_write then raises this error.
+                # An error on one rank alone would leave the others waiting. So request a stop: all ranks begin to save
+                # after the same step, where before_write raises this error on rank 0 before anything is written.
                 self._tracking_error = error
                 signals.request()
 
@@ -195,7 +195,7 @@ class Run(Hooks):
         progress, every = trainer.progress, self.config.train.check_ranks_every_steps
         if window.num_nonfinite:
             raise health.nonfinite_loss(*trainer.metrics.first_nonfinite(), self.world.size, progress.last_saved)
-        # Ranks are compared before every save, too.
+        # Ranks are compared before every save, too, so a checkpoint that was resumed from has been compared.
         if every and progress.step - max(self._compared_step, progress.last_saved or 0) >= every:
             self._compare_ranks(trainer)
 

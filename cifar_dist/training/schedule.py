@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from cifar_dist.config import Config, OptimConfig
 
-LOW_RESOLUTION = 24  # image size in pixels
+LOW_RESOLUTION = 24  # image size in pixels: 56 % of those of 32 x 32
 
 
 @dataclass(frozen=True)

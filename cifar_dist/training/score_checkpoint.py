@@ -39,7 +39,7 @@ def score_checkpoint(path: Path, world: World, split: str, data_dir: Path | None
     config = run_and_sync_errors(world, lambda: config_of(state["config"], str(path)))
     if split == "validation" and config.data.train_on == "all":
         text = f"{path} was trained on all 50,000 images (data.train_on all): no validation split."
-        raise UserError(text, on_all_ranks=True)
+        raise UserError(text, printed_elsewhere=True)
     log = partial(print, file=sys.stderr, flush=True)  # stdout is for the result
     folder = prepared_folder(replace(config.data, dir=data_dir or config.data.dir, stage_dir=None), world, log)
     samples = read_split(config.data, folder, world)

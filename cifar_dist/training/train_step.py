@@ -49,8 +49,10 @@ class TrainStep:
             optim.freeze_bn_scales(self.model)
         self.optimizer = optim.build_optimizer(self.model, config.optim, config.train.batch_size, precision.muon)
         self.scaler = precision.grad_scaler()
-        self._main = without_auxiliary(self.model)
-        self.ema = None if config.optim.ema_decay is None else optim.Ema(self._main, config.optim.ema_decay)
+        self._without_auxiliary = without_auxiliary(self.model)
+        self.ema = (
+            None if config.optim.ema_decay is None else optim.Ema(self._without_auxiliary, config.optim.ema_decay)
+        )
         on_gpu = world.device.type == "cuda"
         self._compiled = config.train.compile == "on" or (config.train.compile == "auto" and on_gpu)
         self._augment = torch.compile(augment.apply, dynamic=False) if self._compiled else augment.apply
@@ -85,7 +87,7 @@ class TrainStep:
     @property
     def scored_model(self) -> nn.Module:
         """The model to evaluate, without auxiliary heads: the moving average if there is one."""
-        return self._main if self.ema is None else self.ema.module
+        return self._without_auxiliary if self.ema is None else self.ema.module
 
     def run(self, step: Step, batches: Iterator[tuple[int, Batch]], metrics: Metrics) -> None:
         """Do one optimizer step. Takes `accumulation` pairs (epoch, micro-batch) from `batches`."""
@@ -105,7 +107,7 @@ class TrainStep:
         self.scaler.update()
         self.optimizer.zero_grad()
         if self.ema is not None:
-            self.ema.update_parameters(self._main)
+            self.ema.update_parameters(self._without_auxiliary)
 
     def _forward_backward(self, step: Step, k: int, epoch: int, batch: Batch, metrics: Metrics) -> None:
         """Forward and backward of micro-batch `k` of this step; the last one exchanges the gradients."""
@@ -124,6 +126,7 @@ class TrainStep:
             total = loss + AUXILIARY_WEIGHT * sum(self._loss(output, batch.labels) for output in auxiliary)
             if last and self.world.size > 1:
                 set_phase(_EXCHANGE)
+            # Micro-batches have one size, so with DDP's mean over ranks this is the mean over the global batch.
             self._backward(step.number, total / self.accumulation)
         with torch.no_grad():
             finite = torch.isfinite(total)

@@ -141,12 +141,12 @@ class Trainer:
         """Pairs (epoch, micro-batch) from the current step on: this rank's slice of each global batch, in order."""
         step, per_rank = self.progress.step, self.config.train.batch_size // self.world.size
         while step < self.schedule.total_steps:
-            order = self.order.rest_of_epoch(step, self.world.rank, self.world.size)
-            order = order[: (self.schedule.total_steps - step) * per_rank]
+            indices = self.order.rest_of_epoch(step, self.world.rank, self.world.size)
+            indices = indices[: (self.schedule.total_steps - step) * per_rank]
             epoch = step // self.order.steps_per_epoch
-            for batch in self.loader.read(order, self.config.train.micro_batch_size):
+            for batch in self.loader.read(indices, self.config.train.micro_batch_size):
                 yield epoch, batch
-            step += len(order) // per_rank
+            step += len(indices) // per_rank
 
     def _note_first_step(self) -> None:
         if self.world.device.type == "cuda":

@@ -11,7 +11,7 @@ from cifar_dist.models.stems import WhiteningConv, whitening_filters
 from cifar_dist.phase import SLOW_S, Phase, set_phase
 from cifar_dist.training.precision import reproducible
 
-_FIT = Phase("the filters of the stem", limit_s=SLOW_S, memory="eval.bn_samples")
+_FIT = Phase("the filters of the stem", limit_s=SLOW_S, memory_setting="eval.bn_samples")
 
 
 @torch.no_grad()
