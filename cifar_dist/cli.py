@@ -237,10 +237,10 @@ def command_line() -> str:
     return shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], gap: str = "   ") -> list[str]:
     """The lines of a table, its first column left-aligned, the others right-aligned; rows may be short."""
     widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
-    lines = ("   ".join(f"{cell:{'>' if k else '<'}{widths[k]}}" for k, cell in enumerate(row)) for row in rows)
+    lines = (gap.join(f"{cell:{'>' if k else '<'}{widths[k]}}" for k, cell in enumerate(row)) for row in rows)
     return [line.rstrip() for line in lines]
 
 

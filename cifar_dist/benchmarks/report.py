@@ -1,7 +1,7 @@
 """Results of the benchmark as text and JSON, and the comparison of two of them."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cifar_dist.cli import command_line
+from cifar_dist.cli import aligned, command_line
 from cifar_dist.errors import UserError
 from cifar_dist.files import read_json
 from cifar_dist.training import summary
@@ -54,7 +54,7 @@ def text(report: Report) -> str:
             title = f"{table['title']} [{table['unit']}]"
             ratios = any(row["ratio"] for row in table["rows"])
             lines += ["", f"{title}; ratio to: {table['reference']}" if ratios else title]
-            lines += [*_aligned([_cells(row) for row in table["rows"]]), *(f"  {note}" for note in table["notes"])]
+            lines += [*_table([_cells(row) for row in table["rows"]]), *(f"  {note}" for note in table["notes"])]
     return "\n".join(lines)
 
 
@@ -67,14 +67,11 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
     return cells | {key: number(row[key]) for key in row if key not in ("name", "values", "median", "ratio")}
 
 
-def _aligned(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
+def _table(rows: Sequence[Mapping[str, str]]) -> list[str]:
     """A heading and the lines of a table, from the cells of each row by column."""
     columns = list(dict.fromkeys(["", *(key for row in rows for key in row)]))
     cells = [columns, *([row.get(column, "") for column in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for first, *rest in cells:
-        line = f"  {first:<{widths[0]}}" + "".join(f"  {c:>{w}}" for c, w in zip(rest, widths[1:], strict=True))
-        yield line.rstrip()
+    return [f"  {line}" for line in aligned(cells, gap="  ")]
 
 
 def number(value: float) -> str:
@@ -104,7 +101,7 @@ def compare(old: Report, new: Report) -> str:
     before, after = _rows(old), _rows(new)
     changes = [_change(key, before[key], after[key]) for key in before if key in after and before[key]["median"]]
     num_marked = sum(bool(cells["mark"]) for cells in changes)
-    lines += ["", *_aligned(changes), "", f"{num_marked} of {len(changes)} rows changed by more than their spread."]
+    lines += ["", *_table(changes), "", f"{num_marked} of {len(changes)} rows changed by more than their spread."]
     lines += [f"In one file only: {key}" for key in {**before, **after} if (key in before) != (key in after)]
     return "\n".join(lines)
 

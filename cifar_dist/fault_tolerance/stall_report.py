@@ -21,7 +21,7 @@ def stall_notice(seen: Seen, timeout_s: int, store_s: float, own_rank: int) -> F
     store_lost = store_s >= timeout_s
     if store_lost:  # so no heartbeats arrive, for which only the rank that hosts the store is to blame
         host = store_host_rank()
-        blamed = host if host != own_rank else None  # this rank is alive
+        blamed = host if host != own_rank else None  # this rank sends heartbeats
         seen = {rank: replace(beat, silent_s=store_s if rank == blamed else 0.0) for rank, beat in seen.items()}
     stalled = find_stalled_ranks(seen, timeout_s)
     if stalled is None and not store_lost:

@@ -54,8 +54,8 @@ def test_cases_are_interleaved() -> None:
 
 
 def test_ratios_are_of_medians() -> None:
-    rows = [Row("mine", [30.0, 10.0, 20.0]), Row("theirs", [5.0, 4.0, 6.0])]
-    for reference, ratios in (("theirs", [4.0, 1.0]), ("", [None, None])):
+    rows = [Row("own loader", [30.0, 10.0, 20.0]), Row("torchvision", [5.0, 4.0, 6.0])]
+    for reference, ratios in (("torchvision", [4.0, 1.0]), ("", [None, None])):
         table = Table("rates", "images/s", rows, reference).to_json()
         assert [row["ratio"] for row in table["rows"]] == ratios
 

@@ -1,6 +1,6 @@
 """Writes and reads .beton files without FFCV; the bytes are those that FFCV's own DatasetWriter writes.
 
-FFCV's writer forks workers and waits forever if one dies of a full disk. The format needs no workers: header, a
+FFCV's writer forks workers and waits forever if one fails on a full disk. The format needs no workers: header, a
 descriptor per field, metadata per sample, zeros up to a multiple of the page size, pages of as many whole images as
 fit, and an allocation table. All numbers are little-endian.
 """
