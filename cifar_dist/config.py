@@ -55,7 +55,8 @@ class RunConfig:
     """never: refuse a directory that holds a run. auto: resume from its newest valid checkpoint, or start a new run.
     A path: start in a new run directory from that checkpoint of another run."""
     deterministic: bool = False
-    """Use deterministic algorithms of torch and cuDNN (slower on GPUs)."""
+    """Use deterministic algorithms of torch and cuDNN (slower on GPUs). On GPUs, results that are
+    equal to the bit need it."""
     stall_timeout_s: Annotated[int, Range(min=0, max=500)] = 300  # 100 s below distributed.TIMEOUT_S, to report first
     """Seconds without progress after which a run names the stalled rank and exits. 0: never."""
 
@@ -117,6 +118,12 @@ class TrainConfig:
     """torch.compile. auto: on for GPUs; off for CPUs, where compiling takes minutes."""
     channels_last: bool = True
     """Keep activations and filters in NHWC memory order."""
+    threads: Positive = 1
+    """On CPUs, threads of each process; not used on GPUs. Their number decides how sums round, so it may not change
+    when a run resumes. Two processes of one thread are faster than one of two (docs/performance.md)."""
+    exact_sum: Literal["on", "off"] = "on"
+    """Add gradients as 64-bit integers, which does not round: the model is the same, to the bit, on any number of
+    devices (on GPUs with run.deterministic). off: DDP's average of floats."""
     tf32: bool = True
     """Use TF32 for fp32 matrix products on GPUs."""
     checkpoint_every_steps: NotNegative = 500
@@ -155,7 +162,7 @@ class OptimConfig:
     """Fraction of all steps for the linear warm-up."""
     warmup_min_steps: NotNegative = 50
     """The learning rate rises by at most 1 / this of its peak per step, so a shorter warm-up does not reach the peak. A
-    faster rise amplifies rounding differences several-fold per step, so that different numbers of devices diverge."""
+    faster rise amplifies rounding differences, as between two kinds of devices, several-fold per step."""
     label_smoothing: Annotated[float, Range(min=0, below=1)] = 0.1
     """Probability spread evenly over all classes (arXiv 1512.00567)."""
     grad_clip: Annotated[float, Range(above=0, below=1e9)] | None = None

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import _create_work_from_future
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from cifar_dist.errors import KINDS, PeerError, UserError
@@ -48,11 +50,13 @@ class World:
 
 
 @contextmanager
-def init_distributed(device: str) -> Iterator[World]:
+def init_distributed(device: str, threads: int | None = None) -> Iterator[World]:
     """Join the process group that torchrun's environment describes, and leave it at the end.
 
-    Without torchrun the world has one process and no process group. On CPUs, torch gets the processors that this
-    process may use, divided by the number of ranks on the node, as threads.
+    Without torchrun the world has one process and no process group.
+
+    Args:
+        threads: of torch, on CPUs; None: the processors of this process, divided by the number of ranks on the node.
 
     Raises:
         UserError: the device does not exist.
@@ -70,7 +74,7 @@ def init_distributed(device: str) -> Iterator[World]:
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     else:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
     if size > 1:
         world = replace(world, store=_init_process_group(world))
     try:
@@ -114,8 +118,39 @@ def _device(wanted: str, local_rank: int, local_size: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+class _GroupOfOne(dist.ProcessGroup):
+    """What DDP needs of a process group if there is a single process; without sockets, threads and communicators."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1)
+
+    def allreduce(self, tensors: list[Tensor], _: object) -> Any:  # type: ignore[override]
+        return _done(tensors)
+
+    def broadcast(self, tensors: list[Tensor], _: object) -> Any:  # type: ignore[override]
+        return _done(tensors)
+
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], _: object) -> Any:  # type: ignore[override]
+        for output, tensor in zip(outputs[0], inputs, strict=True):
+            output.copy_(tensor)
+        return _done(outputs)
+
+    def getBackendName(self) -> str:  # noqa: N802
+        return "none"
+
+
+def _done(result: Any) -> Any:
+    future: Future[Any] = Future()
+    future.set_result(result)
+    return _create_work_from_future(future)
+
+
 def data_parallel(module: nn.Module, group: Any = None) -> DistributedDataParallel:
-    """`module` in DDP, which averages gradients over the ranks of `group` (None: all) in each backward pass."""
+    """`module` in DDP, which averages gradients over the ranks of `group`, or sums them by its communication hook.
+
+    Without a `group`: over all ranks, or for this process alone if there is no process group.
+    """
+    group = group or (None if dist.is_initialized() else _GroupOfOne())
     # Buffers do not change in training (see models.layers.BatchNorm2d). torch 2.15 renamed the option.
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     sync: Any = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}

@@ -44,7 +44,7 @@ class CheckpointError(UserError):
 
 
 class NonFiniteError(UserError):
-    """The loss or a parameter is infinite or NaN."""
+    """The loss, a gradient or a parameter is infinite or NaN, or a gradient too large to be summed."""
 
     exit_code = 5
 

@@ -24,7 +24,7 @@ def main() -> None:
             from cifar_dist.distributed import init_distributed
             from cifar_dist.training.run import Run
 
-        with init_distributed(config.train.device) as world, ExitStack() as stack:
+        with init_distributed(config.train.device, config.train.threads) as world, ExitStack() as stack:
             Run(config, world, stack).execute()
         begin_shutdown()
         write_exit_code(0)

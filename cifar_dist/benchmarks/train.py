@@ -40,6 +40,7 @@ def measure(config: BenchConfig) -> list[Table]:
         window = calls_in(config.seconds, bare)
         settings = _settings(config, model, precision, window)
         in_memory, sums = TrainStep(settings, world, precision), Metrics(world)
+        in_memory.prepare()
         blank = baselines.blank_batches(num, world.device)
         cases: dict[str, Callable[[], object]] = {IN_MEMORY: lambda: in_memory.run(Step(0, 0.0), blank, sums)}
         cases[BARE] = bare

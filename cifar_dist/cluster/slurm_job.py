@@ -120,7 +120,7 @@ def gpus_per_node(env: Mapping[str, str] = os.environ) -> int:
 def processes_per_node(env: Mapping[str, str] = os.environ) -> int:
     """NPROC_PER_NODE; else the job's GPUs per node; else --ntasks-per-node if above 1; else 2, or 1 on one processor.
 
-    Without GPUs two processes are faster than one with all processors.
+    Without GPUs two, because the presets for CPUs have two micro-batches; each process has train.threads.
 
     Raises:
         UserError: NPROC_PER_NODE is not a number.

@@ -16,13 +16,16 @@ from cifar_dist.phase import current
 _OUT_OF_MEMORY = ("allocate memory", "DefaultCPUAllocator", "out of memory", "ALLOC_FAILED", "bad_alloc")
 
 
-def nonfinite_loss(step: int, ranks: Sequence[int], world_size: int, last_saved: int | None) -> NonFiniteError:
-    """The error, the same on every rank, for a loss that was infinite or NaN in `step` on `ranks`."""
+def nonfinite_step(
+    what: str, step: int, ranks: Sequence[int], world_size: int, last_saved: int | None
+) -> NonFiniteError:
+    """The error, the same on every rank, for a loss or gradient that was not finite in `step` on `ranks`."""
     names = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} of {world_size}"
     if len(ranks) == world_size:
         names = f"all {world_size} ranks"
     where = f" on {names}" if world_size > 1 else ""
-    return _nonfinite(f"the loss became infinite or NaN in step {step}{where}; nothing was saved since.", last_saved)
+    how = "infinite, NaN or too large to be summed" if what == "gradient" else "infinite or NaN"
+    return _nonfinite(f"the {what} became {how} in step {step}{where}; nothing was saved since.", last_saved)
 
 
 def refuse_nonfinite(tensors: Mapping[str, Tensor], step: int, last_saved: int | None) -> None:

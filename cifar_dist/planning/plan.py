@@ -123,10 +123,11 @@ def from_speed(images_per_second: float, plan: Figures) -> TrainingTime:
 def measure(config: Config, plan: Figures) -> TrainingTime:
     """Time the optimizer steps of one device of the run on a device of this machine, with black images."""
     train = replace(config.train, batch_size=plan["micro_batch_size"] * plan["accumulation"])
-    with init_distributed(train.device) as world, explain_out_of_memory(config, 0, plan["world_size"]):
+    with init_distributed(train.device, train.threads) as world, explain_out_of_memory(config, 0, plan["world_size"]):
         num, device, threads = train.micro_batch_size, world.device, torch.get_num_threads()
         set_backends(train, config.run.deterministic, device)
         train_step = TrainStep(replace(config, train=train), world, choose_precision(train.precision, device))
+        train_step.prepare()
         indices = torch.arange(num, device=device)
         images = torch.zeros(num, 32, 32, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)  # as the loader's
         batches = repeat((0, Batch(images, torch.zeros_like(indices), indices)))

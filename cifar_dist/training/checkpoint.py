@@ -19,7 +19,7 @@ from torch import nn
 from cifar_dist.errors import CheckpointError
 from cifar_dist.files import write_bytes_atomic, write_text_atomic
 
-FORMAT = 3  # 1 had SGD only; 2 had no `validation_due`
+FORMAT = 4  # 1 had SGD only; 2 had no `validation_due`; 3 had sums of losses as floats
 _NAME = re.compile(r"step-(\d{8,})\.pt")
 
 

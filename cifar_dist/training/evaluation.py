@@ -1,9 +1,10 @@
 """Scores that do not depend on the number of ranks.
 
 The samples are cut into chunks of a fixed size, and each chunk is computed by one rank. So every forward pass has the
-same samples and the same shape for any number of ranks. Counts are equal for any number of ranks, the loss to rounding.
+same samples and the same shape for any number of ranks, and only integers are summed over ranks.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from cifar_dist.data.order import Indices, Order, Split, chunks_of_rank
 from cifar_dist.distributed import World, all_reduce_sum
 from cifar_dist.hashing import derive
 from cifar_dist.phase import SLOW_S, Phase, set_phase
+from cifar_dist.training.metrics import MAX_LOSS, loss_units, mean_loss
 from cifar_dist.training.precision import Precision, reproducible
 
 
@@ -102,20 +104,25 @@ class Evaluator:
         was_training = self.model.training
         self.model.eval()
         with reproducible(self.world.device):
-            confusion, loss = self._count(self._batches(loader, samples), tta)
+            confusion, units = self._count(self._batches(loader, samples), tta)
         self.model.train(was_training)
         plain, augmented = all_reduce_sum(confusion, self.world).view(2, NUM_CLASSES, NUM_CLASSES).tolist()
         n = int(np.sum(plain))
         if n != len(samples):
             raise AssertionError(f"{n} samples were scored instead of {len(samples)}")
-        mean_loss = all_reduce_sum(loss, self.world).item() / n
-        return Score(n, mean_loss, plain, None if tta == "none" else augmented)
+        total, num_unusable = all_reduce_sum(units, self.world).tolist()
+        loss = math.nan if num_unusable else mean_loss(total, n)
+        return Score(n, loss, plain, None if tta == "none" else augmented)
 
     def _count(self, batches: Iterator[Batch], tta: str) -> tuple[Tensor, Tensor]:
-        """This rank's confusion counts, without and with TTA, (2, C * C) int64, and its sum of losses, () float64."""
+        """This rank's counts and losses.
+
+        Confusion, without and with TTA: (2, C * C) int64. Losses: (2,) int64, their sum in units, and the number of
+        chunks whose loss is not finite or too large.
+        """
         device, dtype = self.world.device, self.precision.parameters
         confusion = torch.zeros(2, NUM_CLASSES * NUM_CLASSES, dtype=torch.int64, device=device)
-        loss = torch.zeros((), dtype=torch.float64, device=device)
+        units = torch.zeros(2, dtype=torch.int64, device=device)
         for batch in batches:
             images = normalize(batch.images, self.precision.inputs)
             with self.precision.autocast():
@@ -123,12 +130,13 @@ class Evaluator:
                 mean = logits
                 for view, weight in _further_views(images, tta):
                     mean = mean + weight * self.model(view).to(dtype)
-            loss += F.cross_entropy(logits, batch.labels, reduction="sum")
+            loss = F.cross_entropy(logits, batch.labels)
+            units += torch.stack((loss_units(loss, len(batch.labels)), (~(loss < MAX_LOSS)).long()))
             for k, outputs in enumerate((logits, mean)):
                 # By comparison: bincount would make the host wait for the GPU to know the size of its result.
                 cells = batch.labels * NUM_CLASSES + outputs.argmax(dim=1)
                 confusion[k] += (cells[:, None] == torch.arange(NUM_CLASSES**2, device=device)).sum(dim=0)
-        return confusion, loss
+        return confusion, units
 
     def _batches(self, loader: BetonLoader, samples: Indices) -> Iterator[Batch]:
         """This rank's chunks of `samples`."""

@@ -1,4 +1,7 @@
-"""Loss, accuracy and data receipt, summed on the device between two reads and all-reduced as one tensor."""
+"""Loss, accuracy and data receipt, summed on the device between two reads and all-reduced as one tensor.
+
+All sums are of integers, losses in units of 2^-24, so they are the same for any number of ranks.
+"""
 
 import hashlib
 from dataclasses import astuple, dataclass, field
@@ -11,23 +14,27 @@ from cifar_dist.phase import Phase, in_phase
 
 _ALL_REDUCE = Phase("the sums over a log window", waits=True)
 _NEVER = 2**62  # greater than any step
+_LOSS_UNIT = 2.0**-24
+MAX_LOSS = 1e6  # mean of a micro-batch; an epoch's sum fits into int64
 
 
 @dataclass(frozen=True)
 class Window:
     """Sums over the samples of consecutive steps on all ranks. Windows add up."""
 
-    loss_sum: float = 0.0
+    loss_units: int = 0  # sum of losses, see `loss_units`
     num_correct: int = 0
     num_samples: int = 0
-    num_nonfinite: int = 0  # micro-batches whose loss is infinite or NaN
+    num_nonfinite: int = (
+        0  # micro-batches whose loss is not finite, and for each rank the steps whose gradient could not be summed
+    )
 
     def __add__(self, other: "Window") -> "Window":
         return Window(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def loss(self) -> float:
-        return self.loss_sum / self.num_samples
+        return mean_loss(self.loss_units, self.num_samples)
 
     @property
     def accuracy(self) -> float:
@@ -39,9 +46,10 @@ class Metrics:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        # Loss, three counts, four receipt words: sums of 32-bit hashes, below 2**53 in an epoch, so exact in float64.
-        self._sums = torch.zeros(8, dtype=torch.float64, device=world.device)
-        self._first_nonfinite = torch.full((), _NEVER, dtype=torch.int64, device=world.device)
+        # Loss, three counts, four receipt words (sums of 32-bit hashes).
+        self._sums = torch.zeros(8, dtype=torch.int64, device=world.device)
+        # The first step whose loss, and the first whose gradient, is not finite.
+        self._first_nonfinite = torch.full((2,), _NEVER, dtype=torch.int64, device=world.device)
         self.receipt = Receipt()
 
     def add(self, step: int, loss: Tensor, finite: Tensor, logits: Tensor, labels: Tensor, receipt: Tensor) -> None:
@@ -56,24 +64,48 @@ class Metrics:
         """
         correct = (logits.argmax(dim=1) == labels).sum()
         n = torch.full_like(correct, len(labels))
+        units = loss_units(loss, len(labels))
+        self._sums += torch.cat((torch.stack((units, correct, n, self._note(0, step, finite))), receipt))
+
+    def add_gradient(self, step: int, usable: Tensor) -> None:
+        """Add whether the gradients of this rank in `step` (from 0) could be summed, () bool (see `exact_sum`)."""
+        self._sums[3] += self._note(1, step, usable)
+
+    def _note(self, kind: int, step: int, finite: Tensor) -> Tensor:
+        """1 if not `finite`, else 0; without waiting for the device."""
         nonfinite = (~finite).long()
-        # The minimum with `step` if it is not finite, without waiting for the device.
-        self._first_nonfinite.clamp_(max=_NEVER - nonfinite * (_NEVER - step))
-        self._sums += torch.cat((torch.stack((loss * len(labels), correct, n, nonfinite)).double(), receipt.double()))
+        self._first_nonfinite[kind].clamp_(max=_NEVER - nonfinite * (_NEVER - step))  # the minimum with `step`
+        return nonfinite
 
     def window(self) -> Window:
         """Wait for the device, sum over ranks, and reset the sums; a collective."""
         with in_phase(_ALL_REDUCE):
-            loss, *counts = all_reduce_sum(self._sums, self._world).tolist()
+            loss, correct, n, nonfinite, *words = all_reduce_sum(self._sums, self._world).tolist()
         self._sums.zero_()
-        correct, n, nonfinite, *words = map(int, counts)
         self.receipt.add(words, n)
         return Window(loss, correct, n, nonfinite)
 
-    def first_nonfinite(self) -> tuple[int, list[int]]:
-        """The first step (from 1) with a loss that is not finite, and its ranks; a collective, waits for the device."""
-        steps = all_gather(self._first_nonfinite, self._world).tolist()
-        return min(steps) + 1, [rank for rank, step in enumerate(steps) if step == min(steps)]
+    def first_nonfinite(self) -> tuple[str, int, list[int]]:
+        """What was not finite first, loss or gradient, in which step (from 1), and on which ranks.
+
+        A collective; waits for the device.
+        """
+        losses, gradients = all_gather(self._first_nonfinite, self._world).T.tolist()
+        what, steps = ("loss", losses) if min(losses) <= min(gradients) else ("gradient", gradients)
+        return what, min(steps) + 1, [rank for rank, step in enumerate(steps) if step == min(steps)]
+
+
+def loss_units(loss: Tensor, num_samples: int) -> Tensor:
+    """The sum of the losses of samples whose mean is `loss`, () float, as int64 in units of 2^-24.
+
+    These add up without rounding. A mean above `MAX_LOSS` counts as that, NaN as 0.
+    """
+    return (loss.double().nan_to_num(0.0).clamp(0.0, MAX_LOSS) * num_samples / _LOSS_UNIT).round().long()
+
+
+def mean_loss(units: int, num_samples: int) -> float:
+    """The mean over `num_samples` of a sum of `loss_units`."""
+    return units * _LOSS_UNIT / num_samples
 
 
 @dataclass

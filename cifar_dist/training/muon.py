@@ -1,7 +1,6 @@
 """Muon for convolution filters (Keller Jordan, kellerjordan.github.io/posts/muon, 2024; arXiv 2502.16982), with SGD.
 
-torch.optim.Muon is not used. It always iterates in bfloat16, whose rounding makes float64 runs on different numbers of
-devices diverge; it accepts matrices only; and it does not keep the filters at one norm.
+torch.optim.Muon is not used. It iterates in bfloat16, accepts matrices only, and does not keep the filters at one norm.
 """
 
 from collections import defaultdict

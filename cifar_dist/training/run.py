@@ -129,6 +129,8 @@ class Run(Hooks):
         run_and_sync_errors(world, lambda: debug.check(config, trainer, self.log))
         set_phase(Phase("the start of tracking", limit_s=SLOW_S))
         run_and_sync_errors(world, lambda: self._start_tracking(trainer), only_if=world.is_main)
+        if trainer.progress.step < trainer.schedule.total_steps:
+            trainer.train_step.prepare()  # before signals are deferred, so that one ends the run while it compiles
         with signals.deferred():
             trainer.train()
         set_phase(Phase("the final test", limit_s=SLOW_S))
@@ -194,7 +196,7 @@ class Run(Hooks):
     def check_window(self, trainer: Trainer, window: Window) -> None:
         progress, every = trainer.progress, self.config.train.check_ranks_every_steps
         if window.num_nonfinite:
-            raise health.nonfinite_loss(*trainer.metrics.first_nonfinite(), self.world.size, progress.last_saved)
+            raise health.nonfinite_step(*trainer.metrics.first_nonfinite(), self.world.size, progress.last_saved)
         # Ranks are compared before every save, too, so a checkpoint that was resumed from has been compared.
         if every and progress.step - max(self._compared_step, progress.last_saved or 0) >= every:
             self._compare_ranks(trainer)

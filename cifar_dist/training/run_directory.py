@@ -12,9 +12,9 @@ from cifar_dist.errors import CheckpointError, UserError
 from cifar_dist.training import checkpoint
 
 # Settings that define a run. The others (devices, speed, evaluation, tracking) may change in a resumed run.
-_FIXED = (
+FIXED = (
     "model.", "optim.", "augment.", "run.seed", "data.subset", "data.train_on", "train.epochs", "train.max_steps",
-    "train.batch_size", "train.micro_batch_size", "train.precision",
+    "train.batch_size", "train.micro_batch_size", "train.precision", "train.threads", "train.exact_sum",
 )  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def _decode_own(data: bytes, config: Config, path: Path) -> dict[str, Any]:
     """
     state = checkpoint.decode(data, str(path))
     old, new = settings_of(config_of(state["config"], str(path))), settings_of(config)
-    changed = [name for name in new if name.startswith(_FIXED) and old[name] != new[name]]
+    changed = [name for name in new if name.startswith(FIXED) and old[name] != new[name]]
     if changed:
         lines = "".join(f"\n  {name} was {old[name]}, is now {new[name]}" for name in changed)
         raise CheckpointError(

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import math
+import os
 import platform
 import re
 import subprocess
@@ -109,6 +110,9 @@ def describe(config: Config, trainer: Trainer, devices: list[str], directory: Pa
     """What a run prints first: network, devices, batches and steps."""
     order, schedule, train_step = trainer.order, trainer.schedule, trainer.train_step
     kinds = ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))
+    if trainer.world.device.type == "cpu":
+        used, available = trainer.world.local_size * config.train.threads, len(os.sched_getaffinity(0))
+        kinds += f" ({used} of {available} processors per node, see train.threads)" if used < available else ""
     return (
         f"{config.model.name} ({config.model.stem} stem, width {config.model.width:g}), "
         f"{num_parameters(train_step.scored_model):,} parameters, {train_step.precision.name}, on {kinds}\n"

@@ -1,4 +1,4 @@
-"""One optimizer step: augment, forward and backward of each micro-batch, average over ranks, update the weights."""
+"""One optimizer step: augment, forward and backward of each micro-batch, sum over ranks, update the weights."""
 
 import contextlib
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ from cifar_dist.models.architectures import create_model
 from cifar_dist.models.network import AUXILIARY_WEIGHT, Logits, without_auxiliary
 from cifar_dist.phase import SLOW_S, Phase, set_phase
 from cifar_dist.training import checkpoint, optim
+from cifar_dist.training.exact_sum import ExactSum
 from cifar_dist.training.metrics import Metrics
 from cifar_dist.training.precision import Precision
 from cifar_dist.training.schedule import LOW_RESOLUTION, Step
@@ -26,21 +27,22 @@ from cifar_dist.training.schedule import LOW_RESOLUTION, Step
 _BUILD = Phase("building and compiling the network", limit_s=SLOW_S)
 _READ, _READ_FIRST = Phase("reading data"), Phase("reading the first data", limit_s=SLOW_S)  # FFCV compiles
 _COMPUTE = Phase("a forward or backward pass")
-_EXCHANGE = Phase("the gradient exchange", waits=True)  # with the last backward pass, during which DDP exchanges
+_EXCHANGE = Phase("the gradient exchange", waits=True)  # with exact_sum off it includes the last backward pass
 _UPDATE = Phase("the update of the weights")
 
 
 class TrainStep:
     """Model, optimizer, gradient scaler and moving average: everything that an optimizer step changes.
 
-    `model` owns the weights. `_parallel_model` is the same model, compiled and wrapped in DDP; only `run` calls it.
+    `model` owns the weights. `prepare` compiles it and wraps it in DDP, also for a single process, so that any number
+    of processes computes the same. Only `run` calls the wrapped model.
     """
 
     def __init__(self, config: Config, world: World, precision: Precision) -> None:
         set_phase(_BUILD)
         self.config, self.world, self.precision = config, world, precision
-        # An integer: cli.load_config has checked it.
-        self.accumulation = config.train.batch_size // (config.train.micro_batch_size * world.size)
+        self.num_micro_batches = config.train.batch_size // config.train.micro_batch_size
+        self.accumulation = self.num_micro_batches // world.size  # an integer: cli.load_config has checked it
         torch.manual_seed(derive(config.run.seed, "init"))
         self.model = create_model(config.model, world.device.type).to(world.device, precision.parameters)
         if config.train.channels_last:
@@ -57,32 +59,39 @@ class TrainStep:
         self._compiled = config.train.compile == "on" or (config.train.compile == "auto" and on_gpu)
         self._augment = torch.compile(augment.apply, dynamic=False) if self._compiled else augment.apply
         self._read_phase = _READ_FIRST
-        self._parallel_model = self._wrap()
+        self._parallel_model: DistributedDataParallel
+        self._exact_sum: ExactSum | None = None
+        self.prepared = False
 
-    def _wrap(self) -> nn.Module:
-        """The model compiled and in DDP, as configured, after one forward and backward pass of zeros per image size."""
+    def prepare(self) -> None:
+        """Compile the model and wrap it in DDP, with a forward and backward pass of zeros per image size.
+
+        The passes compile before training time is measured. They are at least two, because DDP forms its buckets anew
+        before the second, and the buckets may not change while `ExactSum` adds. A second call does nothing.
+        """
+        if self.prepared:
+            return
+        self.prepared = True
+        set_phase(_BUILD)
         self.model.train()
         wrapped: nn.Module = self.model
         if self._compiled:
             # Not model.compile(): evaluation uses the uncompiled model, and state-dict keys stay as they are.
             wrapped = torch.compile(self.model, dynamic=False)  # type: ignore[assignment]
-        if self.world.size > 1:
-            wrapped = data_parallel(wrapped)
-        elif not self._compiled:
-            return wrapped
-        # The passes of zeros compile before training time is measured. They also make DDP rebuild its buckets, as it
-        # does after the first backward pass: with 3 or more ranks the rounding of a sum depends on the buckets, so
-        # otherwise the first step after a resume would round differently.
+        self._parallel_model = data_parallel(wrapped)
         num, fraction = self.config.train.micro_batch_size, self.config.augment.low_resolution_share
         images = torch.zeros(num, 32, 32, 3, dtype=torch.uint8, device=self.world.device).permute(0, 3, 1, 2)
         params = augment.sample_params(torch.arange(num, device=self.world.device), 0, 0, self.config.augment)
-        for image_size in (*([LOW_RESOLUTION] if fraction > 0 else []), *([None] if fraction < 1 else [])):
+        for image_size in (LOW_RESOLUTION if fraction > 0 else None, None if fraction < 1 else LOW_RESOLUTION):
             inputs = self._inputs(images, params, image_size)
             with self.precision.autocast():
-                logits, auxiliary = _outputs(wrapped(inputs))
+                logits, auxiliary = _outputs(self._parallel_model(inputs))
                 torch.autograd.backward(sum((output.sum() for output in auxiliary), logits.sum()) * 0)
-        self.optimizer.zero_grad()
-        return wrapped
+        self.optimizer.zero_grad(set_to_none=False)
+        if self.config.train.exact_sum == "on":
+            self._exact_sum = ExactSum(
+                self._parallel_model, self.precision.name, self.num_micro_batches, several_ranks=self.world.size > 1
+            )
 
     @property
     def scored_model(self) -> nn.Module:
@@ -90,7 +99,7 @@ class TrainStep:
         return self._without_auxiliary if self.ema is None else self.ema.module
 
     def run(self, step: Step, batches: Iterator[tuple[int, Batch]], metrics: Metrics) -> None:
-        """Do one optimizer step. Takes `accumulation` pairs (epoch, micro-batch) from `batches`."""
+        """Do one optimizer step, after `prepare`. Takes `accumulation` pairs (epoch, micro-batch) from `batches`."""
         for group in self.optimizer.param_groups:
             group["lr"] = step.lr_fraction * group["peak_lr"]
         for k in range(self.accumulation):
@@ -99,13 +108,19 @@ class TrainStep:
             self._read_phase = _READ
             set_phase(_COMPUTE)
             self._forward_backward(step, k, epoch, batch, metrics)
+        if self._exact_sum is not None:
+            set_phase(_EXCHANGE)
+            usable = self._exact_sum.finish()
+            if self.scaler.is_enabled():  # it skips such a step and halves its scale; at 1 that cannot help
+                usable |= self.scaler.scale(torch.ones_like(usable, dtype=torch.float32)) > 1
+            metrics.add_gradient(step.number, usable)
         set_phase(_UPDATE)
         if self.config.optim.grad_clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=False)  # gradients stay parts of DDP's buckets
         if self.ema is not None:
             self.ema.update_parameters(self._without_auxiliary)
 
@@ -118,16 +133,19 @@ class TrainStep:
             # By the position in the global batch, so equal for any number of ranks. Auxiliary heads have dropout, too.
             position = self.world.rank * self.accumulation + k
             torch.manual_seed(derive(config.run.seed, "dropout", step.number, position))
-        model = self._parallel_model
-        with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
+        model, exact_sum = self._parallel_model, self._exact_sum
+        if exact_sum is not None:
+            exact_sum.last = last
+        with model.no_sync() if exact_sum is None and not last else contextlib.nullcontext():
             with self.precision.autocast():
                 logits, auxiliary = _outputs(model(images))
             loss = self._loss(logits, batch.labels)
             total = loss + AUXILIARY_WEIGHT * sum(self._loss(output, batch.labels) for output in auxiliary)
-            if last and self.world.size > 1:
+            if last and exact_sum is None and self.world.size > 1:
                 set_phase(_EXCHANGE)
-            # Micro-batches have one size, so with DDP's mean over ranks this is the mean over the global batch.
-            self._backward(step.number, total / self.accumulation)
+            # The exact sum adds over all ranks; DDP's own exchange divides by their number.
+            num_added = self.accumulation if exact_sum is None else self.num_micro_batches
+            self._backward(step.number, total / num_added)
         with torch.no_grad():
             finite = torch.isfinite(total)
             metrics.add(step.number, loss, finite, logits, batch.labels, augment.receipt_words(batch.indices, params))

@@ -110,6 +110,8 @@ class Trainer:
         progress, schedule = self.progress, self.schedule
         if progress.validation_due:
             self._validate_and_save_if_due()
+        if progress.step < schedule.total_steps:
+            self.train_step.prepare()
         batches = self._batches()
         started = time.perf_counter()
         while progress.step < schedule.total_steps:

@@ -7,8 +7,7 @@ num_gpus() {
     fi
 }
 
-# Sets NPROC_PER_NODE where neither the user nor GPUs decide it: two processes with half of the processors each are
-# faster than one with all.
+# Sets NPROC_PER_NODE where neither the user nor GPUs decide it: two, since presets for CPUs have two micro-batches.
 two_without_gpus() {
     if [[ -z ${NPROC_PER_NODE:-} && $(num_gpus) == 0 ]]; then
         # OMP_NUM_THREADS lowers what nproc prints, but the processes do not follow it.

@@ -1,6 +1,8 @@
-# Sourced by rehearse, seeds and measure: a long command as a job in a process group of its own, so that it is stopped
+# Sourced by rehearse, seeds, measure and prove: a long command as a job in a process group of its own, so that it is stopped
 # once, by the script, however that is stopped.
 child='' group=''  # group=-: all of the job is told of a stop, not its first process alone
+job_log=''  # the file to which the job prints; empty: as the script
+next='the same command resumes from here'
 
 stop() {
     trap '' INT TERM HUP USR1
@@ -8,7 +10,7 @@ stop() {
         kill -TERM -- "$group$child" 2>/dev/null || true
         wait "$child" 2>/dev/null || true
     fi
-    echo "${0##*/}: stopped; the same command resumes from here" >&2
+    echo "${0##*/}: stopped; $next" >&2
     exit "$1"
 }
 trap 'stop 130' INT
@@ -19,7 +21,7 @@ trap 'stop 75' USR1
 # run_job COMMAND...: runs it to its end and sets `code` to its exit code.
 run_job() {
     set -m
-    "$@" </dev/null &
+    if [[ -n $job_log ]]; then "$@" </dev/null >>"$job_log" 2>&1 & else "$@" </dev/null & fi
     child=$!
     set +m
     code=0

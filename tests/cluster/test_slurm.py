@@ -159,18 +159,19 @@ def test_bounded_requeues(endless: dict[str, Submission]) -> None:
 
 
 @pytest.mark.slow
-def test_lost_node_is_replaced(cluster: SlurmCluster, data_dir: Path, tmp_path: Path) -> None:
+def test_lost_node_is_replaced(cluster: SlurmCluster, whole: Submission, data_dir: Path, tmp_path: Path) -> None:
     """The second of two nodes is lost, which Slurm itself notices; the job may run on one, too."""
-    settings = (*WHOLE, "--eval.test_subset", "500")
+    settings = (*WHOLE, "--train.checkpoint_every_steps", "5")
     submission = Submission(cluster, data_dir, tmp_path, ("--nodes=1-2",), settings)
-    submission.wait_for_step(5)
+    submission.wait_for_step(10)
     cluster.crash("n2")
     submission.wait_for_restart()
     output = submission.wait()
     assert "2 x 2 processes" in output
     assert "1 x 2 processes" in output
-    figures = runs.summary(submission.directory)
-    assert (figures["num_nodes"], figures["steps"]) == (1, STEPS)
+    assert "resuming from" in output
+    assert runs.summary(submission.directory)["num_nodes"] == 1
+    runs.assert_same(submission.directory, whole.directory)
 
 
 @pytest.mark.parametrize("jobs_live_on", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -195,9 +196,9 @@ def test_lost_first_node_is_replaced(
     submission.wait_for_restart()
     output = submission.wait()
     assert "resuming from" in output
-    found = runs.summary(submission.directory)
-    assert found["data_receipt"] == runs.summary(whole.directory)["data_receipt"]
-    assert runs.logged_steps(submission.directory) == runs.logged_steps(whole.directory)
+    # Micro-batches of 2 train another model.
+    same = ("data_receipt",) if jobs_live_on else ("data_receipt", "model_sha256")
+    runs.assert_same(submission.directory, whole.directory, *same)
 
 
 def test_array_of_seeds_ends_with_one_table(running_cluster: SlurmCluster, data_dir: Path, tmp_path: Path) -> None:

@@ -132,6 +132,18 @@ def test_nan_on_one_rank(data_dir: Path, tmp_path: Path) -> None:
     check_end(tmp_path, 5, message, 12)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    ["large", pytest.param("nan", marks=pytest.mark.slow), pytest.param("infinite", marks=pytest.mark.slow)],
+)
+def test_unusable_gradient_on_one_rank(kind: str, data_dir: Path, tmp_path: Path) -> None:
+    """Losses are finite until then. It is noticed at the next log step, and nothing is saved in between."""
+    options = ("--train.log_every_steps", "12", "--train.checkpoint_every_steps", "12", "--data.dir", data_dir)
+    message = said(runs.finish(start(f"{kind}_gradient:1:15", 3, tmp_path, *options), expected=5))
+    assert "the gradient became infinite, NaN or too large to be summed in step 15 on rank 1 of 3;" in message
+    check_end(tmp_path, 5, message, 12)
+
+
 def test_drifted_rank(data_dir: Path, tmp_path: Path) -> None:
     """Found before it is saved; three ranks can tell which of them it is."""
     options = ("--optim.ema_decay", "0.99", "--data.dir", data_dir)
@@ -170,6 +182,7 @@ def test_the_error_of_one_rank_is_that_of_all(
 ) -> None:
     options = ("--train.batch_size", "3840", "--train.micro_batch_size", "1920", "--train.max_steps", "4",
                "--data.subset", "3840", "--eval.batch_size", "5000", "--eval.test_subset", "None",
+               "--run.stall_timeout_s", "60",  # passes of many images take seconds
                "--data.dir", data_dir, "--train.checkpoint_every_steps", "2")  # fmt: skip
     output = runs.finish(start(fault, 2, tmp_path, *options), expected=code)
     message = said(output)

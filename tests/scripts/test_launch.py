@@ -146,6 +146,7 @@ TESTED = {
     "NNODES=2 NODE_RANK=0 MASTER_ADDR=node-a ./launch/multinode --config configs/googlenet.yaml": "test_two_machines_*",
     "MAX_RESTARTS=2 ./launch/node --config configs/googlenet.yaml --run.name mine --run.resume auto": "test_elastic.py",
     "./launch/debug": "test_debug.py",
+    "python -m cifar_dist.compare runs/mine runs/other": "test_compare.py",
     "python -m cifar_dist.train --config configs/quickstart.yaml --run.name mine --run.resume auto": "test_resume.py",
     "python -m cifar_dist.evaluate --checkpoint runs/mine/checkpoints/step-00002730.pt": "test_world_size.py",
     "./launch/seeds configs/quickstart.yaml 3 --run.name exp": "test_seeds.py: test_stopped_and_gone_on",

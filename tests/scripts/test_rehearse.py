@@ -33,9 +33,8 @@ def test_rehearsal_equals_the_run(data_dir: Path, tmp_path: Path) -> None:
     assert len(real["data_receipt"]) == 2
     for epoch, digest in enumerate(real["data_receipt"], 1):
         assert output.splitlines()[-2:][epoch - 1].split() == ["epoch", str(epoch), digest]
-    ours, theirs = runs.weights(here, 12), runs.weights(there, 12)
-    assert ours.keys() == theirs.keys()
-    assert max((ours[name].double() - theirs[name].double()).abs().max().item() for name in ours) < 1e-10
+    assert rehearsed["model_sha256"] == real["model_sha256"]
+    assert f"model_sha256 {real['model_sha256']}" in output
     assert not (here / "wandb").exists()
     assert runs.children_with(str(tmp_path)) == []
 

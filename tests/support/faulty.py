@@ -59,6 +59,31 @@ def nan_loss(train_step: Any, *_: Any) -> None:
     train_step._loss = bad
 
 
+def spoil_gradient(train_step: Any, value: float) -> None:
+    """One element, in the next backward pass only."""
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        handle.remove()
+        spoiled = gradient.clone()
+        spoiled[3, 1] = value
+        return spoiled
+
+    handle = train_step.model.classifier.weight.register_hook(spoil)
+
+
+def nan_gradient(train_step: Any, *_: Any) -> None:
+    spoil_gradient(train_step, float("nan"))
+
+
+def infinite_gradient(train_step: Any, *_: Any) -> None:
+    spoil_gradient(train_step, float("-inf"))
+
+
+def large_gradient(train_step: Any, *_: Any) -> None:
+    """Beyond the range of the exact sum."""
+    spoil_gradient(train_step, 1e6)
+
+
 def no_memory(*_: Any) -> None:
     """From now on this process has some 16 MB more, and no more: what it had freed and kept is taken.
 
@@ -107,10 +132,11 @@ def slow_disk(*_: Any) -> None:
     module.write = slow
 
 
-FAULTS: dict[str, Callable[..., Iterator[Any] | None]] = {
-    function.__name__: function
-    for function in (hang_reading, stop, debugger, flip_bit, nan_loss, no_memory, no_memory_to_score, fail, slow_disk)
-}
+_FUNCTIONS = (
+    hang_reading, stop, debugger, flip_bit, nan_loss, nan_gradient, infinite_gradient, large_gradient, no_memory,
+    no_memory_to_score, fail, slow_disk,
+)  # fmt: skip
+FAULTS: dict[str, Callable[..., Iterator[Any] | None]] = {function.__name__: function for function in _FUNCTIONS}
 
 
 def plant(kind: str, rank: str, number: int) -> None:

@@ -33,8 +33,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "train": {
         "device": "auto", "epochs": 100, "max_steps": None, "batch_size": 1024, "micro_batch_size": 128,
-        "precision": "auto", "compile": "auto", "channels_last": True, "tf32": True, "checkpoint_every_steps": 500,
-        "keep_checkpoints": 2, "check_ranks_every_steps": 100, "log_every_steps": 20,
+        "precision": "auto", "compile": "auto", "channels_last": True, "threads": 1, "exact_sum": "on", "tf32": True,
+        "checkpoint_every_steps": 500, "keep_checkpoints": 2, "check_ranks_every_steps": 100, "log_every_steps": 20,
     },
     "optim": {
         "name": "muon", "lr": 0.05, "muon_lr": 0.1, "muon_momentum": 0.8, "momentum": 0.9, "bias_lr_factor": 1.0,
@@ -64,7 +64,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     },
     "train": {
         "device": "cpu", "epochs": 3, "max_steps": 7, "batch_size": 96, "micro_batch_size": 32, "precision": "fp64",
-        "compile": "off", "channels_last": False, "tf32": False, "checkpoint_every_steps": 0, "keep_checkpoints": 9,
+        "compile": "off", "channels_last": False, "threads": 3, "exact_sum": "off", "tf32": False,
+        "checkpoint_every_steps": 0, "keep_checkpoints": 9,
         "check_ranks_every_steps": 0, "log_every_steps": 1,
     },
     "optim": {
@@ -262,6 +263,7 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "train.max_steps": ([1, None], [0]),
     "train.batch_size": ([128], [0, -128]),
     "train.micro_batch_size": ([2], [0, 1, -4]),
+    "train.threads": ([1], [0]),
     "train.checkpoint_every_steps": ([0], [-1]),
     "train.keep_checkpoints": ([1], [0]),
     "train.check_ranks_every_steps": ([0], [-1]),

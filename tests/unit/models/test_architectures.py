@@ -177,7 +177,7 @@ def test_without_norm_it_trains() -> None:
     model = inception_v1(stem="strided", width=0.125, variant=WITHOUT_NORM)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     losses = []
-    for _ in range(90):
+    for _ in range(150):
         loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         torch.autograd.backward(loss)

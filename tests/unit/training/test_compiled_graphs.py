@@ -55,6 +55,19 @@ def trainer_of(config: Config, loader: BetonLoader, directory: Path) -> Trainer:
     return Trainer(config, train_step, SAMPLES, loader, directory)
 
 
+def note_after_preparation(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Gets the number of graphs after the preparation; from then on a recompilation is an error."""
+    found, prepare = list[int](), trainer.train_step.prepare
+
+    def prepare_and_note() -> None:
+        prepare()
+        found.append(num_graphs())
+        monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+
+    monkeypatch.setattr(trainer.train_step, "prepare", prepare_and_note)
+    return found
+
+
 def num_graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
@@ -62,14 +75,14 @@ def num_graphs() -> int:
 @pytest.mark.parametrize(
     ("name", "merge"), [("inception_v1", "off"), pytest.param("inception_v2", "on", marks=pytest.mark.slow)]
 )
-def test_compiled_once(name: Any, merge: Any, data_dir: Path, tmp_path: Path) -> None:
+def test_compiled_once(name: Any, merge: Any, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Augmentation and network for two sizes: four graphs, all there before the first step."""
     config = replace(CONFIG, model=replace(CONFIG.model, name=name, merge_1x1=merge))
     with BetonLoader(data_dir / "train.beton", ALONE.device) as loader:
         trainer = trainer_of(config, loader, tmp_path)
-        assert num_graphs() == 4
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            trainer.train()
+        train_from_here = note_after_preparation(trainer, monkeypatch)
+        trainer.train()
+    assert train_from_here == [4]
     assert trainer.progress.step == 20
     assert trainer.progress.last_validation is not None
     assert num_graphs() == 4
@@ -85,7 +98,7 @@ def test_a_break_is_seen(monkeypatch: pytest.MonkeyPatch, data_dir: Path, tmp_pa
 
     monkeypatch.setattr(Inception, "forward", broken)
     with BetonLoader(data_dir / "train.beton", ALONE.device) as loader:
-        trainer_of(CONFIG, loader, tmp_path)
+        trainer_of(CONFIG, loader, tmp_path).train_step.prepare()
     assert num_graphs() > 4
     assert counters["graph_break"]
 
@@ -94,6 +107,7 @@ def test_a_recompilation_is_seen(monkeypatch: pytest.MonkeyPatch, data_dir: Path
     """Images of a size that the start did not see."""
     with BetonLoader(data_dir / "train.beton", ALONE.device) as loader:
         trainer = trainer_of(CONFIG, loader, tmp_path)
+        note_after_preparation(trainer, monkeypatch)
         monkeypatch.setattr(schedule, "LOW_RESOLUTION", 28)
-        with torch._dynamo.config.patch(error_on_recompile=True), pytest.raises(RecompileError):
+        with pytest.raises(RecompileError):
             trainer.train()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from cifar_dist.distributed import World
-from cifar_dist.training.metrics import Metrics, Receipt, Window
+from cifar_dist.training.metrics import Metrics, Receipt, Window, loss_units, mean_loss
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 
@@ -18,11 +19,21 @@ def test_metrics_add_up_and_count_what_is_not_finite() -> None:
     metrics.add(7, torch.tensor(2.5), no, logits[:1], labels[:1], torch.tensor([10, 20, 30, 2**45]))
     window = metrics.window() + Window()
     assert (window.num_samples, window.num_nonfinite) == (4, 1)
-    assert metrics.first_nonfinite() == (8, [0])
+    assert metrics.first_nonfinite() == ("loss", 8, [0])
     assert window.accuracy == 0.75
     assert metrics.receipt.words == [11, 22, 33, 2**45 + 4]
     metrics.add(8, torch.tensor(2.0), yes, logits, labels, torch.zeros(4, dtype=torch.int64))
     assert metrics.window().loss == 2.0
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"), [(0.75, 3.0), (2**-27, 2**-24 / 2), (torch.inf, 4e6), (5e6, 4e6), (torch.nan, 0.0)]
+)
+def test_losses_in_units(loss: float, expected: float) -> None:
+    """Of four samples; half a unit rounds to none. Beyond a mean of a million they do not grow."""
+    units = loss_units(torch.tensor(loss), 4)
+    assert units.dtype == torch.int64
+    assert mean_loss(int(units), 1) == pytest.approx(expected, abs=2**-25)
 
 
 def test_receipt_is_one_digest_per_epoch() -> None:

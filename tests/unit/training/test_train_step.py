@@ -38,7 +38,9 @@ def batches(data_dir: Path) -> list[tuple[int, Batch]]:
 
 
 def train_step_of(config: Config) -> TrainStep:
-    return TrainStep(config, ALONE, choose_precision(config.train.precision, ALONE.device))
+    train_step = TrainStep(config, ALONE, choose_precision(config.train.precision, ALONE.device))
+    train_step.prepare()
+    return train_step
 
 
 def two_steps(
@@ -134,7 +136,7 @@ def test_label_smoothing_by_hand(smoothing: float, batches: list[tuple[int, Batc
     labels = torch.cat([batch.labels for _, batch in batches[:2]])
     targets = torch.full_like(log_shares, smoothing / 10)
     targets[torch.arange(32), labels] += 1 - smoothing
-    assert metrics.window().loss == pytest.approx(-(targets * log_shares).sum(dim=1).mean().item(), rel=1e-12)
+    assert metrics.window().loss == pytest.approx(-(targets * log_shares).sum(dim=1).mean().item(), rel=1e-8)
 
 
 @pytest.mark.parametrize("config", [TINY, MUON], ids=["sgd", "muon and auxiliary heads"])
@@ -150,6 +152,20 @@ def test_a_restored_step_goes_on_with_the_momentum(config: Config, batches: list
     assert all(torch.equal(a, b) for a, b in zip(parameters(whole), parameters(restored), strict=True))
     averages = (train_step.scored_model.parameters() for train_step in (whole, restored))
     assert all(torch.equal(a, b) for a, b in zip(*averages, strict=True))
+
+
+def test_a_scale_that_does_not_help(batches: list[tuple[int, Batch]]) -> None:
+    """In fp16 a gradient that is NaN at every scale is noted when the scale has come down to 1, here from 4."""
+    train_step = train_step_of(replace(TINY, train=replace(TINY.train, precision="fp16")))
+    train_step.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    parameter = list(train_step.model.parameters())[-1]
+    parameter.register_hook(lambda gradient: gradient * torch.nan)  # type: ignore[no-untyped-call]
+    metrics, before = Metrics(ALONE), list(parameters(train_step))
+    for number in range(4):
+        train_step.run(Step(number, 1.0), iter(batches[:2]), metrics)
+    assert metrics.first_nonfinite() == ("gradient", 3, [0])
+    assert metrics.window().num_nonfinite == 2
+    assert all(map(torch.equal, before, parameters(train_step)))
 
 
 def test_moving_average_is_scored(batches: list[tuple[int, Batch]]) -> None:
