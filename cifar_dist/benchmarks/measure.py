@@ -56,7 +56,7 @@ class Table:
 
 @contextmanager
 def torch_as_in_training(config: BenchConfig) -> Iterator[tuple[World, Precision]]:
-    """Join the process group, and set torch's switches as a training does."""
+    """Join the process group, and set torch's switches as a training does; on CPUs processes share all processors."""
     with init_distributed(config.device) as world:
         set_backends(TrainConfig(), False, world.device)
         yield world, choose_precision(config.precision, world.device)

@@ -1,7 +1,8 @@
 """Part "scaling": DDP with 1 to N processes of this machine, and a simulation of many GPUs from the step of one device.
 
 `measure` starts a process per device, as torchrun does. All ranks measure the same training step on the first n
-of them, for each divisor n of their number, interleaved.
+of them, for each divisor n of their number, interleaved. Then they measure the steps of `cifar_dist.train` with
+train.exact_sum on and off, interleaved.
 
 The simulation: gradients go around a ring of n devices (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms",
 2009), which sends 2 (n - 1) / n of their bytes over the slowest link in 2 (n - 1) consecutive messages. With several
@@ -11,9 +12,9 @@ last bucket.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -26,9 +27,18 @@ from cifar_dist.benchmarks import baselines
 from cifar_dist.benchmarks.baselines import TORCHVISION_NCHW, BareStep
 from cifar_dist.benchmarks.measure import Case, Row, Table, interleaved, torch_as_in_training
 from cifar_dist.benchmarks.settings import BenchConfig
-from cifar_dist.config import ModelConfig
+from cifar_dist.config import Config, ModelConfig, TrainConfig
 from cifar_dist.distributed import World, data_parallel
 from cifar_dist.errors import UserError
+from cifar_dist.training.metrics import Metrics
+from cifar_dist.training.precision import Precision
+from cifar_dist.training.schedule import Step
+from cifar_dist.training.train_step import TrainStep
+
+_Network = Literal["inception_v1", "inception_v2"]
+_EXACT_BYTES = 8  # of a gradient element that is exchanged with train.exact_sum on: int64
+_NETWORKS: tuple[_Network, ...] = ("inception_v1", "inception_v2")
+_MODES: tuple[Literal["off", "on"], ...] = ("off", "on")
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ class Cluster:
     outer_gb_per_s: float = 40.0
     outer_us: float = 15.0
     backward_share: float = 2 / 3  # of a step's computation; hides the exchange
-    last_bucket_mib: float = 25.0  # of DDP; cannot be hidden. These networks fit into one
+    last_bucket_mib: float = 25.0  # of DDP, of float gradients; cannot be hidden. V1 fits into one
 
 
 def exchange_seconds(gradient_bytes: float, num: int, cluster: Cluster) -> float:
@@ -74,7 +84,9 @@ def measure(config: BenchConfig) -> list[Table]:
     rendezvous: Any = {"run_id": "bench", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
     launch = LaunchConfig(1, 1, num_devices, max_restarts=0, **rendezvous)
     try:
-        steps, exchanges, gradient_bytes = elastic_launch(launch, _measure_on_rank)(config)[0]
+        steps, exchanges, exact_sums, num_parameters, element_bytes = elastic_launch(launch, _measure_on_rank)(config)[
+            0
+        ]
     except SignalException as stopped:  # torch's handlers raise it
         raise KeyboardInterrupt from stopped
     except ChildFailedError as error:
@@ -88,31 +100,44 @@ def measure(config: BenchConfig) -> list[Table]:
         notes.append("one process has all processors, several share them")
     tables = [Table(title, "images/s", steps, steps[0].name, notes)]
     if exchanges:
-        tables.append(Table(f"exchange of {gradient_bytes / 1e6:.1f} MB of gradients: {title}", "GB/s", exchanges))
-    return [*tables, _simulated(title, num, steps[0].median, on_gpu, gradient_bytes)]
+        size = f"{element_bytes * num_parameters / 1e6:.1f} MB"
+        tables.append(Table(f"exchange of {size} of gradients: {title}", "GB/s", exchanges))
+    for name, rows in exact_sums.items():
+        tables.append(Table(f"{name}, {config.stem[0]} stem, whole step with Muon", "images/s", rows, rows[0].name))
+    return [*tables, _simulated(title, num, steps[0].median, on_gpu, num_parameters, element_bytes)]
 
 
 def _processes(num: int) -> str:
     return f"{num} process{'es' if num > 1 else ''}"
 
 
-def _simulated(title: str, num: int, images_per_second: float, on_gpu: bool, gradient_bytes: int) -> Table:
+def _simulated(
+    title: str, num: int, images_per_second: float, on_gpu: bool, num_parameters: int, element_bytes: int
+) -> Table:
     """From the speed of one process with micro-batches of `num` images."""
     cluster, compute_s, rows = Cluster(), num / images_per_second, list[Row]()
     for n in (1, 8, 64, 512):
-        step_s = step_seconds(compute_s, gradient_bytes, n, cluster)
-        rows.append(Row(_processes(n), [num * n / step_s], more={"% efficiency": 100 * compute_s / step_s}))
+        floats = step_seconds(compute_s, element_bytes * num_parameters, n, cluster)
+        larger = replace(cluster, last_bucket_mib=cluster.last_bucket_mib * _EXACT_BYTES / element_bytes)
+        exact = step_seconds(compute_s, _EXACT_BYTES * num_parameters, n, larger)
+        more = {"% efficiency": 100 * compute_s / exact, "% with exact_sum off": 100 * compute_s / floats}
+        rows.append(Row(_processes(n), [num * n / exact], more))
     caveat = "" if on_gpu else ", on a CPU, so this does not show the efficiency of GPUs"
     assumed = ", ".join(f"{name} {value:.3g}" for name, value in vars(cluster).items()).replace("_", " ")
     notes = [
         f"SIMULATION: only the step of one device was measured ({1e3 * compute_s:.1f} ms{caveat})",
         f"assumed: {assumed}; the backward pass hides the exchange except for the last bucket",
+        "efficiency: with exact_sum on, without the time that converts gradients to integers",
     ]
     return Table(f"simulated, weak: {title}", "images/s", rows, rows[0].name, notes)
 
 
-def _measure_on_rank(config: BenchConfig) -> tuple[list[Row], list[Row], int]:
-    """On each rank: steps in images/s and exchanges in GB/s, the same on all ranks; bytes of the gradients."""
+def _measure_on_rank(config: BenchConfig) -> tuple[list[Row], list[Row], dict[_Network, list[Row]], int, int]:
+    """On each rank: what was measured, the same on all ranks.
+
+    Steps in images/s, exchanges in GB/s, by network the steps without and with the exact sum, number of parameters,
+    bytes of each.
+    """
     os.dup2(2, 1)  # gloo prints to stdout, which is for the tables
     model, num = ModelConfig(stem=config.stem[0], width=config.width), config.micro_batch_size[0]
     steps, exchanges = dict[str, Case](), dict[str, Case]()
@@ -121,7 +146,8 @@ def _measure_on_rank(config: BenchConfig) -> tuple[list[Row], list[Row], int]:
             # A network for each size, because DDP adds hooks to its parameters.
             step = baselines.project_step(model, num, precision, config.compile == "on")
             _add_cases(step, size, world, steps, exchanges)
-        gradient_bytes = sum(p.numel() * p.element_size() for p in step.model.parameters())
+        num_parameters = sum(p.numel() for p in step.model.parameters())
+        element_bytes = precision.parameters.itemsize
         if baselines.has_torchvision_counterpart(model.stem, config.width):
             other = baselines.torchvision_step(model.stem, num, precision)
             if world.size > 1:
@@ -129,7 +155,26 @@ def _measure_on_rank(config: BenchConfig) -> tuple[list[Row], list[Row], int]:
             name = f"{_processes(world.size)}, global batch {world.size * num}, {TORCHVISION_NCHW}"
             steps[name] = world.size * num, partial(_on_ranks, world.size, world, other)
         rows = interleaved({**steps, **exchanges}, config)
-    return rows[: len(steps)], rows[len(steps) :], gradient_bytes
+        exact_sums = {name: _with_and_without_exact_sum(name, config, world, precision) for name in _NETWORKS}
+    return rows[: len(steps)], rows[len(steps) :], exact_sums, num_parameters, element_bytes
+
+
+def _with_and_without_exact_sum(name: _Network, config: BenchConfig, world: World, precision: Precision) -> list[Row]:
+    """Steps of `cifar_dist.train` on all ranks, a micro-batch of black images each; they share all processors."""
+    num, cases = config.micro_batch_size[0], dict[str, Case]()
+    for mode in _MODES:
+        settings = Config(
+            model=ModelConfig(name=name, stem=config.stem[0], width=config.width),
+            train=TrainConfig(
+                batch_size=num * world.size, micro_batch_size=num, exact_sum=mode, compile=config.compile,
+                precision=precision.name,
+            ),
+        )  # fmt: skip
+        step, batches = TrainStep(settings, world, precision), baselines.blank_batches(num, world.device)
+        step.prepare()
+        work = partial(_on_ranks, world.size, world, partial(step.run, Step(0, 0.0), batches, Metrics(world)))
+        cases[f"{_processes(world.size)}, exact_sum {mode}"] = num * world.size, work
+    return interleaved(cases, config)
 
 
 def _add_cases(step: BareStep, size: int, world: World, steps: dict[str, Case], exchanges: dict[str, Case]) -> None:

@@ -224,17 +224,20 @@ def test_scaling_of_several_processes(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     result = bench("scaling", *LITTLE_WORK, "--seconds", "0.05", "--json", file, prefix=())
     assert result.returncode == 0, result.stdout + result.stderr
-    steps, exchange, simulated = (table["rows"] for table in report.read(file)["parts"]["scaling"]["tables"])
+    tables = report.read(file)["parts"]["scaling"]["tables"]
+    steps, exchange, v1, v2, simulated = (table["rows"] for table in tables)
     num = min(len(CPUS), 8)
     names = [row["name"] for row in steps]
     assert names[:2] == ["1 process, global batch 16", f"1 process, global batch {16 * num}"]
     largest = f"{num} processes, global batch {16 * num}"
     assert names[-2:] == [largest, f"{largest}, gradients not exchanged"]
     assert exchange[-1]["name"] == f"{num} processes"
-    assert all(row["median"] > 0 for row in (*steps, *exchange))
+    for rows in (v1, v2):
+        assert [row["name"] for row in rows] == [f"{num} processes, exact_sum {mode}" for mode in ("off", "on")]
+    assert all(row["median"] > 0 for row in (*steps, *exchange, *v1, *v2))
     assert simulated[0]["median"] == pytest.approx(steps[0]["median"])
     assert simulated[0]["% efficiency"] == pytest.approx(100)
-    assert simulated[-1]["% efficiency"] < 100
+    assert simulated[-1]["% efficiency"] < simulated[-1]["% with exact_sum off"] < 100
 
 
 def _report(**rates: list[float]) -> report.Report:
