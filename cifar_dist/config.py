@@ -160,9 +160,6 @@ class OptimConfig:
     """Decay of the learning rate from its peak to zero."""
     warmup_share: Fraction = 0.2
     """Fraction of all steps for the linear warm-up."""
-    warmup_min_steps: NotNegative = 50
-    """The learning rate rises by at most 1 / this of its peak per step, so a shorter warm-up does not reach the peak. A
-    faster rise amplifies rounding differences, as between two kinds of devices, several-fold per step."""
     label_smoothing: Annotated[float, Range(min=0, below=1)] = 0.1
     """Probability spread evenly over all classes (arXiv 1512.00567)."""
     grad_clip: Annotated[float, Range(above=0, below=1e9)] | None = None

@@ -26,7 +26,7 @@ from cifar_dist.models.layers import num_parameters
 from cifar_dist.training import checkpoint, run_directory
 from cifar_dist.training.metrics import Metrics
 from cifar_dist.training.precision import Precision, choose_precision, set_backends
-from cifar_dist.training.schedule import LOW_RESOLUTION, Schedule, Step, lr_fraction
+from cifar_dist.training.schedule import LOW_RESOLUTION, Schedule, Step
 from cifar_dist.training.summary import device_name
 from cifar_dist.training.train_step import TrainStep
 
@@ -144,15 +144,8 @@ def measure(config: Config, plan: Figures) -> TrainingTime:
 
 
 def check(config: Config, plan: Figures) -> Findings:
-    """Check the warm-up, and on this machine the dataset and the run directory."""
-    optim, folder, steps, findings = config.optim, config.data.dir, plan["steps"], Findings()
-    highest = lr_fraction(plan["learning_rate"]["peak"]["step"] - 1, steps, optim)
-    if highest < 1:
-        findings.warnings.append(
-            f"the learning rate reaches only {highest:.0%} of its peak: the warm-up takes at least "
-            f"{optim.warmup_min_steps} steps (optim.warmup_min_steps), but the decay starts after "
-            f"{round(optim.warmup_share * steps)} of {steps} steps (optim.warmup_share)."
-        )
+    """Check the dataset and the run directory on this machine."""
+    folder, findings = config.data.dir, Findings()
     missing = [name for name in BETON_FILES if not (folder / name).exists()]
     if missing:
         findings.warnings.append(

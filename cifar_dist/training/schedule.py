@@ -71,11 +71,10 @@ class Schedule:
 def lr_fraction(step: int, total_steps: int, config: OptimConfig) -> float:
     """Learning rate of `step` (from 0) divided by its peak: linear warm-up, then linear or cosine decay to zero.
 
-    The warm-up ends after `warmup_share` of all steps. Its slope is at most 1 / `warmup_min_steps` per step, so a run
-    with a shorter warm-up starts to decay before it reaches the peak.
+    The warm-up ends after `warmup_share` of all steps.
     """
     warmup = round(config.warmup_share * total_steps)
-    rise = (step + 1) / max(1, warmup, config.warmup_min_steps)
+    rise = (step + 1) / max(1, warmup)
     progress = max(0.0, (step - warmup) / max(1, total_steps - warmup))
     fall = (1 + math.cos(math.pi * progress)) / 2 if config.schedule == "cosine" else 1 - progress
     return min(1.0, rise, fall)

@@ -39,7 +39,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "optim": {
         "name": "muon", "lr": 0.05, "muon_lr": 0.1, "muon_momentum": 0.8, "momentum": 0.9, "bias_lr_factor": 1.0,
         "norm_scales": "trained", "weight_decay": 5e-4,
-        "schedule": "linear", "warmup_share": 0.2, "warmup_min_steps": 50, "label_smoothing": 0.1, "grad_clip": None,
+        "schedule": "linear", "warmup_share": 0.2, "label_smoothing": 0.1, "grad_clip": None,
         "ema_decay": None,
     },
     "augment": {"flip": "alternating", "translate": 4, "cutout": 8, "low_resolution_share": 0.0},
@@ -71,7 +71,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "optim": {
         "name": "sgd", "lr": 1e-05, "muon_lr": 0.02, "muon_momentum": 0.0, "momentum": 0.5, "bias_lr_factor": 8.0,
         "norm_scales": "fixed", "weight_decay": 0.0,
-        "schedule": "cosine", "warmup_share": 1.0, "warmup_min_steps": 7, "label_smoothing": 0.0, "grad_clip": 1.5,
+        "schedule": "cosine", "warmup_share": 1.0, "label_smoothing": 0.0, "grad_clip": 1.5,
         "ema_decay": 0.999,
     },
     "augment": {"flip": "none", "translate": 0, "cutout": 5, "low_resolution_share": 0.0},
@@ -275,7 +275,6 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "optim.bias_lr_factor": ([0.1, 64], [0, -1, 1e3, "nan"]),
     "optim.weight_decay": ([0], [-1e-9, 1e3, "nan"]),
     "optim.warmup_share": ([0, 1], [-0.01, 1.01, "nan"]),
-    "optim.warmup_min_steps": ([0], [-1]),
     "optim.label_smoothing": ([0, 0.99], [-0.01, 1, "nan"]),
     "optim.grad_clip": ([0.1, None], [0, "inf", "nan"]),
     "optim.ema_decay": ([0.5, None], [0, 1, "nan"]),

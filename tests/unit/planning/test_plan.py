@@ -32,7 +32,6 @@ from cifar_dist.planning.plan import (
 )
 from cifar_dist.planning.report import page
 from cifar_dist.training.checkpoint import path_of
-from cifar_dist.training.schedule import Schedule
 from cifar_dist.training.train_step import TrainStep
 from tests.support import runs
 
@@ -135,11 +134,11 @@ def test_without_validation() -> None:
 
 @pytest.mark.parametrize(("settings", "points"), [
     ((), {"start": 1, "peak": 5, "halfway": 14, "end": 24}),
-    (("--optim.warmup_min_steps", "50"), {"start": 1, "peak": 18, "halfway": 21, "end": 24}),
+    (("--optim.warmup_share", "1"), {"start": 1, "peak": 24, "halfway": 24, "end": 24}),
     (("--train.max_steps", "1"), {"start": 1, "peak": 1, "halfway": 1, "end": 1}),
 ])  # fmt: skip
 def test_steps_at_which_the_learning_rate_is_shown(settings: tuple[str, ...], points: dict[str, int]) -> None:
-    changed = load_config(["--config", CONFIG, *SETTINGS, "--optim.warmup_min_steps", "0", *settings])
+    changed = load_config(["--config", CONFIG, *SETTINGS, *settings])
     rates = make_plan(changed, 1, 1)["learning_rate"]
     assert {name: point["step"] for name, point in rates.items()} == points
 
@@ -206,8 +205,7 @@ def test_clock() -> None:
 
 
 def test_a_sound_run_has_no_findings(config: Config, tmp_path: Path) -> None:
-    optim = {"warmup_min_steps": 0, "warmup_share": 0.25}
-    sound = changed(config, run={"dir": tmp_path / "new" / "run"}, optim=optim)
+    sound = changed(config, run={"dir": tmp_path / "new" / "run"})
     assert check(sound, make_plan(sound, 1, 3)) == Findings()
     assert not (tmp_path / "new").exists()
 
@@ -244,11 +242,9 @@ def test_a_run_directory_that_cannot_be_used(config: Config, planned: Figures, t
 
 
 def test_warnings(config: Config, planned: Figures, tmp_path: Path) -> None:
-    warm_up, dataset = check(changed(config, data={"dir": tmp_path}), planned).warnings
+    (dataset,) = check(changed(config, data={"dir": tmp_path}), planned).warnings
     assert f"python -m cifar_dist.prepare --data.dir {tmp_path}" in dataset
     assert "(train.beton, test.beton missing)" in dataset
-    highest = Schedule(config, 10).step(17).lr_fraction
-    assert warm_up.startswith(f"the learning rate reaches only {highest:.0%} of its peak")
 
 
 # The command

@@ -38,7 +38,7 @@ FOUR_EPOCHS = Config(
         epochs=4, batch_size=12, micro_batch_size=12, precision="fp32", log_every_steps=1, checkpoint_every_steps=2,
         keep_checkpoints=1,
     ),
-    optim=OptimConfig(name="sgd", lr=0.05, warmup_share=0.25, warmup_min_steps=0),
+    optim=OptimConfig(name="sgd", lr=0.05, warmup_share=0.25),
     eval=EvalConfig(every_epochs=1, batch_size=12, bn_samples=24, tta="none"),
 )  # fmt: skip
 
