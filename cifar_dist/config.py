@@ -55,8 +55,8 @@ class RunConfig:
     """never: refuse a directory that holds a run. auto: resume from its newest valid checkpoint, or start a new run.
     A path: start in a new run directory from that checkpoint of another run."""
     deterministic: bool = False
-    """Use deterministic algorithms of torch and cuDNN (slower on GPUs). On GPUs, results that are
-    equal to the bit need it."""
+    """Use deterministic algorithms of torch and cuDNN (slower on GPUs). On GPUs, results that are equal to
+    the bit need it."""
     stall_timeout_s: Annotated[int, Range(min=0, max=500)] = 300  # 100 s below distributed.TIMEOUT_S, to report first
     """Seconds without progress after which a run names the stalled rank and exits. 0: never."""
 

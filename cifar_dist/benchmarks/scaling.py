@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,16 @@ _Network = Literal["inception_v1", "inception_v2"]
 _EXACT_BYTES = 8  # of a gradient element that is exchanged with train.exact_sum on: int64
 _NETWORKS: tuple[_Network, ...] = ("inception_v1", "inception_v2")
 _MODES: tuple[Literal["off", "on"], ...] = ("off", "on")
+
+
+class _Measured(NamedTuple):
+    """On the ranks of this machine."""
+
+    steps: list[Row]  # images/s
+    exchanges: list[Row]  # GB/s
+    exact_sums: dict[_Network, list[Row]]  # images/s with train.exact_sum off and on
+    num_parameters: int
+    element_bytes: int  # of a gradient
 
 
 @dataclass(frozen=True)
@@ -84,9 +94,7 @@ def measure(config: BenchConfig) -> list[Table]:
     rendezvous: Any = {"run_id": "bench", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
     launch = LaunchConfig(1, 1, num_devices, max_restarts=0, **rendezvous)
     try:
-        steps, exchanges, exact_sums, num_parameters, element_bytes = elastic_launch(launch, _measure_on_rank)(config)[
-            0
-        ]
+        found: _Measured = elastic_launch(launch, _measure_on_rank)(config)[0]
     except SignalException as stopped:  # torch's handlers raise it
         raise KeyboardInterrupt from stopped
     except ChildFailedError as error:
@@ -98,28 +106,26 @@ def measure(config: BenchConfig) -> list[Table]:
     notes = ["strong scaling: rows with one global batch, by accumulation; weak: rows with a micro-batch per process"]
     if not on_gpu:
         notes.append("one process has all processors, several share them")
-    tables = [Table(title, "images/s", steps, steps[0].name, notes)]
-    if exchanges:
-        size = f"{element_bytes * num_parameters / 1e6:.1f} MB"
-        tables.append(Table(f"exchange of {size} of gradients: {title}", "GB/s", exchanges))
-    for name, rows in exact_sums.items():
+    tables = [Table(title, "images/s", found.steps, found.steps[0].name, notes)]
+    if found.exchanges:
+        size = f"{found.element_bytes * found.num_parameters / 1e6:.1f} MB"
+        tables.append(Table(f"exchange of {size} of gradients: {title}", "GB/s", found.exchanges))
+    for name, rows in found.exact_sums.items():
         tables.append(Table(f"{name}, {config.stem[0]} stem, whole step with Muon", "images/s", rows, rows[0].name))
-    return [*tables, _simulated(title, num, steps[0].median, on_gpu, num_parameters, element_bytes)]
+    return [*tables, _simulated(title, num, found, on_gpu)]
 
 
 def _processes(num: int) -> str:
     return f"{num} process{'es' if num > 1 else ''}"
 
 
-def _simulated(
-    title: str, num: int, images_per_second: float, on_gpu: bool, num_parameters: int, element_bytes: int
-) -> Table:
+def _simulated(title: str, num: int, found: _Measured, on_gpu: bool) -> Table:
     """From the speed of one process with micro-batches of `num` images."""
-    cluster, compute_s, rows = Cluster(), num / images_per_second, list[Row]()
+    cluster, compute_s, rows = Cluster(), num / found.steps[0].median, list[Row]()
     for n in (1, 8, 64, 512):
-        floats = step_seconds(compute_s, element_bytes * num_parameters, n, cluster)
-        larger = replace(cluster, last_bucket_mib=cluster.last_bucket_mib * _EXACT_BYTES / element_bytes)
-        exact = step_seconds(compute_s, _EXACT_BYTES * num_parameters, n, larger)
+        floats = step_seconds(compute_s, found.element_bytes * found.num_parameters, n, cluster)
+        larger = replace(cluster, last_bucket_mib=cluster.last_bucket_mib * _EXACT_BYTES / found.element_bytes)
+        exact = step_seconds(compute_s, _EXACT_BYTES * found.num_parameters, n, larger)
         more = {"% efficiency": 100 * compute_s / exact, "% with exact_sum off": 100 * compute_s / floats}
         rows.append(Row(_processes(n), [num * n / exact], more))
     caveat = "" if on_gpu else ", on a CPU, so this does not show the efficiency of GPUs"
@@ -132,12 +138,8 @@ def _simulated(
     return Table(f"simulated, weak: {title}", "images/s", rows, rows[0].name, notes)
 
 
-def _measure_on_rank(config: BenchConfig) -> tuple[list[Row], list[Row], dict[_Network, list[Row]], int, int]:
-    """On each rank: what was measured, the same on all ranks.
-
-    Steps in images/s, exchanges in GB/s, by network the steps without and with the exact sum, number of parameters,
-    bytes of each.
-    """
+def _measure_on_rank(config: BenchConfig) -> _Measured:
+    """On each rank: what was measured, the same on all ranks."""
     os.dup2(2, 1)  # gloo prints to stdout, which is for the tables
     model, num = ModelConfig(stem=config.stem[0], width=config.width), config.micro_batch_size[0]
     steps, exchanges = dict[str, Case](), dict[str, Case]()
@@ -147,7 +149,6 @@ def _measure_on_rank(config: BenchConfig) -> tuple[list[Row], list[Row], dict[_N
             step = baselines.project_step(model, num, precision, config.compile == "on")
             _add_cases(step, size, world, steps, exchanges)
         num_parameters = sum(p.numel() for p in step.model.parameters())
-        element_bytes = precision.parameters.itemsize
         if baselines.has_torchvision_counterpart(model.stem, config.width):
             other = baselines.torchvision_step(model.stem, num, precision)
             if world.size > 1:
@@ -156,7 +157,7 @@ def _measure_on_rank(config: BenchConfig) -> tuple[list[Row], list[Row], dict[_N
             steps[name] = world.size * num, partial(_on_ranks, world.size, world, other)
         rows = interleaved({**steps, **exchanges}, config)
         exact_sums = {name: _with_and_without_exact_sum(name, config, world, precision) for name in _NETWORKS}
-    return rows[: len(steps)], rows[len(steps) :], exact_sums, num_parameters, element_bytes
+    return _Measured(rows[: len(steps)], rows[len(steps) :], exact_sums, num_parameters, precision.parameters.itemsize)
 
 
 def _with_and_without_exact_sum(name: _Network, config: BenchConfig, world: World, precision: Precision) -> list[Row]:

@@ -32,14 +32,14 @@ class _Exchange(NamedTuple):
 class ExactSum:
     """DDP communication hook that adds the gradients of all micro-batches of a step, without rounding.
 
-    DDP calls it in the backward pass of each micro-batch, once per bucket of parameters. Until the last micro-batch of
-    a step the sums stay on this process. Then they are all-reduced while the backward pass goes on, and `finish` writes
-    them into the gradients.
+    DDP calls it in the backward pass of each micro-batch, once per bucket of parameters. Each process adds its own
+    micro-batches. In the last one of a step the sums are all-reduced, which overlaps with the backward pass, and
+    `finish` writes them into the gradients.
 
     An element that is infinite, NaN or too large to be added makes every gradient of its bucket NaN on all processes.
 
     Args:
-        parallel: has done two passes, since DDP forms its buckets anew before the second.
+        parallel: has done two passes, since DDP rebuilds its buckets before the second.
         num_micro_batches: in a global batch, on all processes together.
         several_ranks: whether there is a process group.
     """

@@ -25,9 +25,8 @@ class Window:
     loss_units: int = 0  # sum of losses, see `loss_units`
     num_correct: int = 0
     num_samples: int = 0
-    num_nonfinite: int = (
-        0  # micro-batches whose loss is not finite, and for each rank the steps whose gradient could not be summed
-    )
+    # Micro-batches whose loss is not finite, and for each rank the steps whose gradient could not be summed.
+    num_nonfinite: int = 0
 
     def __add__(self, other: "Window") -> "Window":
         return Window(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))

@@ -66,7 +66,7 @@ class TrainStep:
     def prepare(self) -> None:
         """Compile the model and wrap it in DDP, with a forward and backward pass of zeros per image size.
 
-        The passes compile before training time is measured. They are at least two, because DDP forms its buckets anew
+        The passes compile before training time is measured. They are at least two, because DDP rebuilds its buckets
         before the second, and the buckets may not change while `ExactSum` adds. A second call does nothing.
         """
         if self.prepared:

@@ -26,15 +26,13 @@ KINDS = {
     "v1 fp16": ("--train.precision", "fp16", "--model.stem", "pooled", "--model.auxiliary", "True",
                 "--optim.name", "sgd", "--optim.grad_clip", "0.5"),
 }  # fmt: skip
-TIMES = {"seconds", "images_per_second"}
 
 
 def results(run_dir: Path) -> dict[str, Any]:
     """Everything of a run that must not depend on the number of processes."""
     names = ("model_sha256", "data_receipt", "test_confusion", "test_loss", "test_accuracy_tta", "val_accuracy")
     summary = runs.summary(run_dir)
-    lines = [{key: value for key, value in record.items() if key not in TIMES} for record in runs.records(run_dir)]
-    return {name: summary[name] for name in names} | {"metrics": lines}
+    return {name: summary[name] for name in names} | {"metrics": runs.records_without_times(run_dir)}
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,12 @@ def logged_steps(run_dir: Path) -> list[int]:
     return [record["step"] for record in records(run_dir) if "train/loss" in record]
 
 
+def records_without_times(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what differs between two runs of one configuration."""
+    times = {"seconds", "images_per_second"}
+    return [{key: value for key, value in record.items() if key not in times} for record in records(run_dir)]
+
+
 def assert_same(run_dir: Path, whole: Path, *keys: str) -> None:
     """The run in `run_dir` ended as that in `whole`, by these figures or all that tell, with each line of it once."""
     expected, got = summary(whole), summary(run_dir)

@@ -7,8 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,20 +50,25 @@ def other_loss(run: Path) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
+@contextmanager
+def changed_checkpoint(run: Path, step: int) -> Iterator[dict[str, Any]]:
+    """The state in a checkpoint of `run`, which is written again with what is changed in it."""
+    folder = run / "checkpoints"
+    state = checkpoint.decode(checkpoint.read_verified(checkpoint.path_of(folder, step)), "it")
+    yield state
+    checkpoint.write(folder, step, checkpoint.encode(step, state))
+
+
 def other_parameter(run: Path) -> None:
     """By one unit in the last place, in the second checkpoint."""
-    folder = run / "checkpoints"
-    state = checkpoint.decode(checkpoint.read_verified(checkpoint.path_of(folder, 40)), "it")
-    weight = state["model"]["classifier.weight"]
-    weight[3, 1] = torch.nextafter(weight[3, 1], torch.tensor(torch.inf))
-    checkpoint.write(folder, 40, checkpoint.encode(40, state))
+    with changed_checkpoint(run, 40) as state:
+        weight = state["model"]["classifier.weight"]
+        weight[3, 1] = torch.nextafter(weight[3, 1], torch.tensor(torch.inf))
 
 
 def other_format(run: Path) -> None:
-    folder = run / "checkpoints"
-    state = checkpoint.decode(checkpoint.read_verified(checkpoint.path_of(folder, 20)), "it")
-    state["model"]["classifier.weight"] = state["model"]["classifier.weight"].double()
-    checkpoint.write(folder, 20, checkpoint.encode(20, state))
+    with changed_checkpoint(run, 20) as state:
+        state["model"]["classifier.weight"] = state["model"]["classifier.weight"].double()
 
 
 def damaged_checkpoint(run: Path) -> None:
@@ -87,11 +94,9 @@ def odd_values(run: Path) -> None:
 
 def postponed_validation(run: Path) -> None:
     """A checkpoint of a stop, before the statistics of batch norm were set."""
-    folder = run / "checkpoints"
-    state = checkpoint.decode(checkpoint.read_verified(checkpoint.path_of(folder, 20)), "it")
-    state["validation_due"] = True
-    state["model"]["classifier.weight"] += 1
-    checkpoint.write(folder, 20, checkpoint.encode(20, state))
+    with changed_checkpoint(run, 20) as state:
+        state["validation_due"] = True
+        state["model"]["classifier.weight"] += 1
 
 
 def another_number_of_processes(run: Path) -> None:
@@ -147,9 +152,8 @@ def test_an_unfinished_run_is_compared_as_far_as_it_goes(short_run: Path, tmp_pa
     output = compare(short_run, tmp_path / "half", expected=1)
     assert f"UNDECIDED, what both have is equal; only {short_run} is finished" in output
     assert "DIFFERENT" not in output
-    state = checkpoint.decode(checkpoint.read_verified(checkpoint.path_of(short_run / "checkpoints", 40)), "it")
-    state["receipt"][1][2] += 1
-    checkpoint.write(tmp_path / "half/checkpoints", 40, checkpoint.encode(40, state))
+    with changed_checkpoint(tmp_path / "half", 40) as state:
+        state["receipt"][1][2] += 1
     assert "data: before the checkpoints of step 40, other samples" in compare(short_run, tmp_path / "half", expected=1)
 
 
