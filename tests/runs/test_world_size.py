@@ -11,7 +11,9 @@ import pytest
 from cifar_dist.training.checkpoint import path_of
 from tests.support import runs
 
-pytestmark = [pytest.mark.run, pytest.mark.data]
+pytestmark = [pytest.mark.run, pytest.mark.data, pytest.mark.timeout(900)]
+# An epoch of 12 steps, with three micro-batches each for 8 processes.
+FEW_STEPS = ("--data.subset", "1152", "--train.max_steps", "12", "--train.micro_batch_size", "4")
 # Everything that could tell ranks apart is on in one of them: dropout, cutout, low resolution, moving average,
 # clipping, auxiliary heads, filters from the data, merged convolutions, Muon, validations, accumulation on fewer ranks.
 KINDS = {
@@ -24,7 +26,8 @@ KINDS = {
     "v2 fp64": ("--train.precision", "fp64", "--model.name", "inception_v2", "--model.stem", "whiten",
                 "--optim.name", "muon", "--optim.ema_decay", "0.9"),
     "v1 fp16": ("--train.precision", "fp16", "--model.stem", "pooled", "--model.auxiliary", "True",
-                "--optim.name", "sgd", "--optim.grad_clip", "0.5"),
+                "--optim.name", "sgd", "--optim.grad_clip", "0.5", "--train.max_steps", "6"),
+    "v1 compiled": ("--train.precision", "fp32", "--train.compile", "on"),
 }  # fmt: skip
 
 
@@ -44,13 +47,14 @@ def results(run_dir: Path) -> dict[str, Any]:
         pytest.param("v2 fp32", (1, 2, 3, 4, 6, 8), marks=pytest.mark.slow),
         pytest.param("v2 fp64", (1, 2, 3), marks=pytest.mark.slow),
         pytest.param("v1 fp16", (1, 2, 3), marks=pytest.mark.slow),
+        pytest.param("v1 compiled", (1, 2), marks=pytest.mark.slow),
     ],
 )
 def test_any_number_of_processes_computes_the_same(
     kind: str, world_sizes: tuple[int, ...], data_dir: Path, tmp_path: Path
 ) -> None:
     """To the bit: weights, every line of metrics but for times, and the answers of the test."""
-    options = (*runs.SMALL, "--train.micro_batch_size", "4", *KINDS[kind], "--data.dir", str(data_dir))
+    options = (*runs.SMALL, *FEW_STEPS, *KINDS[kind], "--data.dir", str(data_dir))
     found = {}
     for world_size in world_sizes:
         runs.run(world_size, *options, "--run.dir", tmp_path / str(world_size))
@@ -64,7 +68,7 @@ def test_any_number_of_processes_computes_the_same(
 @pytest.mark.slow
 def test_without_the_exact_sum_it_does_not(data_dir: Path, tmp_path: Path) -> None:
     """So the test above can fail."""
-    options = (*runs.SMALL, "--train.micro_batch_size", "4", "--train.precision", "fp32", "--data.dir", str(data_dir))
+    options = (*runs.SMALL, *FEW_STEPS, "--train.precision", "fp32", "--data.dir", str(data_dir))
     for world_size in (1, 3):
         runs.run(world_size, *options, "--train.exact_sum", "off", "--run.dir", tmp_path / str(world_size))
     one, three = (results(tmp_path / str(world_size)) for world_size in (1, 3))

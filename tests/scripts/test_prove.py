@@ -43,7 +43,7 @@ def test_every_number_of_processes_gives_one_model(data_dir: Path, tmp_path: Pat
     assert output.count("EQUAL") == 3
     assert "DIFFERENT" not in output
     log = (folder / "runs/prove/3-killed-then-2.log").read_text()
-    assert "was killed by SIGKILL" in log
+    assert "Signal 9 (SIGKILL)" in log
     assert "resuming from" in log
     digests = {runs.summary(folder / "runs/prove" / name)["model_sha256"] for name in ("1", "2", "3")}
     assert len(digests) == 1
@@ -57,4 +57,4 @@ def test_a_rank_that_computes_something_else_is_found(data_dir: Path, tmp_path: 
     module.write_text(text.replace(PLACE, PLANTED))
     output = prove(folder, expected=1)
     assert "runs/prove/1 and runs/prove/2: DIFFERENT" in output
-    assert "metrics: from step" in output or "parameters: in the checkpoints of step 12" in output
+    assert "metrics: from step" in output or "parameters: in the checkpoints of step 8" in output
