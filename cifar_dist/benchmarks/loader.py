@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cifar_dist.benchmarks.baselines import ffcv_batches, torchvision_batches, without_prefetched
 from cifar_dist.benchmarks.measure import Table, interleaved
@@ -74,10 +73,10 @@ def take(
     batches: Iterator[tuple[int, Batch]],
     config: AugmentConfig | None = None,
     dtype: torch.dtype = torch.float32,
-    apply: Callable[..., Tensor] = augment.apply,
+    augment_batch: Callable[..., object] = augment.augment_batch,
 ) -> None:
     """Read a batch and, given `config`, augment it."""
     epoch, batch = next(batches)
     if config is not None:
-        params = augment.sample_params(batch.indices, seed=0, epoch=epoch, config=config)
-        apply(batch.images, params, config.cutout, dtype)
+        keys = augment.epoch_keys(0, epoch, batch.indices.device)
+        augment_batch(batch.images, batch.indices, keys, config, dtype, None)

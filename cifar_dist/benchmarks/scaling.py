@@ -6,13 +6,13 @@ train.exact_sum on and off, interleaved.
 
 The simulation: gradients go around a ring of n devices (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms",
 2009), which sends 2 (n - 1) / n of their bytes over the slowest link in 2 (n - 1) consecutive messages. With several
-nodes there is one ring within each node, then one between nodes. The backward pass hides the exchange except for the
-last bucket.
+nodes there is one ring within each node, then one between nodes. The exchange begins when the backward pass has ended,
+since the gradient is one tensor (training/flat_network.py).
 """
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -60,8 +60,6 @@ class Cluster:
     inner_us: float = 5.0
     outer_gb_per_s: float = 40.0
     outer_us: float = 15.0
-    backward_share: float = 2 / 3  # of a step's computation; hides the exchange
-    last_bucket_mib: float = 25.0  # of DDP, of float gradients; cannot be hidden. V1 fits into one
 
 
 def exchange_seconds(gradient_bytes: float, num: int, cluster: Cluster) -> float:
@@ -73,14 +71,6 @@ def exchange_seconds(gradient_bytes: float, num: int, cluster: Cluster) -> float
     inner, nodes = min(num, cluster.gpus_per_node), -(-num // cluster.gpus_per_node)
     seconds = ring(gradient_bytes, inner, cluster.inner_gb_per_s, cluster.inner_us)
     return seconds + ring(gradient_bytes / inner, nodes, cluster.outer_gb_per_s, cluster.outer_us)
-
-
-def step_seconds(compute_seconds: float, gradient_bytes: float, num: int, cluster: Cluster) -> float:
-    """Simulated seconds of a step in which each of `num` devices computes for `compute_seconds`."""
-    exchange = exchange_seconds(gradient_bytes, num, cluster)
-    last = exchange_seconds(min(cluster.last_bucket_mib * 2**20, gradient_bytes), num, cluster)
-    hidden = min(exchange - last, cluster.backward_share * compute_seconds)
-    return compute_seconds + exchange - hidden
 
 
 def measure(config: BenchConfig) -> list[Table]:
@@ -123,16 +113,17 @@ def _simulated(title: str, num: int, found: _Measured, on_gpu: bool) -> Table:
     """From the speed of one process with micro-batches of `num` images."""
     cluster, compute_s, rows = Cluster(), num / found.steps[0].median, list[Row]()
     for n in (1, 8, 64, 512):
-        floats = step_seconds(compute_s, found.element_bytes * found.num_parameters, n, cluster)
-        larger = replace(cluster, last_bucket_mib=cluster.last_bucket_mib * _EXACT_BYTES / found.element_bytes)
-        exact = step_seconds(compute_s, _EXACT_BYTES * found.num_parameters, n, larger)
+        exact, floats = (
+            compute_s + exchange_seconds(num_bytes * found.num_parameters, n, cluster)
+            for num_bytes in (_EXACT_BYTES, found.element_bytes)
+        )
         more = {"% efficiency": 100 * compute_s / exact, "% with exact_sum off": 100 * compute_s / floats}
         rows.append(Row(_processes(n), [num * n / exact], more))
     caveat = "" if on_gpu else ", on a CPU, so this does not show the efficiency of GPUs"
     assumed = ", ".join(f"{name} {value:.3g}" for name, value in vars(cluster).items()).replace("_", " ")
     notes = [
         f"SIMULATION: only the step of one device was measured ({1e3 * compute_s:.1f} ms{caveat})",
-        f"assumed: {assumed}; the backward pass hides the exchange except for the last bucket",
+        f"assumed: {assumed}; no part of the exchange overlaps with the backward pass",
         "efficiency: with exact_sum on, without the time that converts gradients to integers",
     ]
     return Table(f"simulated, weak: {title}", "images/s", rows, rows[0].name, notes)

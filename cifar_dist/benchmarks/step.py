@@ -51,11 +51,11 @@ def _limits(config: BenchConfig, dtype: torch.dtype) -> list[Table]:
 
 
 def _augmentation(config: BenchConfig, precision: Precision) -> Table:
-    """Sampling of the parameters, flip, translation, cutout and normalisation of a batch in memory."""
+    """Sampling of the parameters, flip, translation, cutout, normalisation and receipt of a batch in memory."""
     num, dtype = config.micro_batch_size[0], precision.inputs
     batches, notes = baselines.blank_batches(num, torch.device(config.device)), list[str]()
     eager = partial(take, batches, AugmentConfig(), dtype)
-    compiled = partial(eager, torch.compile(augment.apply, dynamic=False))
+    compiled = partial(eager, torch.compile(augment.augment_batch, dynamic=False))
     cases: dict[str, Case] = {
         "eager": (num, eager),
         "normalised only": (num, lambda: augment.normalize(next(batches)[1].images, dtype)),

@@ -34,13 +34,25 @@ def mix32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def random_words(indices: Tensor, *keys: int) -> Tensor:
-    """Random words of the samples `indices` (N,) int64: (number of keys, N, NUM_WORDS) int64, below 2**32.
+def epoch_keys(seed: int, epoch: int, device: torch.device | str = "cpu") -> Tensor:
+    """What the augmentation of all samples in `epoch` depends on, (5,) int64.
 
-    All keys in one call: for a batch of 100, calls cost more than the arithmetic.
+    The low and high 32 bits of the key of the epoch, those of the key of the run for alternating flips, and the last
+    bit of `epoch`. A tensor, because compiled code would be compiled again for each epoch's numbers. Filled on the
+    device: a copy to a GPU would synchronise.
     """
-    lows = mix32(torch.stack([indices ^ (key & _MASK32) for key in keys]))
-    base = mix32(torch.stack([low ^ (key >> 32) for low, key in zip(lows, keys, strict=True)]))
+    keys = derive(seed, "augment", epoch), derive(seed, "flip")
+    values = [*(half for key in keys for half in (key & _MASK32, key >> 32)), epoch & 1]
+    return torch.stack([torch.full((), value, dtype=torch.int64, device=device) for value in values])
+
+
+def random_words(indices: Tensor, keys: Tensor) -> Tensor:
+    """Random words of the samples `indices` (N,) int64: (K, N, NUM_WORDS) int64, below 2**32.
+
+    Args:
+        keys: (K, 2) int64, the low and high 32 bits of each key.
+    """
+    base = mix32(mix32(indices ^ keys[:, :1]) ^ keys[:, 1:])
     counters = torch.arange(1, NUM_WORDS + 1, device=indices.device) * 0x3C6EF372  # any constant that sets words apart
     return mix32((base[..., None] + counters) & _MASK32)
 
@@ -60,24 +72,34 @@ class AugmentParams:
         return torch.stack((self.flip.long(), self.shift_x, self.shift_y, self.cut_x, self.cut_y), dim=1)
 
 
-def sample_params(indices: Tensor, seed: int, epoch: int, config: AugmentConfig, size: int = 32) -> AugmentParams:
-    """Draw the augmentation of the samples `indices` (N,) int64 in `epoch`; images are `size` pixels wide and high."""
-    keys = [derive(seed, "augment", epoch)]
-    if config.flip == "alternating":
-        keys.append(derive(seed, "flip"))
-    words, *more = random_words(indices, *keys).unbind()
+def sample_params(indices: Tensor, keys: Tensor, config: AugmentConfig, size: int = 32) -> AugmentParams:
+    """Draw the augmentation of the samples `indices` (N,) int64; images are `size` pixels wide and high.
+
+    Args:
+        keys: of the epoch, from `epoch_keys`, on the device of `indices`.
+    """
+    num_keys = 2 if config.flip == "alternating" else 1
+    words, *more = random_words(indices, keys[: 2 * num_keys].view(num_keys, 2)).unbind()
     if config.flip == "none":
         flip = torch.zeros_like(indices, dtype=torch.bool)
     elif config.flip == "random":
         flip = words[:, _FLIP] >> 31 == 1
     else:
         # One random bit per sample and run, inverted every epoch (Jordan, arXiv 2404.00498).
-        flip = more[0][:, _FLIP] >> 31 != epoch & 1
+        flip = more[0][:, _FLIP] >> 31 != keys[4]
     # The high 32 bits of word * range: uniform to within range / 2**32.
     shift = (words[:, _SHIFT] * (2 * config.translate + 1) >> 32) - config.translate
     # The centre is any pixel, so the square may reach over the border, as in the paper.
     cut = (words[:, _CUT] * size >> 32) - config.cutout // 2
     return AugmentParams(flip, *shift.unbind(dim=1), *cut.unbind(dim=1))
+
+
+def augment_batch(
+    images: Tensor, indices: Tensor, keys: Tensor, config: AugmentConfig, dtype: torch.dtype, image_size: int | None
+) -> tuple[Tensor, Tensor]:
+    """Draw and `apply` the augmentation of the samples `indices`, and return it with their `receipt_words`."""
+    params = sample_params(indices, keys, config)
+    return apply(images, params, config.cutout, dtype, image_size), receipt_words(indices, params)
 
 
 def apply(

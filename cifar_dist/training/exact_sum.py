@@ -33,10 +33,11 @@ class ExactSum:
     """DDP communication hook that adds the gradients of all micro-batches of a step, without rounding.
 
     DDP calls it in the backward pass of each micro-batch, once per bucket of parameters. Each process adds its own
-    micro-batches. In the last one of a step the sums are all-reduced, which overlaps with the backward pass, and
-    `finish` writes them into the gradients.
+    micro-batches. In the last one of a step the sums are all-reduced, and `finish` writes them into
+    the gradients.
 
-    An element that is infinite, NaN or too large to be added makes every gradient of its bucket NaN on all processes.
+    An element that is infinite, NaN or too large to be added makes all gradients NaN on all processes. Whether there is
+    one is sent with the last bucket.
 
     Args:
         parallel: has done two passes, since DDP rebuilds its buckets before the second.
@@ -49,30 +50,26 @@ class ExactSum:
     ) -> None:
         self._several_ranks = several_ranks
         self.last = False  # whether the current micro-batch is the last of this process in its step
-        self._usable = torch.ones((), dtype=torch.bool, device=next(parallel.parameters()).device)
         self._scale = 2.0 ** FRACTION_BITS[precision]
         self._limit = 2.0 ** (_SUM_BITS - FRACTION_BITS[precision]) / num_micro_batches
-        self._sums: dict[int, Tensor] = {}  # by bucket: (n + 1,) int64, the last is the number of unusable gradients
+        self._extremes: list[Tensor] = []  # smallest and largest element of each bucket and micro-batch; NaN if one is
+        self._usable = torch.ones(())  # whether all gradients of this process in the step could be added
+        self._sums: dict[int, Tensor] = {}  # by bucket: (n + 1,) int64, the last element is for the flag
         self._exchanges: list[_Exchange] = []
         parallel.register_comm_hook(None, self._add)
 
     def _add(self, _: object, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         gradient, index = bucket.buffer(), bucket.index()
-        low, high = torch.aminmax(gradient)  # NaN if an element is NaN
-        usable = (-self._limit < low) & (high < self._limit)
-        self._usable &= usable
-        rounded = (gradient * self._scale).round_()
+        self._extremes += torch.aminmax(gradient)
+        units = (gradient * self._scale).round_()
         if index in self._sums:
-            self._sums[index][:-1] += rounded.to(torch.int64)
-            self._sums[index][-1] += ~usable
+            self._sums[index][:-1] += units.to(torch.int64)
         else:
             total = torch.empty(len(gradient) + 1, dtype=torch.int64, device=gradient.device)
-            total[:-1], total[-1] = rounded, ~usable
+            total[:-1] = units
             self._sums[index] = total
         if self.last:
-            total = self._sums.pop(index)
-            work = dist.all_reduce(total, async_op=True) if self._several_ranks else None
-            self._exchanges.append(_Exchange(work, total, gradient))
+            self._exchange(self._sums.pop(index), gradient, bucket.is_last())
         else:
             gradient.zero_()  # the .grad of its parameters is a part of it, and the next backward pass adds to that
         # Not a future of the all-reduce: a callback would run in a thread of gloo, which may outlive the interpreter.
@@ -80,17 +77,27 @@ class ExactSum:
         done.set_result(gradient)
         return done
 
+    def _exchange(self, total: Tensor, gradient: Tensor, is_last: bool) -> None:
+        if is_last:
+            self._usable = torch.stack(self._extremes).abs_().amax() < self._limit
+            self._extremes.clear()
+            total[-1] = ~self._usable
+        else:
+            total = total[:-1]
+        work = dist.all_reduce(total, async_op=True) if self._several_ranks else None
+        self._exchanges.append(_Exchange(work, total, gradient))
+
     def finish(self) -> Tensor:
         """Wait for the all-reduces and write the sums into the gradients, after the last backward pass of a step.
 
         Returns whether all gradients of this process could be added, () bool.
         """
-        for work, total, gradient in self._exchanges:
+        for work, _, _ in self._exchanges:
             if work is not None:
                 work.wait()
-            unit = torch.where(total[-1] == 0, 1 / self._scale, torch.nan).to(gradient.dtype)
-            gradient.copy_(total[:-1]).mul_(unit)
+        last = self._exchanges[-1]
+        unit = torch.where(last.total[-1] == 0, 1 / self._scale, torch.nan).to(last.gradient.dtype)
+        for _, total, gradient in self._exchanges:
+            gradient.copy_(total[: len(gradient)]).mul_(unit)
         self._exchanges.clear()
-        usable = self._usable.clone()
-        self._usable.fill_(True)
-        return usable
+        return self._usable

@@ -51,30 +51,25 @@ class Metrics:
         self._first_nonfinite = torch.full((2,), _NEVER, dtype=torch.int64, device=world.device)
         self.receipt = Receipt()
 
-    def add(self, step: int, loss: Tensor, finite: Tensor, logits: Tensor, labels: Tensor, receipt: Tensor) -> None:
+    def add(self, step: int, counts: Tensor, receipt: Tensor) -> None:
         """Add one micro-batch of `step` (from 0).
 
         Args:
-            loss: mean over the micro-batch, ().
-            finite: whether the minimised loss, auxiliary ones included, is finite, () bool.
-            logits: (N, C).
-            labels: (N,) int64.
+            counts: from `batch_counts`, (4,) int64.
             receipt: from augment.receipt_words, (4,) int64.
         """
-        correct = (logits.argmax(dim=1) == labels).sum()
-        n = torch.full_like(correct, len(labels))
-        units = loss_units(loss, len(labels))
-        self._sums += torch.cat((torch.stack((units, correct, n, self._note(0, step, finite))), receipt))
+        self._sums += torch.cat((counts, receipt))
+        self._note(0, step, counts[3])
 
     def add_gradient(self, step: int, usable: Tensor) -> None:
         """Add whether the gradients of this rank in `step` (from 0) could be summed, () bool (see `exact_sum`)."""
-        self._sums[3] += self._note(1, step, usable)
+        nonfinite = (~usable).long()
+        self._sums[3] += nonfinite
+        self._note(1, step, nonfinite)
 
-    def _note(self, kind: int, step: int, finite: Tensor) -> Tensor:
-        """1 if not `finite`, else 0; without waiting for the device."""
-        nonfinite = (~finite).long()
+    def _note(self, kind: int, step: int, nonfinite: Tensor) -> None:
+        """Note `step` if `nonfinite`, () int64, is 1; without waiting for the device."""
         self._first_nonfinite[kind].clamp_(max=_NEVER - nonfinite * (_NEVER - step))  # the minimum with `step`
-        return nonfinite
 
     def window(self) -> Window:
         """Wait for the device, sum over ranks, and reset the sums; a collective."""
@@ -92,6 +87,22 @@ class Metrics:
         losses, gradients = all_gather(self._first_nonfinite, self._world).T.tolist()
         what, steps = ("loss", losses) if min(losses) <= min(gradients) else ("gradient", gradients)
         return what, min(steps) + 1, [rank for rank, step in enumerate(steps) if step == min(steps)]
+
+
+def batch_counts(loss: Tensor, finite: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Of a micro-batch: sum of its losses in `loss_units`, correct predictions, samples, and 1 if not `finite`.
+
+    Args:
+        loss: mean over the micro-batch, ().
+        finite: whether the minimised loss, auxiliary ones included, is finite, () bool.
+        logits: (N, C).
+        labels: (N,) int64.
+
+    Returns (4,) int64.
+    """
+    correct = (logits.argmax(dim=1) == labels).sum()
+    num = torch.full_like(correct, len(labels))
+    return torch.stack((loss_units(loss, len(labels)), correct, num, (~finite).long()))
 
 
 def loss_units(loss: Tensor, num_samples: int) -> Tensor:

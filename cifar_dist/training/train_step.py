@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,10 +15,11 @@ from cifar_dist.distributed import World, data_parallel
 from cifar_dist.errors import CheckpointError, NonFiniteError
 from cifar_dist.hashing import derive
 from cifar_dist.models.architectures import create_model
-from cifar_dist.models.network import AUXILIARY_WEIGHT, Logits, without_auxiliary
+from cifar_dist.models.network import without_auxiliary
 from cifar_dist.phase import SLOW_S, Phase, set_phase
 from cifar_dist.training import checkpoint, optim
 from cifar_dist.training.exact_sum import ExactSum
+from cifar_dist.training.flat_network import FlatNetwork
 from cifar_dist.training.metrics import Metrics
 from cifar_dist.training.precision import Precision
 from cifar_dist.training.schedule import LOW_RESOLUTION, Step
@@ -49,6 +49,9 @@ class TrainStep:
             self.model.to(memory_format=torch.channels_last)
         if config.optim.norm_scales == "fixed":
             optim.freeze_bn_scales(self.model)
+        # The exact sum adds over all ranks; DDP's own exchange divides by their number.
+        num_added = self.num_micro_batches if config.train.exact_sum == "on" else self.accumulation
+        self._network = FlatNetwork(self.model, config.optim.label_smoothing, num_added)
         self.optimizer = optim.build_optimizer(self.model, config.optim, config.train.batch_size, precision.muon)
         self.scaler = precision.grad_scaler()
         self._without_auxiliary = without_auxiliary(self.model)
@@ -57,9 +60,10 @@ class TrainStep:
         )
         on_gpu = world.device.type == "cuda"
         self._compiled = config.train.compile == "on" or (config.train.compile == "auto" and on_gpu)
-        self._augment = torch.compile(augment.apply, dynamic=False) if self._compiled else augment.apply
+        self._augment = torch.compile(augment.augment_batch, dynamic=False) if self._compiled else augment.augment_batch
+        self._keys: tuple[int, Tensor] | None = None  # an epoch, and what augment.epoch_keys gives for it
         self._read_phase = _READ_FIRST
-        self._parallel_model: DistributedDataParallel
+        self._parallel_network: DistributedDataParallel
         self._exact_sum: ExactSum | None = None
         self.prepared = False
 
@@ -74,23 +78,21 @@ class TrainStep:
         self.prepared = True
         set_phase(_BUILD)
         self.model.train()
-        wrapped: nn.Module = self.model
-        if self._compiled:
-            # Not model.compile(): evaluation uses the uncompiled model, and state-dict keys stay as they are.
-            wrapped = torch.compile(self.model, dynamic=False)  # type: ignore[assignment]
-        self._parallel_model = data_parallel(wrapped)
-        num, fraction = self.config.train.micro_batch_size, self.config.augment.low_resolution_share
-        images = torch.zeros(num, 32, 32, 3, dtype=torch.uint8, device=self.world.device).permute(0, 3, 1, 2)
-        params = augment.sample_params(torch.arange(num, device=self.world.device), 0, 0, self.config.augment)
+        config, device = self.config, self.world.device
+        # Evaluation uses the uncompiled model.
+        network = torch.compile(self._network, dynamic=False) if self._compiled else self._network
+        self._parallel_network = data_parallel(network)  # type: ignore[arg-type]
+        num, fraction = config.train.micro_batch_size, config.augment.low_resolution_share
+        images = torch.zeros(num, 32, 32, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+        batch = Batch(images, *torch.zeros(2, num, dtype=torch.int64, device=device))
         for image_size in (LOW_RESOLUTION if fraction > 0 else None, None if fraction < 1 else LOW_RESOLUTION):
-            inputs = self._inputs(images, params, image_size)
-            with self.precision.autocast():
-                logits, auxiliary = _outputs(self._parallel_model(inputs))
-                torch.autograd.backward(sum((output.sum() for output in auxiliary), logits.sum()) * 0)
-        self.optimizer.zero_grad(set_to_none=False)
-        if self.config.train.exact_sum == "on":
+            loss, _ = self._forward(batch, self._inputs(batch, 0, image_size)[0])
+            torch.autograd.backward(loss * 0)
+        self._network.share_gradient()
+        self._zero_gradient()
+        if config.train.exact_sum == "on":
             self._exact_sum = ExactSum(
-                self._parallel_model, self.precision.name, self.num_micro_batches, several_ranks=self.world.size > 1
+                self._parallel_network, self.precision.name, self.num_micro_batches, several_ranks=self.world.size > 1
             )
 
     @property
@@ -120,44 +122,47 @@ class TrainStep:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=False)  # gradients stay parts of DDP's buckets
+        self._zero_gradient()
         if self.ema is not None:
             self.ema.update_parameters(self._without_auxiliary)
+
+    def _zero_gradient(self) -> None:
+        """Zero the gradients of all parameters, which stay parts of DDP's bucket."""
+        assert self._network.flat.grad is not None
+        self._network.flat.grad.zero_()
 
     def _forward_backward(self, step: Step, k: int, epoch: int, batch: Batch, metrics: Metrics) -> None:
         """Forward and backward of micro-batch `k` of this step; the last one exchanges the gradients."""
         config, last = self.config, k == self.accumulation - 1
-        params = augment.sample_params(batch.indices, config.run.seed, epoch, config.augment)
-        images = self._inputs(batch.images, params, step.image_size)
+        images, receipt = self._inputs(batch, epoch, step.image_size)
         if config.model.dropout or config.model.auxiliary:
             # By the position in the global batch, so equal for any number of ranks. Auxiliary heads have dropout, too.
             position = self.world.rank * self.accumulation + k
             torch.manual_seed(derive(config.run.seed, "dropout", step.number, position))
-        model, exact_sum = self._parallel_model, self._exact_sum
+        exact_sum = self._exact_sum
         if exact_sum is not None:
             exact_sum.last = last
-        with model.no_sync() if exact_sum is None and not last else contextlib.nullcontext():
-            with self.precision.autocast():
-                logits, auxiliary = _outputs(model(images))
-            loss = self._loss(logits, batch.labels)
-            total = loss + AUXILIARY_WEIGHT * sum(self._loss(output, batch.labels) for output in auxiliary)
+        with self._parallel_network.no_sync() if exact_sum is None and not last else contextlib.nullcontext():
+            loss, counts = self._forward(batch, images)
             if last and exact_sum is None and self.world.size > 1:
                 set_phase(_EXCHANGE)
-            # The exact sum adds over all ranks; DDP's own exchange divides by their number.
-            num_added = self.accumulation if exact_sum is None else self.num_micro_batches
-            self._backward(step.number, total / num_added)
-        with torch.no_grad():
-            finite = torch.isfinite(total)
-            metrics.add(step.number, loss, finite, logits, batch.labels, augment.receipt_words(batch.indices, params))
+            self._backward(step.number, loss)
+        metrics.add(step.number, counts, receipt)
 
-    def _inputs(self, images: Tensor, params: augment.AugmentParams, image_size: int | None) -> Tensor:
-        """Augment (N, 3, H, W) uint8 `images` into the network's dtype and memory format."""
-        augmented = self._augment(images, params, self.config.augment.cutout, self.precision.inputs, image_size)
-        return augmented if self.config.train.channels_last else augmented.contiguous()
+    def _inputs(self, batch: Batch, epoch: int, image_size: int | None) -> tuple[Tensor, Tensor]:
+        """The network's input images (N, 3, S, S), augmented, and the micro-batch's part of the data receipt."""
+        if self._keys is None or self._keys[0] != epoch:
+            self._keys = epoch, augment.epoch_keys(self.config.run.seed, epoch, self.world.device)
+        images, receipt = self._augment(
+            batch.images, batch.indices, self._keys[1], self.config.augment, self.precision.inputs, image_size
+        )
+        return images if self.config.train.channels_last else images.contiguous(), receipt
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        smoothing = self.config.optim.label_smoothing
-        return F.cross_entropy(logits.to(self.precision.parameters), labels, label_smoothing=smoothing)
+    def _forward(self, batch: Batch, images: Tensor) -> tuple[Tensor, Tensor]:
+        """See `FlatNetwork`."""
+        with self.precision.autocast():
+            loss, counts = self._parallel_network(images, batch.labels)
+        return loss, counts
 
     def _backward(self, step: int, loss: Tensor) -> None:
         try:
@@ -198,8 +203,3 @@ class TrainStep:
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{origin} holds the state of another optimizer: {error}.") from None
         self.scaler.load_state_dict(state["scaler"])
-
-
-def _outputs(outputs: Tensor | Logits) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The logits of the main classifier, and those of the auxiliary classifiers."""
-    return outputs if isinstance(outputs, Logits) else (outputs, ())

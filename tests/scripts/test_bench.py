@@ -7,7 +7,6 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,11 +198,6 @@ def test_simulated_exchange() -> None:
     assert scaling.exchange_seconds(80e6, 8, cluster) == pytest.approx(1.4e-3)
     # And then 2 x 3/4 of an eighth of it at 10 GB/s, and 6 messages.
     assert scaling.exchange_seconds(80e6, 32, cluster) == pytest.approx(1.4e-3 + 1.5e-3 + 6e-3)
-    # A backward pass of a second hides all but the last bucket; one of nothing hides nothing.
-    hiding, open_ = (replace(cluster, backward_share=share, last_bucket_mib=10) for share in (0.5, 0.0))
-    last = scaling.exchange_seconds(10 * 2**20, 8, cluster)
-    assert scaling.step_seconds(2.0, 80e6, 8, hiding) == pytest.approx(2.0 + last)
-    assert scaling.step_seconds(2.0, 80e6, 8, open_) == pytest.approx(2.0 + 1.4e-3)
 
 
 def test_amounts_of_work_on_a_part_of_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -40,12 +41,27 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.copies: Counter[str] = Counter()
         self.not_channels_last: list[str] = []
         self.widened: list[str] = []
+        self._counts = True
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Whether compiled code still runs inside."""
+        return True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing counts inside."""
+        self._counts = False
+        try:
+            yield
+        finally:
+            self._counts = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.is_view:
-            return result
         name = func.overloadpacket.__name__
+        if func.is_view or not self._counts or name.startswith("_record_function"):
+            return result
         self.by_place[current.phase.name] += 1
         self.by_name[name] += 1
         taken, given = list(self._activations((args, kwargs))), list(self._activations(result))

@@ -49,14 +49,14 @@ def flip_bit(train_step: Any, *_: Any) -> None:
 
 
 def nan_loss(train_step: Any, *_: Any) -> None:
-    """In this step only."""
-    good = train_step._loss
+    """In the next forward pass only."""
 
-    def bad(*arguments: Any) -> Any:
-        train_step._loss = good
-        return good(*arguments) * float("nan")
+    def spoil(*arguments: Any) -> torch.Tensor:
+        handle.remove()
+        spoiled: torch.Tensor = arguments[2] * float("nan")
+        return spoiled
 
-    train_step._loss = bad
+    handle = train_step.model.classifier.register_forward_hook(spoil)
 
 
 def spoil_gradient(train_step: Any, value: float) -> None:
@@ -65,10 +65,10 @@ def spoil_gradient(train_step: Any, value: float) -> None:
     def spoil(gradient: torch.Tensor) -> torch.Tensor:
         handle.remove()
         spoiled = gradient.clone()
-        spoiled[3, 1] = value
+        spoiled[1000] = value
         return spoiled
 
-    handle = train_step.model.classifier.weight.register_hook(spoil)
+    handle = train_step._network.flat.register_hook(spoil)
 
 
 def nan_gradient(train_step: Any, *_: Any) -> None:

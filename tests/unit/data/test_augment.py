@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from cifar_dist.config import AugmentConfig
 from cifar_dist.data import augment
@@ -26,7 +28,7 @@ def images(cifar: Cifar10) -> Tensor:
 
 
 def augmented(images: Tensor, indices: Tensor, seed: int, epoch: int, config: AugmentConfig) -> Tensor:
-    params = augment.sample_params(indices, seed, epoch, config)
+    params = augment.sample_params(indices, augment.epoch_keys(seed, epoch), config)
     return augment.apply(images, params, config.cutout, torch.float32)
 
 
@@ -47,7 +49,7 @@ def test_draws_equal_plain_integers(flip: str) -> None:
     config = AugmentConfig(flip=flip, translate=3, cutout=9)  # type: ignore[arg-type]
     indices = [0, 1, 7, 12_345, 49_999]
     for seed, epoch in ((0, 0), (5, 1), (2**63 - 1, 59)):
-        rows = augment.sample_params(torch.tensor(indices), seed, epoch, config).columns().tolist()
+        rows = augment.sample_params(torch.tensor(indices), augment.epoch_keys(seed, epoch), config).columns().tolist()
         for index, row in zip(indices, rows, strict=True):
             words = plain_words(index, derive(seed, "augment", epoch))
             coin = plain_words(index, derive(seed, "flip"))[0] >> 31
@@ -58,7 +60,7 @@ def test_draws_equal_plain_integers(flip: str) -> None:
 
 
 def test_draws_are_pinned() -> None:
-    params = augment.sample_params(torch.arange(6), 0, 0, AugmentConfig(translate=2, cutout=8))
+    params = augment.sample_params(torch.arange(6), augment.epoch_keys(0, 0), AugmentConfig(translate=2, cutout=8))
     assert params.columns().tolist() == [
         [1, -2, -2, -1, 10], [1, -2, 1, 21, 25], [0, 2, 0, 18, 3],
         [1, -1, 1, -4, 16], [1, -2, 2, -1, 16], [1, 0, 0, -2, 6],
@@ -83,12 +85,12 @@ def test_augmentation_of_a_sample_does_not_depend_on_its_batch(images: Tensor) -
 
 def test_alternating_flip_alternates() -> None:
     indices, config = torch.arange(50_000), AugmentConfig(flip="alternating")
-    flips = [augment.sample_params(indices, 1, epoch, config).flip for epoch in range(4)]
+    flips = [augment.sample_params(indices, augment.epoch_keys(1, epoch), config).flip for epoch in range(4)]
     assert torch.equal(flips[0], ~flips[1])
     assert torch.equal(flips[0], flips[2])
     assert torch.equal(flips[1], flips[3])
     assert abs(flips[0].double().mean().item() - 0.5) < 5 * 0.5 / 50_000**0.5
-    assert not torch.equal(flips[0], augment.sample_params(indices, 2, 0, config).flip)
+    assert not torch.equal(flips[0], augment.sample_params(indices, augment.epoch_keys(2, 0), config).flip)
 
 
 def plain(image: npt.NDArray[np.uint8], row: list[int], translate: int, cutout: int) -> npt.NDArray[np.float32]:
@@ -112,7 +114,7 @@ def plain(image: npt.NDArray[np.uint8], row: list[int], translate: int, cutout: 
 )  # fmt: skip
 def test_every_pixel_equals_plain_numpy(images: Tensor, flip: str, translate: int, cutout: int) -> None:
     config = AugmentConfig(flip=flip, translate=translate, cutout=cutout)  # type: ignore[arg-type]
-    params = augment.sample_params(torch.arange(500), 9, 3, config)
+    params = augment.sample_params(torch.arange(500), augment.epoch_keys(9, 3), config)
     result = augment.apply(images, params, cutout, torch.float32).permute(0, 2, 3, 1).numpy()
     pixels = images.permute(0, 2, 3, 1).numpy()
     for k, row in enumerate(params.columns().tolist()):
@@ -121,8 +123,11 @@ def test_every_pixel_equals_plain_numpy(images: Tensor, flip: str, translate: in
 
 def test_draws_are_uniform() -> None:
     """Chi-square over 50,000 samples of an epoch, and over 2,000 epochs of a sample; limits at 5 sigma."""
-    many = augment.sample_params(torch.arange(50_000), 0, 0, CUTOUT)
-    one = [augment.sample_params(torch.tensor([4711]), 0, epoch, CUTOUT).columns() for epoch in range(2000)]
+    many = augment.sample_params(torch.arange(50_000), augment.epoch_keys(0, 0), CUTOUT)
+    one = [
+        augment.sample_params(torch.tensor([4711]), augment.epoch_keys(0, epoch), CUTOUT).columns()
+        for epoch in range(2000)
+    ]
     ranges = [(0, 2), (-4, 9), (-4, 9), (-6, 32), (-6, 32)]
     for table in (many.columns(), torch.cat(one)):
         for column, (low, size) in zip(table.unbind(dim=1), ranges, strict=True):
@@ -153,7 +158,7 @@ def test_normalize_centres_the_training_set(cifar: Cifar10) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes_and_layout(images: Tensor, dtype: torch.dtype) -> None:
-    params = augment.sample_params(torch.arange(500), 0, 0, CUTOUT)
+    params = augment.sample_params(torch.arange(500), augment.epoch_keys(0, 0), CUTOUT)
     result = augment.apply(images, params, 12, dtype)
     exact = augment.apply(images, params, 12, torch.float64)
     assert result.dtype == dtype
@@ -162,7 +167,9 @@ def test_dtypes_and_layout(images: Tensor, dtype: torch.dtype) -> None:
     assert (result.double() - exact).abs().max() < {torch.float32: 1e-6, torch.float64: 1e-15}.get(dtype, 2**-7)
     # Planes in memory instead of pixels give the same.
     assert torch.equal(augment.apply(images.contiguous(), params, 12, dtype), result)
-    nothing = augment.sample_params(torch.arange(500), 0, 0, AugmentConfig(flip="none", translate=0))
+    nothing = augment.sample_params(
+        torch.arange(500), augment.epoch_keys(0, 0), AugmentConfig(flip="none", translate=0)
+    )
     assert torch.equal(augment.apply(images, nothing, 0, dtype), augment.normalize(images, dtype))
     assert augment.normalize(images.contiguous(), dtype).is_contiguous(memory_format=torch.channels_last)
 
@@ -170,7 +177,7 @@ def test_dtypes_and_layout(images: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reduced_images_are_means_under_triangles(images: Tensor, dtype: torch.dtype) -> None:
     """Antialiased bilinear interpolation: each of 24 pixels is a weighted mean over 32/24 pixels to each side."""
-    params = augment.sample_params(torch.arange(500), 0, 0, CUTOUT)
+    params = augment.sample_params(torch.arange(500), augment.epoch_keys(0, 0), CUTOUT)
     distance = np.abs((np.arange(24)[:, None] + 0.5) * 32 / 24 - (np.arange(32) + 0.5))
     weights = np.maximum(0, 1 - distance * 24 / 32)
     weights /= weights.sum(axis=1, keepdims=True)
@@ -184,18 +191,20 @@ def test_reduced_images_are_means_under_triangles(images: Tensor, dtype: torch.d
 
 def test_traces_into_one_graph(images: Tensor) -> None:
     """torch.compile takes it whole and without a warning, and the kept constants are not mixed up between dtypes."""
-    params = augment.sample_params(torch.arange(500), 0, 0, CUTOUT)
-    compiled = torch.compile(augment.apply, backend="eager", fullgraph=True, dynamic=False)
+    indices = torch.arange(500)
+    compiled = torch.compile(augment.augment_batch, backend="eager", fullgraph=True, dynamic=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*lru_cache.*")
-        for dtype in DTYPES:
-            for side in (None, 24):
-                options = (params, 12, dtype, side)
-                assert torch.equal(compiled(images, *options), augment.apply(images, *options))
+        for dtype, side in itertools.product(DTYPES, (None, 24)):
+            counters.clear()
+            for epoch in range(3):
+                batch = images, indices, augment.epoch_keys(2**63 - 1, epoch), CUTOUT, dtype, side
+                assert all(map(torch.equal, compiled(*batch), augment.augment_batch(*batch)))
+            assert counters["stats"]["unique_graphs"] == 1  # not one for each epoch
 
 
 def receipt(indices: Tensor, epoch: int = 0) -> Tensor:
-    return augment.receipt_words(indices, augment.sample_params(indices, 0, epoch, CUTOUT))
+    return augment.receipt_words(indices, augment.sample_params(indices, augment.epoch_keys(0, epoch), CUTOUT))
 
 
 def test_receipt_is_a_sum_over_samples() -> None:
@@ -221,6 +230,6 @@ def test_receipt_changes_with_every_sample_and_parameter() -> None:
     doubled = indices.clone()
     doubled[500] = doubled[501]
     assert (receipt(doubled) != whole).all()
-    params = augment.sample_params(indices, 0, 0, CUTOUT)
+    params = augment.sample_params(indices, augment.epoch_keys(0, 0), CUTOUT)
     params.shift_x[3] += 1
     assert (augment.receipt_words(indices, params) != whole).all()

@@ -158,8 +158,7 @@ def test_a_scale_that_does_not_help(batches: list[tuple[int, Batch]]) -> None:
     """In fp16 a gradient that is NaN at every scale is noted when the scale has come down to 1, here from 4."""
     train_step = train_step_of(replace(TINY, train=replace(TINY.train, precision="fp16")))
     train_step.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    parameter = list(train_step.model.parameters())[-1]
-    parameter.register_hook(lambda gradient: gradient * torch.nan)  # type: ignore[no-untyped-call]
+    train_step._network.flat.register_hook(lambda gradient: gradient * torch.nan)  # type: ignore[no-untyped-call]
     metrics, before = Metrics(ALONE), list(parameters(train_step))
     for number in range(4):
         train_step.run(Step(number, 1.0), iter(batches[:2]), metrics)
