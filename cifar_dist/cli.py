@@ -41,7 +41,7 @@ def parse(cls: type[T], args: Sequence[str], command: str, default: T | None = N
         )
     except SystemExit as end:
         if end.code and not is_main_process():
-            wait_for_main_process()
+            wait_for_main_process(3)
         raise
 
 

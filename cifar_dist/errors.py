@@ -14,6 +14,7 @@ from pathlib import Path
 
 EXIT_CODES = "CIFAR_DIST_EXIT_CODES"
 """Environment variable: the folder in which each rank writes its exit code for the launcher."""
+_EXIT_S = 6.0  # from the message of an error to the end of the process; includes what W&B still uploads
 _shutting_down = threading.Event()
 
 
@@ -90,32 +91,61 @@ def explain_os_error(what: str, advice: str = "") -> Iterator[None]:
 
 @contextmanager
 def exit_on_error(on_all_ranks: bool = False) -> Iterator[None]:
-    """Print a `UserError` to stderr without a traceback and exit with its code.
+    """Convert an error to the exit of the process with its code, after `report`.
 
     Args:
         on_all_ranks: every rank raises the same errors inside, so only rank 0 prints them.
     """
     try:
         yield
-    except UserError as error:
-        begin_shutdown()
+    except (Exception, StopError, KeyboardInterrupt) as error:  # noqa: BLE001
+        raise SystemExit(report(error, on_all_ranks)) from None
+
+
+@contextmanager
+def report_errors() -> Iterator[None]:
+    """`report` errors before the contexts around this one close what may not end."""
+    try:
+        yield
+    except (Exception, StopError, KeyboardInterrupt) as error:
+        report(error)
+        raise
+
+
+def report(error: BaseException, on_all_ranks: bool = False) -> int:
+    """Print an error to stderr, a `UserError` without a traceback, and write its exit code for the launcher.
+
+    From then on signals are ignored, and a process of several ends within `_EXIT_S`. A second call prints nothing.
+
+    Returns the exit code.
+    """
+    known = isinstance(error, (UserError, StopError))
+    code = getattr(error, "exit_code", 1) if known else 130 if isinstance(error, KeyboardInterrupt) else 1
+    if getattr(error, "reported", False):
+        return code
+    begin_shutdown()
+    if isinstance(error, Exception):
+        _exit_within(_EXIT_S, code)
+    if isinstance(error, UserError):
         if is_main_process() or not (on_all_ranks or error.printed_elsewhere):
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
-            wait_for_main_process()
-        write_exit_code(error.exit_code)
-        raise SystemExit(error.exit_code) from None
-    except (StopError, KeyboardInterrupt) as error:
-        begin_shutdown()
-        if is_main_process():
-            print(str(error) or "interrupted", file=sys.stderr, flush=True)
-        code = error.exit_code if isinstance(error, StopError) else 130
-        write_exit_code(code)
-        raise SystemExit(code) from None
-    except Exception:
-        begin_shutdown()
-        write_exit_code(1)
-        raise
+            wait_for_main_process(3 if on_all_ranks else 1)
+    elif isinstance(error, Exception):
+        sys.excepthook(type(error), error, error.__traceback__)
+    elif is_main_process():
+        print(str(error) or "interrupted", file=sys.stderr, flush=True)
+    write_exit_code(code)
+    error.reported = True  # type: ignore[attr-defined]
+    return code
+
+
+def _exit_within(seconds: float, code: int) -> None:
+    """If this process is one of several: end it after `seconds`, whatever it may wait for, such as for its GPU."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        timer = threading.Timer(seconds, os._exit, [code])
+        timer.daemon = True
+        timer.start()
 
 
 def begin_shutdown() -> None:
@@ -135,9 +165,9 @@ def write_exit_code(code: int) -> None:
             Path(folder, os.environ.get("RANK", "0")).write_text(str(code))
 
 
-def wait_for_main_process() -> None:
+def wait_for_main_process(seconds: float) -> None:
     """Give rank 0 time to print: torchrun stops all ranks as soon as one has exited with an error."""
-    time.sleep(3)
+    time.sleep(seconds)
 
 
 def is_main_process() -> bool:

@@ -4,7 +4,7 @@ import os
 import sys
 from contextlib import ExitStack
 
-from cifar_dist.errors import begin_shutdown, exit_on_error, write_exit_code
+from cifar_dist.errors import begin_shutdown, exit_on_error, report_errors, write_exit_code
 from cifar_dist.fault_tolerance import signals
 from cifar_dist.process import quick_imports, run_and_exit
 
@@ -24,7 +24,8 @@ def main() -> None:
             from cifar_dist.distributed import init_distributed
             from cifar_dist.training.run import Run
 
-        with init_distributed(config.train.device, config.train.threads) as world, ExitStack() as stack:
+        joined = init_distributed(config.train.device, config.train.threads)
+        with joined as world, ExitStack() as stack, report_errors():
             Run(config, world, stack).execute()
         begin_shutdown()
         write_exit_code(0)

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import os
 import queue
+import time
 from collections.abc import Generator
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import Tensor
 from cifar_dist.errors import DataError, UserError
 
 _POLL_S = 1.0
+_END_S = 1.0
 # All patches of numba and FFCV:
 # - Importing FFCV compiles a typed dictionary for a table of two constants (3 s). Only Python code reads that table, so
 #   a plain dictionary does.
@@ -85,6 +87,8 @@ class ReadingThread(EpochIterator):  # type: ignore[misc]
 
     def run(self) -> None:
         try:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(self.current_stream.device)  # else `synchronize` below opens GPU 0, too
             super().run()
         except BaseException as error:  # noqa: BLE001 - `next_batch` raises it
             self.failure = error
@@ -95,6 +99,9 @@ class ReadingThread(EpochIterator):  # type: ignore[misc]
         if cuda_event is not None:
             # FFCV makes only its stream wait until this slot is free, but its decoder writes host memory at once.
             cuda_event.synchronize()
+        elif torch.cuda.is_available():
+            # The slot's memory on the device may come from tensors that the main stream still uses.
+            self.cuda_streams[batch_slot].wait_stream(self.current_stream)
         return super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
 
     def next_batch(self) -> Any:
@@ -120,9 +127,15 @@ class ReadingThread(EpochIterator):  # type: ignore[misc]
 
 
 def end_reading(reading: EpochIterator) -> None:
-    """End FFCV's thread and wait for it."""
+    """End FFCV's thread, and wait for it for at most `_END_S`.
+
+    It does not end while it waits for a GPU that computes without end, as for a rank that is gone.
+    """
     reading.terminate_event.set()
+    deadline = time.monotonic() + _END_S
     while reading.is_alive():
+        if time.monotonic() > deadline:
+            return
         while not reading.output_queue.empty():  # it may be waiting for room in the queue
             reading.output_queue.get()
         reading.join(timeout=0.02)

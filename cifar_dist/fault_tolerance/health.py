@@ -12,8 +12,12 @@ from cifar_dist.distributed import World, all_gather, all_gather_text
 from cifar_dist.errors import DataError, DivergedError, NonFiniteError, UserError
 from cifar_dist.phase import current
 
-# Of torch, the system (errno ENOMEM, as when the dataset is mapped), CUDA, cuBLAS and C++.
-_OUT_OF_MEMORY = ("allocate memory", "DefaultCPUAllocator", "out of memory", "ALLOC_FAILED", "bad_alloc")
+# Of torch, the system (errno ENOMEM, as when the dataset is mapped), CUDA, cuBLAS, C++, and cuDNN, which finds no
+# algorithm where there is no room for its workspace.
+_OUT_OF_MEMORY = (
+    "allocate memory", "DefaultCPUAllocator", "out of memory", "ALLOC_FAILED", "bad_alloc",
+    "Unable to find a valid cuDNN algorithm", "unable to find an engine", "CUDNN_STATUS_INTERNAL_ERROR",
+)  # fmt: skip
 
 
 def nonfinite_step(

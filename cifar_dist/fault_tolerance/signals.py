@@ -24,7 +24,9 @@ LAUNCHER = "CIFAR_DIST_LAUNCHER"
 SAME_KEYSTROKE_S = 1.0
 """A second Ctrl-C within this time is the first one again, sent by both the terminal and the launcher."""
 _POLL_S = 1.0
-_START_GRACE_S = 10.0  # from a signal before the first step to the exit of a process that waits inside torch
+# From a signal before the first step to the exit of a process that waits inside torch, or in which a library has
+# swallowed the exception.
+_START_GRACE_S = 10.0
 _ORPHAN_GRACE_S = 20.0  # for a worker to save after its launcher was killed
 
 
@@ -120,7 +122,7 @@ def _watch(reader: socket.socket, launcher: int | None) -> None:
         if select.select([reader], [], [], _POLL_S)[0] and set(reader.recv(64)) & set(STOP_SIGNALS):
             signalled_at = signalled_at or time.monotonic()
         overdue = signalled_at is not None and time.monotonic() - signalled_at > _START_GRACE_S
-        if overdue and _state.received is None and not _state.deferred and not shutting_down():
+        if overdue and not _state.deferred and not shutting_down():
             write_exit_code(StopError.exit_code)
             os._exit(StopError.exit_code)
     if _state.interrupted_at is not None:

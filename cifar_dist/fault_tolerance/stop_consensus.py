@@ -40,6 +40,17 @@ class StopConsensus:
             number = self._result()
         return Signals(number) if number else None
 
+    def connection_error(self) -> RuntimeError | None:
+        """The error of a pending all-reduce that has failed because a rank is gone. Does not wait; for any thread."""
+        pending = self._pending
+        if pending is None or not pending[0].is_completed():
+            return None
+        try:
+            pending[0].wait()
+        except RuntimeError as error:
+            return error
+        return None
+
     def _result(self) -> int:
         """The highest signal number that a rank sent, 0 without one."""
         if self._pending is None:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,10 @@ _LOST_PEER_ERRORS = (
     "by peer", "Timed out", "Broken pipe", "Connection refused", "remote process exited", "collective operation timeout"
 )  # fmt: skip
 _NOTIFY_S = 4.0  # for all ranks to receive a failure notice: some heartbeats
-_GRACE_S = 20.0  # for the training thread to end by itself after a notice, which may include a save
+# For the training thread to end by itself after an error of another rank: usually a failed collective raises one, but a
+# thread that waits for a GPU, on which the collective never ends, does not notice. In phases such as a save, in which a
+# connection is lost without notice, and else.
+_SAVE_GRACE_S, _LOST_GRACE_S, _GRACE_S = 20.0, 2.0, 6.0
 _EXIT_DELAY_S = 2.0  # between message and exit: torchrun kills all ranks once one has exited
 
 
@@ -39,11 +42,17 @@ class Watchdog(threading.Thread):
     """A context that watches the thread that creates it, and replaces an error about a lost connection.
 
     With a `timeout_s` of 0 it does not look for stalls. `directory` of the run is set once it is known.
+    `connection_error` returns the error of a lost connection that the training thread may not notice.
     """
 
-    def __init__(self, world: World, timeout_s: int) -> None:
+    def __init__(
+        self, world: World, timeout_s: int, connection_error: Callable[[], RuntimeError | None] = lambda: None
+    ) -> None:
         super().__init__(name="watchdog", daemon=True)
         self.world, self.timeout_s = world, timeout_s
+        self._connection_error = connection_error
+        self._lost: list[int] = []
+        self._replacing = threading.Lock()  # held by the thread that finds out why a connection was lost
         self.directory: Path | None = None
         self._training_thread = threading.get_ident()
         self._identity = identity()
@@ -63,7 +72,12 @@ class Watchdog(threading.Thread):
         try:
             yield
         except (StopError, Exception) as error:
-            self.replace_lost_connection(error)
+            try:
+                self.replace_lost_connection(error)
+            except PeerError as lost:
+                if self._heartbeats.notice is None:  # for ranks that do not notice
+                    self._publish(FailureNotice("PeerError", str(lost)), limit_s=INTERVAL_S)
+                raise
             notice = self._notice()
             if isinstance(error, UserError):
                 if not error.printed_elsewhere:
@@ -90,21 +104,34 @@ class Watchdog(threading.Thread):
         known = isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST_PEER_ERRORS)
         if not known or self.world.size == 1:
             return
+        if not self._replacing.acquire(blocking=False):
+            time.sleep(60)  # the other thread ends this process
+        # Without gloo's source location and its hints at the end.
+        detail = re.sub(r"\[/\S+\] ", "", (str(error).splitlines() or [""])[0]).split(". ")[0][:160]
+        raise self._lost_peer_error(detail) from error
+
+    def _lost_peer_error(self, detail: str) -> UserError:
+        """Wait for heartbeats and a failure notice: the error of the notice, or one that names the lost ranks."""
         lost, notice = self._heartbeats.find_lost_ranks(), self._notice()
+        self._lost = lost or []
         if notice is not None:
-            raise _error(notice) from error
+            return _error(notice)
         seen = self._heartbeats.seen
         names = first_few([f"rank {rank} on {seen[rank].host}" for rank in lost or ()]) or "another process"
         if lost is None:
             names = f"rank 0 or its machine ({os.environ.get('MASTER_ADDR')})"  # which holds the store
-        # Without gloo's source location and its hints at the end.
-        detail = re.sub(r"\[/\S+\] ", "", (str(error).splitlines() or [""])[0]).split(". ")[0][:160]
-        raise PeerError(
+        return PeerError(
             f"{self.world.name} lost contact with {names}, which failed or was stopped: {detail}\n"
             f"Look for the first error above and in the run's logs/; then resume with --run.resume auto."
             + "".join(f"\nLast heartbeat of {describe_rank(rank, seen[rank])}" for rank in (lost or [])[:8]),
-            printed_elsewhere=lost is not None and not self._heartbeats.is_first_to_report(),
-        ) from error
+            printed_elsewhere=lost is not None and not self._is_reporter(lost),
+        )
+
+    def _is_reporter(self, lost: list[int]) -> bool:
+        """Whether this rank prints that `lost` are lost: one does on each node, on its own node rank 0."""
+        if 0 not in lost and self._heartbeats.seen[0].host == self._identity.host:
+            return self.world.is_main
+        return self._heartbeats.is_first_to_report()
 
     def __enter__(self) -> Self:
         self._heartbeats.start()
@@ -130,11 +157,34 @@ class Watchdog(threading.Thread):
                 silent_s = last.silent_s + INTERVAL_S if heartbeat.number == last.number else 0.0
                 self._seen[rank] = replace(heartbeat, silent_s=silent_s)
             notice = self._heartbeats.notice
-            # The error of another rank usually ends this one by a failed collective, but not always.
-            if notice is not None and (notice.abort or (self._idle_s >= _GRACE_S and not shutting_down())):
+            if notice is not None and (notice.abort or self._is_stuck(_GRACE_S)):
                 self._abort(notice)
+            elif notice is None and self._is_stuck(_LOST_GRACE_S) and (detail := self._lost_peer()):
+                self._abort_without(detail)
             elif notice is None and 0 < self.timeout_s <= self._idle_s and not shutting_down():
                 self._check()
+
+    def _is_stuck(self, grace_s: float) -> bool:
+        """Whether the training thread has not ended after an error of another rank within its grace."""
+        grace_s = _SAVE_GRACE_S if current.phase.limit_s else grace_s
+        return self._idle_s >= grace_s and not shutting_down() and not self._replacing.locked()
+
+    def _lost_peer(self) -> str:
+        """How a rank was lost without the training thread noticing; empty if none was."""
+        error = self._connection_error()
+        if error is not None:
+            return str(error).partition("\n")[0][:160]
+        running = [heartbeat for heartbeat in self._seen.values() if heartbeat.number and not heartbeat.finished]
+        return "its process has ended" if any(h.process_state() == "ended" for h in running) else ""
+
+    def _abort_without(self, detail: str) -> None:
+        """End this process because a rank was lost, and tell the others."""
+        if self._replacing.acquire(blocking=False):
+            error = self._lost_peer_error(detail)
+            reporter = -1 if error.printed_elsewhere else self.world.rank
+            notice = FailureNotice(type(error).__name__, str(error), reporter=reporter)
+            self._heartbeats.publish(replace(notice, reporter=-1))
+            self._abort(notice)
 
     def _check(self) -> None:
         """End the run if it is stalled."""
@@ -157,12 +207,14 @@ class Watchdog(threading.Thread):
         own = replace(self._identity, number=1, step=current.step)
         return replace(own, phase=phase, idle_s=self._idle_s, source=source)
 
-    def _publish(self, notice: FailureNotice) -> bool:
+    def _publish(self, notice: FailureNotice, limit_s: float = _NOTIFY_S) -> bool:
         """Whether rank 0 received it, so that it prints the message."""
-        heartbeats, deadline = self._heartbeats, time.monotonic() + _NOTIFY_S
+        heartbeats, deadline = self._heartbeats, time.monotonic() + limit_s
         heartbeats.publish(notice)
-        while time.monotonic() < deadline and not all(h.notified or h.finished for h in heartbeats.seen.values()):
+        others = {rank: heartbeat for rank, heartbeat in heartbeats.seen.items() if rank not in self._lost}
+        while time.monotonic() < deadline and not all(h.notified or h.finished for h in others.values()):
             time.sleep(0.1)
+            others = {rank: heartbeats.seen[rank] for rank in others}
         return heartbeats.notice == notice and heartbeats.seen[0].notified
 
     def _notice(self) -> FailureNotice | None:

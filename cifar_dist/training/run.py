@@ -63,7 +63,7 @@ class Run(Hooks):
             StopError: a signal came, and the state is saved.
         """
         config, world = self.config, self.world
-        with Watchdog(world, config.run.stall_timeout_s) as watch:
+        with Watchdog(world, config.run.stall_timeout_s, self._stop.connection_error) as watch:
             set_phase(Phase("preparing or verifying the dataset", limit_s=VERY_SLOW_S))
             precision = run_and_sync_errors(world, lambda: choose_precision(config.train.precision, world.device))
             set_backends(config.train, config.run.deterministic, world.device)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +29,7 @@ OPTIONS = (*runs.SMALL, "--train.precision", "fp32", "--train.max_steps", "4000"
 RENDEZVOUS = ["static", "c10d"]
 SLOW = pytest.mark.slow
 # In an empty network namespace, so that no other machine is contacted.
+FAULTY = str(runs.REPOSITORY / "tests/support/faulty.py")
 ALONE = ("unshare", "--net", "sh", "-c", 'ip link set lo up; exec "$@"', "alone")
 
 
@@ -66,6 +69,31 @@ def test_lost_machine_is_named(rendezvous: str, lost: int, data_dir: Path, tmp_p
     assert "Traceback" not in output
     assert output.count("error: ") == 1
     wait_for_end(run_dir, 1)
+
+
+@pytest.mark.data
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a process a host name of its own")
+@pytest.mark.parametrize("place", ["kernel", pytest.param("device", marks=SLOW)])
+def test_lost_machine_while_the_other_waits_for_its_device(place: str, data_dir: Path, tmp_path: Path) -> None:
+    """As on GPUs, see `faulty`. The machines have names of their own, so neither sees the processes of the other."""
+    port, launcher = free_port(), (sys.executable, "-m", "cifar_dist.cluster.launcher")
+    options = (*OPTIONS, "--train.checkpoint_every_steps", "8", "--data.dir", str(data_dir), "--run.dir", str(tmp_path))
+    machines = [
+        runs.start_command([
+            "unshare", "--uts", "sh", "-c", f'hostname machine-{rank}; GLOO_SOCKET_IFNAME=lo exec "$@"', "", *launcher,
+            "--nnodes", "2", "--node-rank", str(rank), "--master-addr", "127.0.0.1", "--master-port", port,
+            "--nproc-per-node", "1", FAULTY, f"lose_behind_{place}:all:10", *options,
+        ])
+        for rank in (0, 1)
+    ]  # fmt: skip
+    assert runs.finish(machines[1], expected=6)
+    lost_at = time.monotonic()
+    output = runs.finish(machines[0], expected=6, timeout_s=30)
+    assert time.monotonic() - lost_at < 10
+    assert "error: rank 0 on machine-0 lost contact with rank 1 on machine-1" in output
+    assert output.count("error: ") == 1
+    assert json.loads((tmp_path / "status.json").read_text())["exit_code"] == 6
+    wait_for_end(tmp_path, 1)
 
 
 @pytest.mark.slow

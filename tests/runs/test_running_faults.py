@@ -125,6 +125,34 @@ def test_a_person_in_the_debugger_is_not_interrupted(data_dir: Path, tmp_path: P
     assert "is stalled" not in output
 
 
+GONE_S = 10.0  # for all ranks, from the moment of the fault
+
+
+@pytest.mark.parametrize("place", ["kernel", "device"])
+def test_lost_rank_while_the_others_wait_for_their_devices(place: str, data_dir: Path, tmp_path: Path) -> None:
+    """As on GPUs, where a collective never ends for a lost rank. Each prints nothing but what one of them prints."""
+    process = start(f"lose_behind_{place}:all:10", 3, tmp_path, "--run.stall_timeout_s", "300", "--data.dir", data_dir)
+    runs.wait_until(lambda: len(runs.workers_of(process, tmp_path)) == 3, process)
+    runs.wait_until(lambda: len(runs.workers_of(process, tmp_path)) == 2, process)
+    started = time.monotonic()
+    runs.wait_until(lambda: not runs.workers_of(process, tmp_path), process)
+    assert time.monotonic() - started < GONE_S
+    message = said(runs.finish(process, expected=6))
+    assert "lost contact with rank 1 on " in message
+    check_end(tmp_path, 6, message, 8)
+
+
+def test_out_of_memory_while_the_others_wait_for_their_devices(data_dir: Path, tmp_path: Path) -> None:
+    process = start("no_gpu_memory:all:10", 3, tmp_path, "--run.stall_timeout_s", "300", "--data.dir", data_dir)
+    runs.wait_until((tmp_path / "checkpoints/step-00000008.pt").exists, process)
+    started = time.monotonic()
+    runs.wait_until(lambda: not runs.workers_of(process, tmp_path), process)
+    assert time.monotonic() - started < GONE_S + 2  # two more steps
+    message = said(runs.finish(process, expected=2))
+    assert "rank 1 ran out of memory in step 10" in message
+    check_end(tmp_path, 2, message, 8)
+
+
 def test_nan_on_one_rank(data_dir: Path, tmp_path: Path) -> None:
     options = ("--train.log_every_steps", "12", "--train.checkpoint_every_steps", "12", "--data.dir", data_dir)
     message = said(runs.finish(start("nan_loss:1:15", 2, tmp_path, *options), expected=5))

@@ -5,6 +5,7 @@ STEP counts from 1; with a RANK of "all" every rank has it. The kinds are the fu
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pdb  # noqa: T100 - one of the faults
 import resource
@@ -19,7 +20,9 @@ from typing import Any
 import torch
 
 from cifar_dist import train
+from cifar_dist.data import loader
 from cifar_dist.training import checkpoint, evaluation
+from cifar_dist.training.metrics import Metrics
 from cifar_dist.training.train_step import TrainStep
 
 HOARD: list[torch.Tensor] = []
@@ -119,6 +122,40 @@ def fail(*_: Any) -> None:
     raise RuntimeError("a mistake in the program")
 
 
+def wait_for_device(*_: Any) -> None:
+    """Without end, as in a call of CUDA: no signal interrupts it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    ctypes.CDLL(None).sleep(3600)
+
+
+def kill_rank_1(train_step: Any) -> None:
+    """The others do not notice in the exchange: with NCCL only the stream waits, and without end."""
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    train_step._exact_sum._several_ranks = False
+
+
+def lose_behind_kernel(train_step: Any, *_: Any) -> None:
+    """Rank 1 is killed, and FFCV's threads of the others wait for a kernel on their devices."""
+    kill_rank_1(train_step)
+    module: Any = loader.ReadingThread
+    module.run_pipeline = wait_for_device
+
+
+def lose_behind_device(train_step: Any, *_: Any) -> None:
+    """Rank 1 is killed, and the training threads of the others wait for their devices where they read metrics."""
+    kill_rank_1(train_step)
+    module: Any = Metrics
+    module.window = wait_for_device
+
+
+def no_gpu_memory(train_step: Any, *_: Any) -> None:
+    """Rank 1 runs out of memory, and the training threads of the others wait for their devices."""
+    if os.environ["RANK"] == "1":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    train_step._exact_sum.finish = wait_for_device
+
+
 def slow_disk(*_: Any) -> None:
     """Writing a checkpoint takes ten seconds more."""
     module: Any = checkpoint
@@ -134,7 +171,7 @@ def slow_disk(*_: Any) -> None:
 
 _FUNCTIONS = (
     hang_reading, stop, debugger, flip_bit, nan_loss, nan_gradient, infinite_gradient, large_gradient, no_memory,
-    no_memory_to_score, fail, slow_disk,
+    no_memory_to_score, fail, lose_behind_kernel, lose_behind_device, no_gpu_memory, slow_disk,
 )  # fmt: skip
 FAULTS: dict[str, Callable[..., Iterator[Any] | None]] = {function.__name__: function for function in _FUNCTIONS}
 

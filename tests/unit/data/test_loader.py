@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -240,3 +241,55 @@ def test_labels_are_read_without_the_images(data_dir: Path, cifar: Cifar10) -> N
     assert bytes_read() - before < 5_000_000  # of 158 MB
     assert labels.dtype == np.int64
     np.testing.assert_array_equal(labels, cifar.train_labels)
+
+
+def test_a_thread_that_waits_without_end_is_left_behind(loader: BetonLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind a kernel on a GPU that never ends. Others are waited for, see `no_thread_left`."""
+    kernel, good = threading.Event(), ReadingThread.run_pipeline
+
+    def run_pipeline(self: ReadingThread, *arguments: Any) -> Any:
+        if arguments[0] == 2:
+            kernel.wait()
+        return good(self, *arguments)
+
+    monkeypatch.setattr(ReadingThread, "run_pipeline", run_pipeline)
+    batches = loader.read(np.arange(500), 100)
+    next(batches)
+    started = time.monotonic()
+    batches.close()
+    assert 0.9 < time.monotonic() - started < 4
+    kernel.set()
+    deadline = time.monotonic() + 10
+    while num_reading_threads() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def test_order_of_calls_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What can be seen without one: the thread chooses its device first, and a slot's first copy waits for the main
+    stream, whose memory it may get."""
+    calls, events = list[Any](), list[Any]()
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name, self.device = name, torch.device("cuda", 1)
+
+        def wait_stream(self, other: Stream) -> None:
+            calls.append((self.name, "waits for", other.name))
+
+        def synchronize(self) -> None:
+            calls.append((self.name, "synchronized"))
+
+    reading = ReadingThread.__new__(ReadingThread)
+    reading.current_stream, reading.cuda_streams = Stream("main"), [Stream("slot 0")]
+    reading.terminate_event, reading.closed = threading.Event(), True
+    events += [None, Stream("event of slot 0")]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(EpochIterator, "run", lambda self: [self.run_pipeline(0, [], 0, event) for event in events])
+    monkeypatch.setattr(EpochIterator, "run_pipeline", lambda *_: calls.append("pipeline"))
+    reading.run()
+    assert reading.__dict__.get("failure") is None
+    assert calls == [
+        torch.device("cuda", 1), ("slot 0", "waits for", "main"), "pipeline", ("event of slot 0", "synchronized"),
+        "pipeline",
+    ]  # fmt: skip

@@ -9,11 +9,12 @@ import torch
 
 from cifar_dist.config import Config, TrainConfig
 from cifar_dist.distributed import World
-from cifar_dist.errors import DivergedError, NonFiniteError
+from cifar_dist.errors import DivergedError, NonFiniteError, UserError
 from cifar_dist.fault_tolerance import health
 from cifar_dist.fault_tolerance.health import (
     advice,
     checksums,
+    explain_out_of_memory,
     refuse_divergence,
     refuse_nonfinite,
     tensors_of_state,
@@ -92,6 +93,28 @@ def test_what_is_not_finite_is_named(name: str) -> None:
         tensors[name].view(-1)[1] = float("nan")
     with pytest.raises(NonFiniteError, match=rf"{name} is infinite or NaN after step 7, so it is not saved\. There"):
         refuse_nonfinite(tensors, 7, None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8",
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB.",
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR",
+        "Unable to find a valid cuDNN algorithm to run convolution",
+        "FIND was unable to find an engine to execute this computation",
+        "GET was unable to find an engine to execute this computation",
+    ],
+)
+def test_out_of_memory_in_all_wordings(text: str) -> None:
+    """Of torch 2.15: those of libtorch_cuda.so were read in it."""
+    with pytest.raises(UserError, match="rank 3 ran out of memory"), explain_out_of_memory(Config(), 3, 8):
+        raise RuntimeError(text)
+    with pytest.raises(RuntimeError, match="a mistake"), explain_out_of_memory(Config(), 3, 8):
+        raise RuntimeError("a mistake")
 
 
 @pytest.mark.parametrize(
