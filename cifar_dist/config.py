@@ -96,7 +96,7 @@ class ModelConfig:
     dropout: Annotated[float, Range(min=0, below=1)] = 0.0
     """Probability of zeroing a feature before the classifier, from 0 up to 1 (the paper: 0.4)."""
     merge_1x1: Literal["auto", "on", "off"] = "auto"
-    """In training, compute the 1x1 convolutions on one input as one convolution. auto: on for CPUs."""
+    """In training, compute the 1x1 convolutions on one input as one convolution. auto: as on."""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class World:
 
 @contextmanager
 def init_distributed(device: str, threads: int | None = None) -> Iterator[World]:
-    """Join the process group that torchrun's environment describes, and leave it at the end.
+    """Join the process group that torchrun's environment describes, and leave it at the end, but not after an error.
 
     Without torchrun the world has one process and no process group.
 
@@ -71,17 +71,19 @@ def init_distributed(device: str, threads: int | None = None) -> Iterator[World]
         error.printed_elsewhere = local_rank > 0  # printed once per node
         raise
     world = World(int(env.get("RANK", 0)), size, local_rank, local_size, found, int(env.get("GROUP_WORLD_SIZE", 1)))
+    processors = max(1, len(os.sched_getaffinity(0)) // local_size)
+    # Otherwise inductor starts up to 32 compiling processes for each rank.
+    env.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, processors)))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     else:
-        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+        torch.set_num_threads(threads or processors)
     if size > 1:
         world = replace(world, store=_init_process_group(world))
-    try:
-        yield world
-    finally:
-        if size > 1:
-            dist.destroy_process_group()
+    yield world
+    # After an error this process ends without it: NCCL would wait for its last kernels, and those for a lost rank.
+    if size > 1:
+        dist.destroy_process_group()
 
 
 def _init_process_group(world: World) -> Store:
@@ -219,6 +221,12 @@ def run_and_sync_errors(world: World, work: Callable[[], Any], only_if: bool = T
         kind = next((k for k in KINDS if k.__name__ == sent["kind"]), UserError)
         raise kind(sent["text"], printed_elsewhere=world.rank != first or world.rank < world.local_size)
     return value
+
+
+def first_on_each_node(world: World, work: Callable[[], Any]) -> None:
+    """Run `work` on one rank of each node, then on the others, which find on disk what the first one compiled."""
+    run_and_sync_errors(world, work, only_if=world.local_rank == 0)
+    run_and_sync_errors(world, work, only_if=world.local_rank > 0)
 
 
 def broadcast_from_main(world: World, work: Callable[[], Any]) -> Any:

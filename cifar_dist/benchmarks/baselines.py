@@ -59,7 +59,7 @@ def project_step(
     config: ModelConfig, num: int, precision: Precision, compiled: bool = False, muon: bool = False
 ) -> BareStep:
     """A network of this project, channels-last, with SGD, or with Muon for its filters."""
-    step = BareStep(create_model(config, precision.device_type), num, precision, torch.channels_last)
+    step = BareStep(create_model(config), num, precision, torch.channels_last)
     step.optimizer = optim.build_optimizer(step.model, OptimConfig(name="muon" if muon else "sgd"), num, precision.muon)
     for group in step.optimizer.param_groups:
         group["lr"] = 1e-3

@@ -79,24 +79,16 @@ MODELS: dict[str, Callable[..., InceptionNetwork]] = {
     "inception_v2": inception_v2,
     "inception_v2_slim": inception_v2_slim,
 }
-# merge_1x1 auto, by device type. Forward and backward at width 0.25, strided stem, 64 images, bf16, one core of a Xeon
-# with AMX: V1 takes 167 ms merged and 179 ms plain, V2 192 and 233 (medians of 60, interleaved). No GPU was measured.
-MERGES = {"cpu": True, "cuda": False}
 
 
-def create_model(config: ModelConfig, device_type: str = "cpu") -> InceptionNetwork:
-    """The network of `config` on the CPU, with random weights from torch's global generator.
-
-    Args:
-        device_type: cpu or cuda, where the network will train; decides `merge_1x1: auto`.
-    """
-    merge = MERGES[device_type] if config.merge_1x1 == "auto" else config.merge_1x1 == "on"
+def create_model(config: ModelConfig) -> InceptionNetwork:
+    """The network of `config` on the CPU, with random weights from torch's global generator."""
     return MODELS[config.name](
         config.branch5x5,
         stem=config.stem,
         width=config.width,
         dropout=config.dropout,
         auxiliary=config.auxiliary,
-        merge_1x1=merge,
+        merge_1x1=config.merge_1x1 != "off",
         variant=Variant(norm=config.norm),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from cifar_dist.config import ModelConfig
-from cifar_dist.models.architectures import MERGES, MODELS, V1, V2, create_model
+from cifar_dist.models.architectures import MODELS, V1, V2, create_model
 from cifar_dist.models.inception import Inception, Rows
 from cifar_dist.models.layers import CADENE, Variant
 from cifar_dist.models.network import InceptionNetwork, Logits
@@ -102,16 +101,10 @@ def test_statistics_and_scores_are_the_plain_forms_to_the_bit(name: str) -> None
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_auto_merges_by_device() -> None:
-    def merges(merge_1x1: str, device_type: str) -> set[bool]:
-        config = replace(ModelConfig(width=0.125), merge_1x1=merge_1x1)  # type: ignore[arg-type]
-        modules = create_model(config, device_type).modules()
-        return {module.merge_1x1 for module in modules if isinstance(module, Inception)}
-
-    for device_type in MERGES:
-        assert merges("on", device_type) == {True}
-        assert merges("off", device_type) == {False}
-        assert merges("auto", device_type) == {MERGES[device_type]}
+@pytest.mark.parametrize(("setting", "merges"), [("on", True), ("off", False), ("auto", True)])
+def test_the_setting_decides(setting: Any, merges: bool) -> None:
+    modules = create_model(ModelConfig(width=0.125, merge_1x1=setting)).modules()
+    assert {module.merge_1x1 for module in modules if isinstance(module, Inception)} == {merges}
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from cifar_dist.training.flat_network import FlatNetwork, Format, flatten, parts
 def network_of(**values: Any) -> nn.Module:
     """With filters that are no parameters, and with frozen scales."""
     torch.manual_seed(0)
-    network = create_model(replace(ModelConfig(stem="whiten", width=0.125), **values), "cpu")
+    network = create_model(replace(ModelConfig(stem="whiten", width=0.125), **values))
     optim.freeze_bn_scales(network)
     return network.to(memory_format=torch.channels_last)
 
