@@ -223,12 +223,6 @@ def run_and_sync_errors(world: World, work: Callable[[], Any], only_if: bool = T
     return value
 
 
-def first_on_each_node(world: World, work: Callable[[], Any]) -> None:
-    """Run `work` on one rank of each node, then on the others, which find on disk what the first one compiled."""
-    run_and_sync_errors(world, work, only_if=world.local_rank == 0)
-    run_and_sync_errors(world, work, only_if=world.local_rank > 0)
-
-
 def broadcast_from_main(world: World, work: Callable[[], Any]) -> Any:
     """Run `work` on rank 0; every rank returns its result (JSON types) or raises its `UserError`."""
     value = run_and_sync_errors(world, work, only_if=world.is_main)

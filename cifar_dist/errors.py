@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from cifar_dist.phase import current
+
 EXIT_CODES = "CIFAR_DIST_EXIT_CODES"
 """Environment variable: the folder in which each rank writes its exit code for the launcher."""
-_EXIT_S = 6.0  # from the message of an error to the end of the process; includes what W&B still uploads
+_EXIT_S = 6.0  # from the message of an error to the end of the process; what W&B has not uploaded stays on the disk
 _shutting_down = threading.Event()
 
 
@@ -128,16 +130,21 @@ def report(error: BaseException, on_all_ranks: bool = False) -> int:
         _exit_within(_EXIT_S, code)
     if isinstance(error, UserError):
         if is_main_process() or not (on_all_ranks or error.printed_elsewhere):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"{_below_bar()}error: {error}", file=sys.stderr, flush=True)
         else:
             wait_for_main_process(3 if on_all_ranks else 1)
     elif isinstance(error, Exception):
         sys.excepthook(type(error), error, error.__traceback__)
     elif is_main_process():
-        print(str(error) or "interrupted", file=sys.stderr, flush=True)
+        print(f"{_below_bar()}{str(error) or 'interrupted'}", file=sys.stderr, flush=True)
     write_exit_code(code)
     error.reported = True  # type: ignore[attr-defined]
     return code
+
+
+def _below_bar() -> str:
+    """A new line on a terminal, where the progress bar may still be."""
+    return "\n" if current.step and sys.stderr is not None and sys.stderr.isatty() else ""
 
 
 def _exit_within(seconds: float, code: int) -> None:

@@ -140,8 +140,10 @@ def end_reading(reading: EpochIterator) -> None:
             reading.output_queue.get()
         reading.join(timeout=0.02)
     for stream in reading.cuda_streams:
-        if stream is not None:
-            stream.synchronize()  # copies into the buffers that are about to go
+        while stream is not None and not stream.query():  # copies into the buffers that are about to go
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.001)
     reading.close()
 
 

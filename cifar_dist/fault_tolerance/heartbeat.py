@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import psutil
 from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
@@ -38,12 +39,13 @@ class Heartbeat:
     notified: bool = False  # it knows the failure notice
     host: str = "?"
     pid: int = 0
+    namespace: str = ""  # of its process id
     started: int | None = None  # clock ticks after boot, as process ids are used again
     silent_s: float = 0.0  # since this heartbeat arrived, counted by the rank that received it
 
     def process_state(self) -> str:
-        """running, suspended (by a signal or a debugger), ended; or elsewhere: on another node."""
-        if self.host != socket.gethostname():
+        """running, suspended (by a signal or a debugger), ended; or elsewhere: on another node or in a container."""
+        if self.host != socket.gethostname() or self.namespace != _namespace():
             return "elsewhere"
         with suppress(psutil.Error):
             status = psutil.Process(self.pid).status()
@@ -71,7 +73,16 @@ class FailureNotice:
 
 def identity() -> Heartbeat:
     """A heartbeat that only says which process this is."""
-    return Heartbeat(host=socket.gethostname(), pid=os.getpid(), started=started_ticks(os.getpid()))
+    ids = {"host": socket.gethostname(), "namespace": _namespace()}
+    return Heartbeat(**ids, pid=os.getpid(), started=started_ticks(os.getpid()))  # type: ignore[arg-type]
+
+
+def _namespace() -> str:
+    """What tells process ids of different containers and machines apart."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return "unknown"
 
 
 class HeartbeatThread(threading.Thread):

@@ -31,10 +31,11 @@ _LOST_PEER_ERRORS = (
     "by peer", "Timed out", "Broken pipe", "Connection refused", "remote process exited", "collective operation timeout"
 )  # fmt: skip
 _NOTIFY_S = 4.0  # for all ranks to receive a failure notice: some heartbeats
-# For the training thread to end by itself after an error of another rank: usually a failed collective raises one, but a
-# thread that waits for a GPU, on which the collective never ends, does not notice. In phases such as a save, in which a
-# connection is lost without notice, and else.
-_SAVE_GRACE_S, _LOST_GRACE_S, _GRACE_S = 20.0, 2.0, 6.0
+# For the training thread to end by itself after an error of another rank. Usually a failed collective raises one, but a
+# thread that waits for a GPU, on which the collective never ends, does not notice.
+_GRACE_S = 6.0  # after a failure notice
+_LOST_GRACE_S = 2.0  # after a rank was lost, of which there is no notice
+_SAVE_GRACE_S = 20.0  # in both cases, in phases that may take long, such as a save
 _EXIT_DELAY_S = 2.0  # between message and exit: torchrun kills all ranks once one has exited
 
 

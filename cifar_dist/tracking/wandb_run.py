@@ -81,9 +81,9 @@ def _init(mode: str, project: str, run_dir: Path, run_config: dict[str, Any], na
         "disable_git": True,  # a remote's address may hold a token
         "x_disable_meta": True,  # it stores the command line and every SLURM_* variable, SLURM_JWT among them
         "init_timeout": INIT_TIMEOUT_S,
+        "finish_timeout": FINISH_TIMEOUT_S,
+        "finish_timeout_raises": True,
     }
-    if "finish_timeout" in wandb.Settings.model_fields:  # older ones wait without end
-        settings |= {"finish_timeout": FINISH_TIMEOUT_S, "finish_timeout_raises": True}
     run = wandb.init(
         project=project, dir=str(run_dir), id=run_id, resume="allow", name=name, config=run_config,
         settings=wandb.Settings(**settings),

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cifar_dist.config import Config
 from cifar_dist.data import augment
 from cifar_dist.data.loader import Batch
-from cifar_dist.distributed import World, data_parallel, first_on_each_node
+from cifar_dist.distributed import World, data_parallel
 from cifar_dist.errors import CheckpointError, NonFiniteError
 from cifar_dist.hashing import derive
 from cifar_dist.models.architectures import create_model
@@ -68,10 +68,10 @@ class TrainStep:
         self.prepared = False
 
     def prepare(self) -> None:
-        """Compile the model, before training time is measured, and wrap it in DDP. A second call does nothing.
+        """Compile the model and wrap it in DDP, and pass zeros. A second call does nothing.
 
-        Then it passes zeros, because DDP makes its bucket anew before the second backward pass, and the bucket may not
-        change while `ExactSum` adds.
+        The passes compile before training time is measured. DDP makes its bucket anew before the second one, and the
+        bucket may not change while `ExactSum` adds.
         """
         if self.prepared:
             return
@@ -81,9 +81,8 @@ class TrainStep:
         network: Any = self._network
         if self._compiled:
             network = torch.compile(network, dynamic=False)  # evaluation uses the uncompiled model
-            first_on_each_node(self.world, lambda: self._pass_zeros(network))
         self._parallel_network = data_parallel(network)
-        self._pass_zeros(self._parallel_network)
+        self._pass_zeros()
         self._network.share_gradient()
         self._zero_gradient()
         if self.config.train.exact_sum == "on":
@@ -91,13 +90,13 @@ class TrainStep:
                 self._parallel_network, self.precision.name, self.num_micro_batches, several_ranks=self.world.size > 1
             )
 
-    def _pass_zeros(self, network: nn.Module) -> None:
-        """A forward and backward pass of zeros through `network` per image size, two at least."""
+    def _pass_zeros(self) -> None:
+        """A forward and backward pass of zeros per image size, two at least."""
         num, fraction = self.config.train.micro_batch_size, self.config.augment.low_resolution_share
         images = torch.zeros(num, 32, 32, 3, dtype=torch.uint8, device=self.world.device).permute(0, 3, 1, 2)
         batch = Batch(images, *torch.zeros(2, num, dtype=torch.int64, device=self.world.device))
         for image_size in (LOW_RESOLUTION if fraction > 0 else None, None if fraction < 1 else LOW_RESOLUTION):
-            loss, _ = self._forward(network, self._inputs(batch, 0, image_size)[0], batch.labels)
+            loss, _ = self._forward(self._inputs(batch, 0, image_size)[0], batch.labels)
             torch.autograd.backward(loss * 0)
 
     @property
@@ -148,7 +147,7 @@ class TrainStep:
         if exact_sum is not None:
             exact_sum.last = last
         with self._parallel_network.no_sync() if exact_sum is None and not last else contextlib.nullcontext():
-            loss, counts = self._forward(self._parallel_network, images, batch.labels)
+            loss, counts = self._forward(images, batch.labels)
             if last and exact_sum is None and self.world.size > 1:
                 set_phase(_EXCHANGE)
             self._backward(step.number, loss)
@@ -163,10 +162,10 @@ class TrainStep:
         )
         return images if self.config.train.channels_last else images.contiguous(), receipt
 
-    def _forward(self, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """See `FlatNetwork`, which `network` wraps."""
+    def _forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """See `FlatNetwork`."""
         with self.precision.autocast():
-            loss, counts = network(images, labels)
+            loss, counts = self._parallel_network(images, labels)
         return loss, counts
 
     def _backward(self, step: int, loss: Tensor) -> None:

@@ -130,7 +130,7 @@ GONE_S = 10.0  # for all ranks, from the moment of the fault
 
 @pytest.mark.parametrize("place", ["kernel", "device"])
 def test_lost_rank_while_the_others_wait_for_their_devices(place: str, data_dir: Path, tmp_path: Path) -> None:
-    """As on GPUs, where a collective never ends for a lost rank. Each prints nothing but what one of them prints."""
+    """As on GPUs, where a collective never ends for a lost rank. One rank prints the message."""
     process = start(f"lose_behind_{place}:all:10", 3, tmp_path, "--run.stall_timeout_s", "300", "--data.dir", data_dir)
     runs.wait_until(lambda: len(runs.workers_of(process, tmp_path)) == 3, process)
     runs.wait_until(lambda: len(runs.workers_of(process, tmp_path)) == 2, process)

@@ -99,32 +99,6 @@ def test_the_largest_elements_add_up_without_wrapping() -> None:
     assert found.tolist() == [4 * below, -4 * below, 0.0, 4.0]
 
 
-def test_several_buckets() -> None:
-    """DDP exchanges a megabyte or more at a time. In two steps: the second begins without sums of the first."""
-    torch.manual_seed(0)
-    module = nn.Sequential(*(nn.Linear(600, 600) for _ in range(4)))
-    parallel, inputs = data_parallel(module), torch.randn(3, 8, 600)
-    for _ in range(2):
-        torch.autograd.backward(parallel(torch.zeros(8, 600)).sum() * 0)
-    exact_sum = ExactSum(parallel, "fp32", 3, several_ranks=False)
-    module.zero_grad(set_to_none=False)
-    expected = [torch.zeros_like(parameter, dtype=torch.int64) for parameter in module.parameters()]
-    for images in inputs:
-        gradients = torch.autograd.grad(module(images).square().sum(), list(module.parameters()))
-        units = [(gradient.double() * 2 ** FRACTION_BITS["fp32"]).round().long() for gradient in gradients]
-        expected = list(map(torch.add, expected, units))
-    for order in ([0, 1, 2], [2, 0, 1]):
-        for k in order:
-            exact_sum.last = k == order[-1]
-            torch.autograd.backward(parallel(inputs[k]).square().sum())
-        assert len(exact_sum._exchanges) > 1
-        assert exact_sum.finish()
-        for parameter, total in zip(module.parameters(), expected, strict=True):
-            assert parameter.grad is not None
-            assert parameter.grad.equal(total.float() / 2 ** FRACTION_BITS["fp32"])
-        module.zero_grad(set_to_none=False)
-
-
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_accumulation_and_two_processes_on_one_device(device: str) -> None:
     """The same program on a CPU shows that it works, until there is a GPU to run it on."""

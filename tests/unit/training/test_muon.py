@@ -35,6 +35,16 @@ def test_a_batch_is_as_each_alone() -> None:
     assert torch.allclose(orthogonalized(matrices)[2:3], orthogonalized(matrices[2:3]), atol=1e-14)
 
 
+def test_in_bfloat16_it_is_nearly_the_same() -> None:
+    """As on GPUs."""
+    torch.manual_seed(0)
+    matrices = torch.randn(4, 96, 300, dtype=torch.float64)
+    matrices /= matrices.norm(dim=(1, 2), keepdim=True)
+    exact, rounded = orthogonalized(matrices), orthogonalized(matrices.bfloat16()).double()
+    assert (rounded - exact).norm() / exact.norm() < 0.06
+    assert torch.linalg.svdvals(rounded).min() > 0.5
+
+
 def test_padding_changes_nothing() -> None:
     """What is computed in a few stacks on a GPU, and for each shape on a CPU, is what each filter bank alone gives."""
     torch.manual_seed(0)
