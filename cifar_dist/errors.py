@@ -121,30 +121,26 @@ def report(error: BaseException, on_all_ranks: bool = False) -> int:
 
     Returns the exit code.
     """
-    known = isinstance(error, (UserError, StopError))
-    code = getattr(error, "exit_code", 1) if known else 130 if isinstance(error, KeyboardInterrupt) else 1
+    other_code = 130 if isinstance(error, KeyboardInterrupt) else 1
+    code = error.exit_code if isinstance(error, (UserError, StopError)) else other_code
     if getattr(error, "reported", False):
         return code
     begin_shutdown()
     if isinstance(error, Exception):
         _exit_within(_EXIT_S, code)
+    below_bar = "\n" if current.step and sys.stderr is not None and sys.stderr.isatty() else ""  # the progress bar
     if isinstance(error, UserError):
         if is_main_process() or not (on_all_ranks or error.printed_elsewhere):
-            print(f"{_below_bar()}error: {error}", file=sys.stderr, flush=True)
+            print(f"{below_bar}error: {error}", file=sys.stderr, flush=True)
         else:
             wait_for_main_process(3 if on_all_ranks else 1)
     elif isinstance(error, Exception):
         sys.excepthook(type(error), error, error.__traceback__)
     elif is_main_process():
-        print(f"{_below_bar()}{str(error) or 'interrupted'}", file=sys.stderr, flush=True)
+        print(f"{below_bar}{str(error) or 'interrupted'}", file=sys.stderr, flush=True)
     write_exit_code(code)
     error.reported = True  # type: ignore[attr-defined]
     return code
-
-
-def _below_bar() -> str:
-    """A new line on a terminal, where the progress bar may still be."""
-    return "\n" if current.step and sys.stderr is not None and sys.stderr.isatty() else ""
 
 
 def _exit_within(seconds: float, code: int) -> None:

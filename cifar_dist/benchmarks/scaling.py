@@ -113,10 +113,8 @@ def _simulated(title: str, num: int, found: _Measured, on_gpu: bool) -> Table:
     """From the speed of one process with micro-batches of `num` images."""
     cluster, compute_s, rows = Cluster(), num / found.steps[0].median, list[Row]()
     for n in (1, 8, 64, 512):
-        exact, floats = (
-            compute_s + exchange_seconds(num_bytes * found.num_parameters, n, cluster)
-            for num_bytes in (_EXACT_BYTES, found.element_bytes)
-        )
+        exact = compute_s + exchange_seconds(_EXACT_BYTES * found.num_parameters, n, cluster)
+        floats = compute_s + exchange_seconds(found.element_bytes * found.num_parameters, n, cluster)
         more = {"% efficiency": 100 * compute_s / exact, "% with exact_sum off": 100 * compute_s / floats}
         rows.append(Row(_processes(n), [num * n / exact], more))
     caveat = "" if on_gpu else ", on a CPU, so this does not show the efficiency of GPUs"

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -73,10 +74,11 @@ class FailureNotice:
 
 def identity() -> Heartbeat:
     """A heartbeat that only says which process this is."""
-    ids = {"host": socket.gethostname(), "namespace": _namespace()}
-    return Heartbeat(**ids, pid=os.getpid(), started=started_ticks(os.getpid()))  # type: ignore[arg-type]
+    pid = os.getpid()
+    return Heartbeat(host=socket.gethostname(), pid=pid, namespace=_namespace(), started=started_ticks(pid))
 
 
+@cache
 def _namespace() -> str:
     """What tells process ids of different containers and machines apart."""
     try:

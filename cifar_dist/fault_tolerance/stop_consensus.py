@@ -43,12 +43,11 @@ class StopConsensus:
     def connection_error(self) -> RuntimeError | None:
         """The error of a pending all-reduce that has failed because a rank is gone. Does not wait; for any thread."""
         pending = self._pending
-        if pending is None or not pending[0].is_completed():
-            return None
-        try:
-            pending[0].wait()
-        except RuntimeError as error:
-            return error
+        if pending is not None and pending[0].is_completed():
+            try:
+                pending[0].wait()
+            except RuntimeError as error:
+                return error
         return None
 
     def _result(self) -> int:

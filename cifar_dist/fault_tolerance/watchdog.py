@@ -107,9 +107,7 @@ class Watchdog(threading.Thread):
             return
         if not self._replacing.acquire(blocking=False):
             time.sleep(60)  # the other thread ends this process
-        # Without gloo's source location and its hints at the end.
-        detail = re.sub(r"\[/\S+\] ", "", (str(error).splitlines() or [""])[0]).split(". ")[0][:160]
-        raise self._lost_peer_error(detail) from error
+        raise self._lost_peer_error(_reason(error)) from error
 
     def _lost_peer_error(self, detail: str) -> UserError:
         """Wait for heartbeats and a failure notice: the error of the notice, or one that names the lost ranks."""
@@ -129,7 +127,7 @@ class Watchdog(threading.Thread):
         )
 
     def _is_reporter(self, lost: list[int]) -> bool:
-        """Whether this rank prints that `lost` are lost: one does on each node, on its own node rank 0."""
+        """Whether this rank prints that `lost` are lost: on its node rank 0 does, on another node the first rank."""
         if 0 not in lost and self._heartbeats.seen[0].host == self._identity.host:
             return self.world.is_main
         return self._heartbeats.is_first_to_report()
@@ -174,7 +172,7 @@ class Watchdog(threading.Thread):
         """How a rank was lost without the training thread noticing; empty if none was."""
         error = self._connection_error()
         if error is not None:
-            return str(error).partition("\n")[0][:160]
+            return _reason(error)
         running = [heartbeat for heartbeat in self._seen.values() if heartbeat.number and not heartbeat.finished]
         return "its process has ended" if any(h.process_state() == "ended" for h in running) else ""
 
@@ -212,10 +210,11 @@ class Watchdog(threading.Thread):
         """Whether rank 0 received it, so that it prints the message."""
         heartbeats, deadline = self._heartbeats, time.monotonic() + limit_s
         heartbeats.publish(notice)
-        others = {rank: heartbeat for rank, heartbeat in heartbeats.seen.items() if rank not in self._lost}
-        while time.monotonic() < deadline and not all(h.notified or h.finished for h in others.values()):
+        others = heartbeats.seen.keys() - set(self._lost)
+        while time.monotonic() < deadline and not all(
+            heartbeats.seen[rank].notified or heartbeats.seen[rank].finished for rank in others
+        ):
             time.sleep(0.1)
-            others = {rank: heartbeats.seen[rank] for rank in others}
         return heartbeats.notice == notice and heartbeats.seen[0].notified
 
     def _notice(self) -> FailureNotice | None:
@@ -243,6 +242,11 @@ class Watchdog(threading.Thread):
         for rank in notice.silent:
             seen[rank].kill()
         os._exit(code)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error of gloo or NCCL, without gloo's source location and its hints at the end."""
+    return re.sub(r"\[/\S+\] ", "", (str(error).splitlines() or [""])[0]).split(". ")[0][:160]
 
 
 def _error(notice: FailureNotice) -> UserError:

@@ -46,7 +46,7 @@ class ExactSum:
         self._limit = 2.0 ** (_SUM_BITS - FRACTION_BITS[precision]) / num_micro_batches
         self._extremes: list[Tensor] = []  # smallest and largest element of each micro-batch; NaN if one is
         self._total = torch.zeros(parameter.numel() + 1, dtype=torch.int64, device=parameter.device)  # and a flag
-        self._usable = torch.ones(())  # whether all gradients of this process in the step could be added
+        self._usable: Tensor  # whether all gradients of this process in the step could be added
         self._gradient: Tensor
         self._work: Any = None  # the all-reduce
         parallel.register_comm_hook(None, self._add)

@@ -29,7 +29,6 @@ OPTIONS = (*runs.SMALL, "--train.precision", "fp32", "--train.max_steps", "4000"
 RENDEZVOUS = ["static", "c10d"]
 SLOW = pytest.mark.slow
 # In an empty network namespace, so that no other machine is contacted.
-FAULTY = str(runs.REPOSITORY / "tests/support/faulty.py")
 ALONE = ("unshare", "--net", "sh", "-c", 'ip link set lo up; exec "$@"', "alone")
 
 
@@ -82,7 +81,7 @@ def test_lost_machine_while_the_other_waits_for_its_device(place: str, data_dir:
         runs.start_command([
             "unshare", "--uts", "sh", "-c", f'hostname machine-{rank}; GLOO_SOCKET_IFNAME=lo exec "$@"', "", *launcher,
             "--nnodes", "2", "--node-rank", str(rank), "--master-addr", "127.0.0.1", "--master-port", port,
-            "--nproc-per-node", "1", FAULTY, f"lose_behind_{place}:all:10", *options,
+            "--nproc-per-node", "1", runs.FAULTY, f"lose_behind_{place}:all:10", *options,
         ])
         for rank in (0, 1)
     ]  # fmt: skip

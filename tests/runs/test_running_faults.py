@@ -18,7 +18,6 @@ from cifar_dist.training.checkpoint import all_steps
 from tests.support import runs
 
 pytestmark = [pytest.mark.run, pytest.mark.data, pytest.mark.xdist_group("clock")]
-FAULTY = str(runs.REPOSITORY / "tests/support/faulty.py")
 OPTIONS = (*runs.SMALL, "--train.precision", "fp32", "--train.checkpoint_every_steps", "4", "--train.batch_size", "48",
            "--train.micro_batch_size", "8", "--train.log_every_steps", "2", "--train.max_steps", "24",
            "--run.stall_timeout_s", "5")  # fmt: skip
@@ -36,7 +35,7 @@ def start(fault: str, world_size: int, run_dir: Path, *options: str | Path) -> s
             "--nproc-per-node",
             str(world_size),
         ]
-    return runs.start_command([*command, FAULTY, fault, *OPTIONS, "--run.dir", str(run_dir), *map(str, options)])
+    return runs.start_command([*command, runs.FAULTY, fault, *OPTIONS, "--run.dir", str(run_dir), *map(str, options)])
 
 
 def status(run_dir: Path) -> dict[str, Any]:
@@ -78,7 +77,7 @@ def test_stopped_rank(rank: int, data_dir: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_rank_that_hangs_in_reading(data_dir: Path, tmp_path: Path) -> None:
     """Under torchrun itself, whose store is shared."""
-    command = [*runs.command(2)[:-2], FAULTY, "hang_reading:1:10", *OPTIONS, "--data.dir", str(data_dir)]
+    command = [*runs.command(2)[:-2], runs.FAULTY, "hang_reading:1:10", *OPTIONS, "--data.dir", str(data_dir)]
     process = runs.start_command([*command, "--run.dir", str(tmp_path)])
     message = said(runs.finish(process, expected=1, timeout_s=60))
     assert "stalled: rank 1" in message
@@ -111,7 +110,7 @@ def test_slow_runs_are_not_stalled(data_dir: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_person_in_the_debugger_is_not_interrupted(data_dir: Path, tmp_path: Path) -> None:
-    command = [*runs.ON_ONE_CPU, sys.executable, FAULTY, "debugger:0:10", *OPTIONS, "--run.dir", str(tmp_path)]
+    command = [*runs.ON_ONE_CPU, sys.executable, runs.FAULTY, "debugger:0:10", *OPTIONS, "--run.dir", str(tmp_path)]
     process = subprocess.Popen(
         [*command, "--data.dir", str(data_dir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, cwd=runs.REPOSITORY,

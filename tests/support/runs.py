@@ -19,6 +19,7 @@ from cifar_dist.process import kill_process_tree
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+FAULTY = str(REPOSITORY / "tests/support/faulty.py")
 # The quickstart network at a quarter of its width, and little to score: most tests are not about the score.
 SMALL = (
     "--config", str(REPOSITORY / "configs/quickstart.yaml"), "--model.width", "0.0625", "--data.subset", "1920",

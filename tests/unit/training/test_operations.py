@@ -115,7 +115,7 @@ def test_operations_per_step(batches: dict[int, Batch]) -> None:
 def test_operations_outside_compiled_graphs(
     name: Any, accumulation: int, batches: dict[int, Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU each is one kernel or some; with Muon's stacks as there, and at full width, as buckets depend on it."""
+    """On a GPU each is one kernel or some; with Muon's stacks as there, at full width."""
     operations = Operations(12)
 
     def uncounted(graph: torch.fx.GraphModule, _: Any) -> Any:
