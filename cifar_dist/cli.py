@@ -148,6 +148,8 @@ def validate(config: Config) -> None:
         raise UserError(f"run.name is {c.run.name}; valid: a name without /.")
     if c.run.resume == "auto" and c.run.name is None and c.run.dir is None:
         raise UserError("run.resume is auto, which needs the name of the run: give --run.name NAME or --run.dir PATH.")
+    if c.train.cuda_graphs == "on" and c.train.compile == "off":
+        raise UserError("train.cuda_graphs is on, which needs compiled code. Use train.compile on, or cuda_graphs off.")
     if c.augment.low_resolution_share and model.auxiliary:
         raise UserError(
             "augment.low_resolution_share is above 0, but auxiliary classifiers need images of one size. Use "

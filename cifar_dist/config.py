@@ -116,6 +116,9 @@ class TrainConfig:
     """bf16 and fp16 use autocast. auto: bf16 if the device supports it, else fp16 on GPUs and fp32 on CPUs."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: on for GPUs; off for CPUs, where compiling takes minutes."""
+    cuda_graphs: Literal["on", "off"] = "off"
+    """Start the kernels of a compiled forward or backward pass together. For GPUs that wait for the host between the
+    kernels of small micro-batches. No GPU has run it yet."""
     channels_last: bool = True
     """Keep activations and filters in NHWC memory order."""
     threads: Positive = 1

@@ -22,7 +22,7 @@ from cifar_dist.data.loader import Batch
 from cifar_dist.data.prepare import beton
 from cifar_dist.models.architectures import create_model
 from cifar_dist.training import optim
-from cifar_dist.training.precision import Precision
+from cifar_dist.training.precision import Precision, compile_for_training
 
 TORCHVISION_NCHW, TORCHVISION_NHWC = "torchvision googlenet, NCHW", "torchvision googlenet, channels-last"
 
@@ -56,7 +56,12 @@ class BareStep:
 
 
 def project_step(
-    config: ModelConfig, num: int, precision: Precision, compiled: bool = False, muon: bool = False
+    config: ModelConfig,
+    num: int,
+    precision: Precision,
+    compiled: bool = False,
+    muon: bool = False,
+    cuda_graphs: bool = False,
 ) -> BareStep:
     """A network of this project, channels-last, with SGD, or with Muon for its filters."""
     step = BareStep(create_model(config), num, precision, torch.channels_last)
@@ -64,7 +69,7 @@ def project_step(
     for group in step.optimizer.param_groups:
         group["lr"] = 1e-3
     if compiled:
-        step.network = torch.compile(step.model, dynamic=False)  # type: ignore[assignment]
+        step.network = compile_for_training(step.model, cuda_graphs)
     return step
 
 

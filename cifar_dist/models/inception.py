@@ -1,6 +1,6 @@
 """The Inception module: four branches, with the channels of one row of a table."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -84,7 +84,7 @@ class Inception(nn.Module):
         # Recalibration and evaluation always use the unmerged convolutions, so scores do not depend on merge_1x1.
         if self.merge_1x1 and self.training and not (norm and norm.recalibrating):
             return self._forward_merged(x)
-        return torch.cat([branch(x) for branch in self.children()], dim=1)
+        return _concatenate([branch(x) for branch in self.children()])
 
     def _forward_merged(self, x: Tensor) -> Tensor:
         readers = [] if self.branch1x1 is None else [self.branch1x1]
@@ -93,19 +93,38 @@ class Inception(nn.Module):
         if self._merge_projection:
             pool, projection = self.branch_pool[0], cast(ConvNormAct, self.branch_pool[1])
             raw = _convolve(x, [*readers, projection])
-            raw, projected = raw.split_with_sizes([sum(sizes), projection.conv.out_channels], dim=1)
+            raw, projected = _split(raw, [sum(sizes), projection.conv.out_channels])
             # Layers after a split copy their strided input, forward and backward; one dense copy costs less.
             raw, pooled = raw.clone(), _norm_act(pool(projected.clone()), [projection])
         else:
             raw = _convolve(x, readers)
             pooled = self.branch_pool(x)
-        *first, reduced3x3, reduced5x5 = _norm_act(raw, readers).split_with_sizes(sizes, dim=1)
+        *first, reduced3x3, reduced5x5 = _split(_norm_act(raw, readers), sizes)
         reduced3x3, reduced5x5 = reduced3x3.clone(), reduced5x5.clone()
         for layer in list(self.branch3x3)[1:]:
             reduced3x3 = layer(reduced3x3)
         for layer in list(self.branch5x5)[1:]:
             reduced5x5 = layer(reduced5x5)
-        return torch.cat((*first, reduced3x3, reduced5x5, pooled), dim=1)
+        return _concatenate([*first, reduced3x3, reduced5x5, pooled])
+
+
+def _concatenate(parts: list[Tensor]) -> Tensor:
+    """By channel. The last part decides the memory format, as it is the output of a layer."""
+    if not _is_compiled_channels_last(parts[-1]):
+        return torch.cat(parts, dim=1)
+    return torch.cat([part.permute(0, 2, 3, 1) for part in parts], dim=3).permute(0, 3, 1, 2)
+
+
+def _split(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """The inverse of `_concatenate`: views."""
+    if not _is_compiled_channels_last(x):
+        return list(x.split_with_sizes(sizes, dim=1))
+    return [part.permute(0, 3, 1, 2) for part in x.permute(0, 2, 3, 1).split_with_sizes(sizes, dim=3)]
+
+
+def _is_compiled_channels_last(x: Tensor) -> bool:
+    """Whether to handle `x` as (N, H, W, C). For (N, C, H, W) inductor of torch 2.15 may write planes."""
+    return torch.compiler.is_compiling() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _pool(row: Row, variant: Variant) -> nn.Module:

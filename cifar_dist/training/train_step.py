@@ -21,7 +21,7 @@ from cifar_dist.training import checkpoint, optim
 from cifar_dist.training.exact_sum import ExactSum
 from cifar_dist.training.flat_network import FlatNetwork
 from cifar_dist.training.metrics import Metrics
-from cifar_dist.training.precision import Precision
+from cifar_dist.training.precision import Precision, compile_for_training
 from cifar_dist.training.schedule import LOW_RESOLUTION, Step
 
 _BUILD = Phase("building and compiling the network", limit_s=SLOW_S)
@@ -60,7 +60,9 @@ class TrainStep:
         )
         on_gpu = world.device.type == "cuda"
         self._compiled = config.train.compile == "on" or (config.train.compile == "auto" and on_gpu)
-        self._augment = torch.compile(augment.augment_batch, dynamic=False) if self._compiled else augment.augment_batch
+        self._augment = augment.augment_batch
+        if self._compiled:
+            self._augment = compile_for_training(augment.augment_batch)
         self._keys: tuple[int, Tensor] | None = None  # an epoch, and what augment.epoch_keys gives for it
         self._read_phase = _READ_FIRST
         self._parallel_network: DistributedDataParallel
@@ -80,7 +82,8 @@ class TrainStep:
         self.model.train()
         network: Any = self._network
         if self._compiled:
-            network = torch.compile(network, dynamic=False)  # evaluation uses the uncompiled model
+            # Evaluation uses the uncompiled model.
+            network = compile_for_training(network, cuda_graphs=self.config.train.cuda_graphs == "on")
         self._parallel_network = data_parallel(network)
         self._pass_zeros()
         self._network.share_gradient()

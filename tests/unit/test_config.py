@@ -33,7 +33,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "train": {
         "device": "auto", "epochs": 100, "max_steps": None, "batch_size": 1024, "micro_batch_size": 128,
-        "precision": "auto", "compile": "auto", "channels_last": True, "threads": 1, "exact_sum": "on", "tf32": True,
+        "precision": "auto", "compile": "auto", "cuda_graphs": "off", "channels_last": True, "threads": 1,
+        "exact_sum": "on", "tf32": True,
         "checkpoint_every_steps": 500, "keep_checkpoints": 2, "check_ranks_every_steps": 100, "log_every_steps": 20,
     },
     "optim": {
@@ -64,7 +65,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     },
     "train": {
         "device": "cpu", "epochs": 3, "max_steps": 7, "batch_size": 96, "micro_batch_size": 32, "precision": "fp64",
-        "compile": "off", "channels_last": False, "threads": 3, "exact_sum": "off", "tf32": False,
+        "compile": "on", "cuda_graphs": "on", "channels_last": False, "threads": 3, "exact_sum": "off", "tf32": False,
         "checkpoint_every_steps": 0, "keep_checkpoints": 9,
         "check_ranks_every_steps": 0, "log_every_steps": 1,
     },

@@ -15,47 +15,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from cifar_dist.config import AugmentConfig, Config, EvalConfig, ModelConfig, OptimConfig, TrainConfig
+from cifar_dist.config import Config
 from cifar_dist.data.loader import BetonLoader
-from cifar_dist.data.order import Split
-from cifar_dist.distributed import World
 from cifar_dist.training.precision import Precision
 from cifar_dist.training.train_step import TrainStep
 from cifar_dist.training.trainer import Trainer
 from tests.support.counting import CpuReads, Wait, Waits
-
-ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
-GPU = replace(ALONE, device=torch.device("cuda", 0))
-SAMPLES = Split(train=np.arange(100), validation=np.arange(200, 250))  # 8 steps an epoch
-SMALL = Config(
-    model=ModelConfig(stem="whiten", width=0.0625),
-    train=TrainConfig(
-        batch_size=12, micro_batch_size=12, precision="bf16", compile="off", log_every_steps=5, max_steps=10,
-        checkpoint_every_steps=6,
-    ),
-    eval=EvalConfig(every_epochs=1, batch_size=20, bn_samples=40, tta="none"),
-)  # fmt: skip
-ALL_PARTS = OptimConfig(name="muon", grad_clip=1.0, ema_decay=0.9, norm_scales="fixed")
-CONFIGS = {
-    "muon": SMALL,
-    "sgd, fp16": replace(SMALL, train=replace(SMALL.train, precision="fp16"), optim=OptimConfig(name="sgd")),
-    "sgd, clipping, fp16": replace(
-        SMALL, train=replace(SMALL.train, precision="fp16"), optim=OptimConfig(name="sgd", grad_clip=1.0)
-    ),
-    "all parts": replace(
-        SMALL,
-        model=ModelConfig(stem="pooled", width=0.0625, dropout=0.2, auxiliary=True, merge_1x1="on"),
-        train=replace(SMALL.train, batch_size=24),
-        optim=ALL_PARTS,
-        augment=AugmentConfig(flip="random", cutout=8),
-    ),
-    "inception_v2": replace(SMALL, model=ModelConfig(name="inception_v2", width=0.0625, stem="strided")),
-}
+from tests.support.real_gpu import ALONE, CONFIGS, SAMPLES, SMALL
 
 
 def waits_of(trainer: Trainer) -> list[Wait]:

@@ -126,7 +126,8 @@ def test_operations_outside_compiled_graphs(
         return make_boxed_func(run)
 
     backend = aot_autograd(fw_compiler=uncounted, bw_compiler=uncounted)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
+    counted_only = functools.partial(torch.compile, backend=backend, fullgraph=True, dynamic=False)
+    monkeypatch.setattr("cifar_dist.training.train_step.compile_for_training", lambda f, **_: counted_only(f))
     config = config_of(f"{name} off", "muon", width=1.0, dropout=0.1)
     train = replace(config.train, batch_size=12 * accumulation, compile="on")
     train_step = train_step_of(replace(config, train=train))
