@@ -35,8 +35,8 @@ class Agent(LocalElasticAgent):
             path.unlink()
         pids: dict[int, Any] = super()._start_workers(worker_group)
         context: Any = self._pcontext
-        close, timeout_s = context.close, self._shutdown_timeout
-        # A patch: torch gives workers 30 s to save and upload, and has no option for more.
+        close, timeout_s = context.close, int(os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])  # set by the launcher
+        # A patch: torch gives workers 30 s to save and upload here, whatever its option says; torch 2.11 has no option.
         context.close = lambda death_sig=None, timeout=0: close(death_sig, timeout_s)  # noqa: ARG005
         return pids
 
