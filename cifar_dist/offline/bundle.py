@@ -86,7 +86,7 @@ def make(config: BundleConfig) -> None:
             begun.mkdir()
             copy_code_and_data(begun, tracked)
             log(f"bundle: downloading {len(requirements)} packages for Python {target.python} on {target.machine}")
-            gather_wheels(downloads, requirements, config.ffcv_wheel, target)
+            gather_wheels(downloads, [*requirements, uv_requirement()], config.ffcv_wheel, target)
             downloads.rename(begun / "wheels")
             write_sums(begun / "wheels")
             write_sums(begun)
@@ -168,8 +168,15 @@ def locked_requirements(target: Target, system: Sequence[str]) -> list[str]:
     return lines
 
 
+def uv_requirement() -> str:
+    """The line for the uv at work, which launch/setup uses on the other machine."""
+    version = run(["uv", "--version"], "uv does not run").split()[1]
+    command = ["uv", "pip", "compile", "--quiet", "--no-deps", "--generate-hashes", "--no-header", "--no-annotate", "-"]
+    return run(command, f"uv {version} was not found", f"uv=={version}")
+
+
 def gather_wheels(folder: Path, requirements: Sequence[str], ffcv_wheel: Path, target: Target) -> None:
-    """Fill `folder` with the wheels, uv's and FFCV's among them, TARGET and requirements.txt.
+    """Fill `folder` with the wheels, FFCV's among them, TARGET and requirements.txt.
 
     pip checks the hashes, also of files that are there already, and builds what has no wheel.
 
@@ -177,9 +184,6 @@ def gather_wheels(folder: Path, requirements: Sequence[str], ffcv_wheel: Path, t
         UserError: a package could not be downloaded or built.
     """
     folder.mkdir(exist_ok=True)
-    version = run(["uv", "--version"], "uv does not run").split()[1]
-    command = ["uv", "pip", "compile", "--quiet", "--no-deps", "--generate-hashes", "--no-header", "--no-annotate", "-"]
-    uv = run(command, f"uv {version} was not found", f"uv=={version}")
     pip = ["uv", "tool", "run", "--quiet", "--python", sys.executable, "--with=setuptools==84.2.1"]
     pip += ["--with=wheel==0.48.0", "pip@26.3", "--quiet", "--disable-pip-version-check"]
     download = [*pip, "download", "--no-deps", "--no-build-isolation", "--require-hashes", "--implementation=cp"]
@@ -188,7 +192,7 @@ def gather_wheels(folder: Path, requirements: Sequence[str], ffcv_wheel: Path, t
     platforms = [f"manylinux_2_{minor}" for minor in range(int(target.glibc.removeprefix("2.")), 4, -1)]
     download += [f"--platform={name}_{target.machine}" for name in (*platforms, "manylinux2014")]
     complaint = f"the packages for Python {target.python} on {target.machine} could not be downloaded"
-    run(download, complaint, "\n".join([*requirements, uv]))
+    run(download, complaint, "\n".join(requirements))
     for archive in folder.glob("*.tar.gz"):
         build = [*pip, "wheel", "--no-deps", "--no-build-isolation", f"--wheel-dir={folder}", str(archive)]
         run(build, f"{archive.name} could not be built")

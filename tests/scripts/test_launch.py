@@ -146,7 +146,6 @@ TESTED = {
     "NNODES=2 NODE_RANK=0 MASTER_ADDR=node-a ./launch/multinode --config configs/googlenet.yaml": "test_two_machines_*",
     "MAX_RESTARTS=2 ./launch/node --config configs/googlenet.yaml --run.name mine --run.resume auto": "test_elastic.py",
     "./launch/debug": "test_debug.py",
-    "python -m tests.support.real_gpu waits data/train.beton": "test_device_waits.py, on a GPU",
     "python -m tests.support.real_gpu equal cuda": "test_exact_sum.py; on a CPU where there is no GPU",
     "python -m cifar_dist.compare runs/mine runs/other": "test_compare.py",
     "python -m cifar_dist.train --config configs/quickstart.yaml --run.name mine --run.resume auto": "test_resume.py",
@@ -171,6 +170,11 @@ TESTED = {
     "./launch/rehearse --world-size 8 configs/googlenet.yaml --steps 20": "test_rehearse.py",
     "./launch/bundle": "test_bundle.py, without torch; whole by hand",
     "./launch/bundle --system-torch": "test_bundle.py",
+    "./launch/bundle --lean": "test_versions.py: test_measuring_from_a_lean_bundle",
+    "./launch/measure --lean dist/cifar_dist-lean --part 1": "test_versions.py: test_measuring_from_a_lean_bundle",
+    **dict.fromkeys(
+        (f"./launch/measure --part {part}" for part in range(1, 5)), "test_versions.py, from a lean bundle on a CPU"
+    ),
     "./launch/measure": "test_bundle.py: test_measures_without_network; test_measure.py",
     "./launch/measure --bench none --configs configs/cpu-84.yaml": "test_measure.py",
 }  # fmt: skip

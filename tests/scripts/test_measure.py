@@ -79,6 +79,22 @@ def test_the_speed_presets_need_a_gpu(data_dir: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.data
+def test_a_part_that_takes_too_long_is_repeated(data_dir: Path, tmp_path: Path) -> None:
+    """The run that was going on is stopped by its own signal, so it has saved; what came before is kept."""
+    command = ["env", "NPROC_PER_NODE=1", MEASURE, "--part", "2", "--short", "--data.dir", str(data_dir)]
+    command = [*runs.ON_ONE_CPU, *command]
+    output = runs.finish(runs.start_command([*command, "--seconds", "30"], tmp_path), expected=75)
+    assert re.search(r"^[\w-]+ +not (finished|begun) in 30 s: repeat the command", output, flags=re.M)
+    done = set(re.findall(r"^([\w-]+) +test ", output, flags=re.M))
+    assert "FAILED" not in output
+    output = runs.finish(runs.start_command(command, tmp_path), expected=0)
+    before = set(re.findall(r"^([\w-]+) +test .* before$", output, flags=re.M))
+    assert before == done
+    assert (tmp_path / "results-short/table-2.txt").read_text() in output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -91,6 +107,12 @@ def test_the_speed_presets_need_a_gpu(data_dir: Path, tmp_path: Path) -> None:
         (("--out", "."), "--out is .; valid: a folder with a name."),
         (("--run.name", "mine"), "--run.name is set by launch/measure"),
         (("--train.epochs",), "--train.epochs needs a value"),
+        (("--part", "5"), "--part is 5; valid: 1, 2, 3 or 4."),
+        (("--short",), "--lean, --short and --seconds need --part."),
+        (("--part", "1", "--seconds", "9m"), "--seconds is 9m; valid: whole seconds, 1 or more."),
+        (("--part", "1", "--bench", "all"), "--part decides what is measured"),
+        (("--part=2", "--model.width", "0.5"), "--part decides what is measured"),
+        (("--part", "2", "--lean", "nowhere", "--out", "/tmp"), "there is no folder nowhere; ./launch/bundle --lean"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:

