@@ -94,8 +94,8 @@ def compile_for_training(function: Callable[..., Any], cuda_graphs: bool = False
     # torch 2.15 computes this gradient by atomic additions in float32. Without the entry inductor gathers it, as in
     # torch 2.11: fewer bytes, and sums in a fixed order.
     decomposition.decompositions.pop(torch.ops.aten.max_pool2d_with_indices_backward.default, None)
-    # A result that is used twice is written to memory if it takes more reads than this; torch's default is 4, and batch
-    # norm reads 5 tensors, its backward pass 7. More than 8 gains nothing.
+    # A result that is used twice is written to memory if it takes more reads than this. torch's default is 4; batch
+    # norm reads 5 tensors, its backward pass more. A number above 8 gains nothing.
     options: dict[str, Any] = {"realize_reads_threshold": 8}
     if cuda_graphs:
         options["triton.cudagraphs"] = True

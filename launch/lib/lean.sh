@@ -33,7 +33,7 @@ use_lean() {
     mkdir -p "$dataset"
     [[ ${#pictures[@]} == 0 ]] || ln -sf "${pictures[@]}" "$dataset/"
     PYTHONPATH=$(cd "$here/.." && pwd):$folder${PYTHONPATH:+:$PYTHONPATH}
-    export PYTHONPATH PYTHONDONTWRITEBYTECODE=1
+    export PYTHONPATH
     answer=$("$python" -c 'import torch, torchvision, cv2, numba, scipy, matplotlib, PIL, yaml, psutil, tyro, ffcv.loader' 2>&1) ||
         mistake "$python and $lean do not have all that is needed:" "$(tail -n 1 <<<"$answer")"
 }

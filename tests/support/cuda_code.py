@@ -57,6 +57,8 @@ class Cost(NamedTuple):
     """Read and written, 1e6 bytes: each buffer once per kernel, or the part of it that the kernel reads."""
     planes: list[str]
     """Activations in memory that are not in channels-last order: their shape and strides."""
+    atomic_additions: int
+    """In Triton's kernels; their order, and so their rounding, may differ from run to run."""
     cubins: int
     """Different kernels that Triton compiled for compute capability 9.0."""
 
@@ -235,7 +237,8 @@ def cost_of(scheduler: Any, text: str, cubins: int) -> Cost:
             accesses = {name: min(size, parts[name] or size) for name, size in accesses.items()}
         total += sum(accesses.values())
         counts["library" if library else "kernels"] += bool(accesses)
-    return Cost(counts["kernels"], counts["library"], round(total / BATCH / 1e6, 3), planes(text), cubins)
+    megabytes, atomic = round(total / BATCH / 1e6, 3), text.count("tl.atomic_add(")
+    return Cost(counts["kernels"], counts["library"], megabytes, planes(text), atomic, cubins)
 
 
 def planes(text: str) -> list[str]:

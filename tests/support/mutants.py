@@ -41,6 +41,13 @@ IN_PLACE = (
 RETAINED = "[] if progress.best_step is None else [progress.best_step]"
 
 MUTANTS = (
+    # The code that inductor generates for GPUs.
+    Mutant("results of batch norm written to memory", "training/precision.py", '"realize_reads_threshold": 8',
+           '"realize_reads_threshold": 4', ("test_cuda_code.py::test_each_kind_of_module",)),
+    Mutant("gradient of max-pool by atomic additions", "training/precision.py", "decompositions.pop(",
+           "decompositions.get(", ("test_cuda_code.py::test_each_kind_of_module",)),
+    Mutant("concatenated in NCHW order", "models/inception.py", "return torch.compiler.is_compiling() and ",
+           "return False and ", ("test_cuda_code.py::test_each_kind_of_module",)),
     # Gradients and the loss.
     Mutant("no division by the accumulation steps", "training/flat_network.py", "total / self.num_added,", "total,",
            ("test_train_step.py::test_small_micro_batches_step_like_one_large",)),

@@ -29,7 +29,7 @@ def costs(*words: str) -> list[Cost]:
 
 
 def check(found: list[Cost], ceilings: tuple[float, ...]) -> None:
-    assert [cost.planes for cost in found] == [[] for _ in found]
+    assert [(cost.planes, cost.atomic_additions) for cost in found] == [([], 0) for _ in found]
     sums = tuple(sum(column) for column in list(zip(*found, strict=True))[:3])
     assert all(0.9 * b <= a <= b for a, b in zip(sums, ceilings, strict=True)), sums
 
