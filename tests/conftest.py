@@ -29,7 +29,10 @@ REPOSITORY = Path(__file__).parents[1]
 SESSION = "CIFAR_DIST_TEST_SESSION"
 os.environ.setdefault(SESSION, secrets.token_hex(8))
 # The longest groups start first; otherwise one worker ends long before the other.
-FIRST = ("clock", "test_slurm", "test_elastic", "test_wheel", "test_bundle", "test_world_size", "test_bench")
+FIRST = (
+    "clock", "test_slurm", "test_elastic", "test_wheel", "test_bundle", "test_versions", "test_world_size",
+    "test_cuda_code", "test_bench",
+)  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)
