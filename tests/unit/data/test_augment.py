@@ -192,6 +192,7 @@ def test_reduced_images_are_means_under_triangles(images: Tensor, dtype: torch.d
 def test_traces_into_one_graph(images: Tensor) -> None:
     """torch.compile takes it whole and without a warning, and the kept constants are not mixed up between dtypes."""
     indices = torch.arange(500)
+    torch._dynamo.reset()
     compiled = torch.compile(augment.augment_batch, backend="eager", fullgraph=True, dynamic=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*lru_cache.*")

@@ -126,6 +126,7 @@ def test_operations_outside_compiled_graphs(
         return make_boxed_func(run)
 
     backend = aot_autograd(fw_compiler=uncounted, bw_compiler=uncounted)
+    torch._dynamo.reset()
     counted_only = functools.partial(torch.compile, backend=backend, fullgraph=True, dynamic=False)
     monkeypatch.setattr("cifar_dist.training.train_step.compile_for_training", lambda f, **_: counted_only(f))
     config = config_of(f"{name} off", "muon", width=1.0, dropout=0.1)

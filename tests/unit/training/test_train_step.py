@@ -82,6 +82,7 @@ def test_tracing_for_compilation_changes_nothing(
     """torch.compile with its tracing and its own backward graph, but without minutes of code generation."""
     fp64 = replace(config, model=replace(config.model, dropout=0.0), train=replace(config.train, precision="fp64"))
     eager = train_step_of(fp64)
+    torch._dynamo.reset()  # of what other tests have compiled, as the number of compilations is limited
     traced_only = functools.partial(torch.compile, backend="aot_eager", fullgraph=True, dynamic=False)
     monkeypatch.setattr("cifar_dist.training.train_step.compile_for_training", lambda f, **_: traced_only(f))
     traced = train_step_of(replace(fp64, train=replace(fp64.train, compile="on")))
