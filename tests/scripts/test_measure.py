@@ -50,7 +50,7 @@ def test_an_interrupted_run_is_resumed_although_other_parts_fail(
     assert "train.epochs" in (results / "broken/output.log").read_text()
     assert "torch" in (results / "machine.txt").read_text()
     assert sorted(path.name for path in results.iterdir()) == [
-        "bench.log", "broken", "machine.txt", "quickstart", "table.txt"
+        "bench.log", "broken", "machine.txt", "quickstart", "results.json", "table.txt"
     ]  # fmt: skip
     again = runs.finish(runs.start_command(command, tmp_path), expected=2)
     assert re.search(r"^quickstart +test .* s of training +before$", again, flags=re.M)
