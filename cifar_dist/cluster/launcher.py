@@ -3,7 +3,8 @@
 Takes torchrun's options. torchrun exits with 1 after any failure or signal; this exits with the code of the worker that
 failed (see `errors`), or with 75 after a stop signal. It forwards SIGUSR1, which would kill torchrun and orphan the
 workers, and exits at once at a second Ctrl-C. With --max-restarts it restarts only if that can help (see `restarts`).
-It checks the rendezvous port before torch waits there (see `rendezvous`).
+It checks the rendezvous port before torch waits there (see `rendezvous`). Environment variable
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT replaces --shutdown-timeout.
 """
 
 import os

@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -69,33 +70,21 @@ def main() -> None:
 
 def make(config: BundleConfig) -> None:
     """Make the bundle in folders beside its place, then rename it."""
-    out = config.out.absolute()
     tracked = tracked_files()
-    if os.path.lexists(out):
-        raise UserError(f"{out} exists already. Remove it, or choose another --out.")
-    target = read_target(config)
+    out = config.out.absolute()
+    target = read_target(config.ffcv_wheel, config.python, config.system)
     requirements = locked_requirements(target, config.system)
     key = hashlib.sha256("\n".join([*requirements, str(target), config.ffcv_wheel.name]).encode()).hexdigest()[:12]
     downloads = out.with_name(f".{out.name}.wheels-{key}")
-    begun = out.with_name(f".{out.name}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0):
-            for left in {begun, *out.parent.glob(f".{out.name}.wheels-*")} - {downloads}:
-                shutil.rmtree(left, ignore_errors=True)
-            begun.mkdir()
-            copy_code_and_data(begun, tracked)
-            log(f"bundle: downloading {len(requirements)} packages for Python {target.python} on {target.machine}")
-            gather_wheels(downloads, [*requirements, uv_requirement()], config.ffcv_wheel, target)
-            downloads.rename(begun / "wheels")
-            write_sums(begun / "wheels")
-            write_sums(begun)
-            begun.rename(out)
-            sync_directory(out.parent)
-    except filelock.Timeout:
-        raise UserError(f"another process is making {out} now.") from None
-    except OSError as error:
-        raise UserError(f"the bundle could not be written: {error.strerror} ({error.filename or out}).") from None
+    with complete_or_absent(out) as begun:
+        for left in set(out.parent.glob(f".{out.name}.wheels-*")) - {downloads}:
+            shutil.rmtree(left, ignore_errors=True)
+        copy_code_and_data(begun, tracked)
+        log(f"bundle: downloading {len(requirements)} packages for Python {target.python} on {target.machine}")
+        gather_wheels(downloads, [*requirements, uv_requirement()], config.ffcv_wheel, target)
+        downloads.rename(begun / "wheels")
+        write_sums(begun / "wheels")
+        write_sums(begun)
     size = sum(path.lstat().st_size for path in out.rglob("*")) / 1e6
     system = f", and {target.system.replace(' ', ', ')} installed" if target.system else ""
     log(
@@ -104,6 +93,30 @@ def make(config: BundleConfig) -> None:
         f"Copy the folder to such a machine, e.g. by rsync -a {shlex.quote(str(config.out))} MACHINE: and there:\n"
         f"  cd {shlex.quote(out.name)} && ./launch/measure"
     )
+
+
+@contextmanager
+def complete_or_absent(out: Path) -> Iterator[Path]:
+    """An empty folder to fill, which becomes `out` at the end. An interruption leaves it to the next attempt.
+
+    Raises:
+        UserError: `out` exists, cannot be written, or another process is making it.
+    """
+    if os.path.lexists(out):
+        raise UserError(f"{out} exists already. Remove it, or choose another --out.")
+    begun = out.with_name(f".{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0):
+            shutil.rmtree(begun, ignore_errors=True)
+            begun.mkdir()
+            yield begun
+            begun.rename(out)
+            sync_directory(out.parent)
+    except filelock.Timeout:
+        raise UserError(f"another process is making {out} now.") from None
+    except OSError as error:
+        raise UserError(f"the bundle could not be written: {error.strerror} ({error.filename or out}).") from None
 
 
 def tracked_files() -> list[str]:
@@ -116,13 +129,12 @@ def tracked_files() -> list[str]:
 # What the bundle is for, and the packages in it
 
 
-def read_target(config: BundleConfig) -> Target:
+def read_target(wheel: Path, python: str, system: Sequence[str] = ()) -> Target:
     """Processor and glibc are those in the name of FFCV's wheel.
 
     Raises:
         UserError: the file is no intact wheel of the right FFCV, or does not support the other machine's Python.
     """
-    wheel, python = config.ffcv_wheel, config.python
     advice = "./launch/build-ffcv-wheel makes one."
     if not re.fullmatch(r"3\.\d{1,2}", python):
         raise UserError(f"python is {python}; valid: a version like 3.12.")
@@ -140,7 +152,7 @@ def read_target(config: BundleConfig) -> Target:
         raise UserError(f"{wheel} is damaged ({damage}). {advice}")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     bounds = {canonicalize_name(item.name): str(item) for item in map(Requirement, project["dependencies"])}
-    needs = [bounds.get(canonicalize_name(name), name) for name in config.system]
+    needs = [bounds.get(canonicalize_name(name), name) for name in system]
     return Target(python, found[3], f"2.{found[2]}", " ".join(needs))
 
 

@@ -5,7 +5,6 @@ packages, and CIFAR-10 as lossless pictures. They are written to `.NAME.partial`
 `launch/measure --lean` uses them.
 """
 
-import os
 import shutil
 import signal
 import sys
@@ -13,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
 import numpy as np
 from packaging.requirements import Requirement
 from PIL import Image
@@ -22,8 +20,7 @@ from cifar_dist import cli, errors
 from cifar_dist.data.cifar10 import BETON_FILES
 from cifar_dist.data.prepare import beton, install, sources
 from cifar_dist.errors import UserError
-from cifar_dist.files import sync_directory
-from cifar_dist.offline.bundle import ROOT, BundleConfig, gather_wheels, locked_requirements, log, read_target
+from cifar_dist.offline.bundle import ROOT, complete_or_absent, gather_wheels, locked_requirements, log, read_target
 
 PACKAGES = {"docstring-parser", "filelock", "packaging", "tqdm", "typeguard", "typing-extensions", "tyro"}
 """All in Python, so they are used as unpacked files."""
@@ -45,36 +42,24 @@ def main() -> None:
     """Make the pieces and print the commands for the other machine."""
     description = "Make a bundle in small pieces for a GPU image without network."
     config = cli.parse(LeanConfig, sys.argv[1:], "offline.lean", description=description)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception it makes subprocess.run kill pip
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as in bundle.main
     with errors.exit_on_error():
         make(config)
 
 
 def make(config: LeanConfig) -> None:
+    """Make the pieces in a folder beside their place, then rename it."""
     out = config.out.absolute()
-    if os.path.lexists(out):
-        raise UserError(f"{out} exists already. Remove it, or choose another --out.")
-    target = read_target(BundleConfig(config.ffcv_wheel, python=config.python))
+    target = read_target(config.ffcv_wheel, config.python)
     lines = {Requirement(line.split()[0]).name: line for line in locked_requirements(target, ())}
     if missing := PACKAGES - lines.keys():
         raise UserError(f"uv.lock does not name {', '.join(sorted(missing))}. Restore it: git checkout uv.lock")
-    begun = out.with_name(f".{out.name}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0):
-            shutil.rmtree(begun, ignore_errors=True)
-            begun.mkdir()
-            log(f"bundle: downloading {len(PACKAGES)} packages for Python {target.python}")
-            gather_wheels(begun / "wheels", [lines[name] for name in sorted(PACKAGES)], config.ffcv_wheel, target)
-            write_pictures(begun)
-            num_pieces = distribute([*sorted(begun.glob("wheels/*.whl")), *sorted(begun.glob("*.*"))], begun)
-            shutil.rmtree(begun / "wheels")
-            begun.rename(out)
-            sync_directory(out.parent)
-    except filelock.Timeout:
-        raise UserError(f"another process is making {out} now.") from None
-    except OSError as error:
-        raise UserError(f"the bundle could not be written: {error.strerror} ({error.filename or out}).") from None
+    with complete_or_absent(out) as begun:
+        log(f"bundle: downloading {len(PACKAGES)} packages for Python {target.python}")
+        gather_wheels(begun / "wheels", [lines[name] for name in sorted(PACKAGES)], config.ffcv_wheel, target)
+        write_pictures(begun)
+        num_pieces = distribute([*sorted(begun.glob("wheels/*.whl")), *sorted(begun.glob("*.*"))], begun)
+        shutil.rmtree(begun / "wheels")
     log(
         f"bundle: {out} has {num_pieces} pieces of at most {MAX_PIECE >> 20} MiB\n"
         f"It needs Linux on {target.machine}, Python {target.python}, glibc {target.glibc} or newer, and {HAS}.\n"

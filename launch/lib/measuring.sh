@@ -43,9 +43,10 @@ begins() {
     fi
 }
 
-# measure_bench NAME 'ARGUMENTS OF cifar_dist.bench' [LABEL]
+# measure_bench NAME 'ARGUMENTS OF cifar_dist.bench'
 measure_bench() {
-    local name=$1 label=${3:-bench $2} words
+    local name=$1 label=$1 words
+    [[ -n $part ]] || label+=" $2"  # the user's
     begins "$label" "$out/$name.json" "in $out/$name.json" || return 0
     read -ra words <<<"$2"
     group=-  # signal the whole process group: a benchmark has nothing to save, unlike a run
@@ -128,7 +129,7 @@ measure_part() {
         1)
             measure_check augment augment "$device"
             micro_batch=${micro_batches[*]: -1}
-            measure_bench bench-pooled "step --stem pooled --micro_batch_size $micro_batch$timing" bench-pooled
+            measure_bench bench-pooled "step --stem pooled --micro_batch_size $micro_batch$timing"
             ;;
         2)
             measure_run debug "$here/../configs/debug.yaml" ${all[@]+"${all[@]}"}
@@ -153,8 +154,7 @@ measure_part() {
             ;;
         4)
             for micro_batch in "${micro_batches[@]}"; do
-                measure_bench "bench-cifar-$micro_batch" "step --stem cifar --micro_batch_size $micro_batch$timing" \
-                    "bench-cifar-$micro_batch"
+                measure_bench "bench-cifar-$micro_batch" "step --stem cifar --micro_batch_size $micro_batch$timing"
             done
             measure_check profile-94 profile "$device" --config "$speed94" ${tiny[@]+"${tiny[@]}"}
             measure_check profile-96 profile "$device" --config "$speed96" ${tiny[@]+"${tiny[@]}"}

@@ -19,7 +19,17 @@ from cifar_dist.offline import check_installed
 from cifar_dist.offline.bundle import Target, locked_requirements
 from cifar_dist.training.summary import bundle_commit
 from tests.support import runs
-from tests.support.wheels import LAUNCH, SYSTEM_PATH, environment, made_wheel, other_python, script, stand_in, uv
+from tests.support.wheels import (
+    LAUNCH,
+    SYSTEM_PATH,
+    environment,
+    made_wheel,
+    need_a_checkout,
+    other_python,
+    script,
+    stand_in,
+    uv,
+)  # fmt: skip
 
 pytestmark = [pytest.mark.run, pytest.mark.data]
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -30,11 +40,6 @@ ALONE = (
 )
 TINY = ("--model.width", "0.0625", "--data.subset", "256", "--train.max_steps", "2", "--eval.tta", "none",
         "--eval.bn_samples", "250")  # fmt: skip
-
-
-def need_a_checkout() -> None:
-    if not (runs.REPOSITORY / ".git").exists():
-        pytest.skip("NOT TESTED: launch/bundle (this is no git checkout)")
 
 
 @pytest.fixture(scope="module")

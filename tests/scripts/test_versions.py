@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import runs
-from tests.support.wheels import environment, made_wheel, other_python, script, uv
+from tests.support.wheels import environment, made_wheel, need_a_checkout, other_python, script, uv
 
 pytestmark = [pytest.mark.slow, pytest.mark.run, pytest.mark.data, pytest.mark.timeout(1500)]
 NEWEST = "2026-11-28T00:00:00Z"  # later releases are left out, so that the environments stay as they were tried
@@ -84,8 +84,7 @@ def test_other_versions(name: str, wheel: Path, data_dir: Path, tmp_path: Path) 
 
 
 def test_measuring_from_a_lean_bundle(wheel: Path, tmp_path: Path) -> None:
-    if not (runs.REPOSITORY / ".git").exists():
-        pytest.skip("NOT TESTED: launch/bundle (this is no git checkout)")
+    need_a_checkout()
     script("bundle", "--lean", "--out", tmp_path / "made", "--ffcv-wheel", wheel)
     pieces = sorted((tmp_path / "made").iterdir())
     sizes = [sum(file.stat().st_size for file in piece.iterdir()) for piece in pieces]

@@ -100,6 +100,14 @@ def train(config: Config, path: Path) -> None:
         Trainer(config, train_step, SAMPLES, loader, Path(folder), WaitsAreErrors()).train()
 
 
+def random_batch(num: int, device: torch.device) -> Batch:
+    """The same images, labels and indices on every device."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (num, 32, 32, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
+    labels, indices = torch.randint(0, 10, (num,), generator=generator), torch.arange(num)
+    return Batch(*(x.to(device) for x in (images, labels, indices)))
+
+
 def digest_of_rank(rank: int, size: int, device_type: str, store: str) -> str:
     """SHA-256 of the parameters after some steps on random images, as rank `rank` of `size` on one device, by gloo."""
     torch.set_num_threads(1)
@@ -110,17 +118,12 @@ def digest_of_rank(rank: int, size: int, device_type: str, store: str) -> str:
     set_backends(EQUAL.train, True, device)
     train_step = TrainStep(EQUAL, world, Precision("bf16", device_type))
     train_step.prepare()
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (NUM_STEPS * BATCH_SIZE, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    labels = torch.randint(0, 10, (len(images),), generator=generator)
+    all_steps = random_batch(NUM_STEPS * BATCH_SIZE, device)
     metrics, per_rank, size_of_micro_batch = Metrics(world), BATCH_SIZE // size, EQUAL.train.micro_batch_size
     for number in range(NUM_STEPS):
         first = number * BATCH_SIZE + rank * per_rank
-        parts = [
-            torch.arange(start, start + size_of_micro_batch)
-            for start in range(first, first + per_rank, size_of_micro_batch)
-        ]
-        batches = [Batch(*(x.to(device) for x in (images[p].permute(0, 3, 1, 2), labels[p], p))) for p in parts]
+        parts = [slice(k, k + size_of_micro_batch) for k in range(first, first + per_rank, size_of_micro_batch)]
+        batches = [Batch(all_steps.images[p], all_steps.labels[p], all_steps.indices[p]) for p in parts]
         train_step.run(Step(number, 1.0), iter([(0, batch) for batch in batches]), metrics)
     digest = sha256_of_parameters(train_step.model)
     if size > 1:
@@ -137,30 +140,20 @@ def digests(size: int, device_type: str) -> set[str]:
         return {job.result() for job in jobs}
 
 
-def random_batch(num: int, device: torch.device, seed: int = 0) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (num, 32, 32, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
-    labels, indices = torch.randint(0, 10, (num,), generator=generator), torch.arange(num)
-    return Batch(*(x.to(device) for x in (images, labels, indices)))
-
-
 def compare_augmentation(device: torch.device) -> None:
     """Random words and receipts are equal; pixels differ from float64 on a CPU by rounding.
 
     Raises:
         AssertionError: they differ by more.
     """
-    config, batch, cpu = AugmentConfig(), random_batch(5_000, device), torch.device("cpu")
-    on_cpu = Batch(*(x.to(cpu) for x in (batch.images, batch.labels, batch.indices)))
+    config, batch, on_cpu = AugmentConfig(), random_batch(5_000, device), random_batch(5_000, ALONE.device)
+    functions = {"eager": augment.augment_batch, "compiled": compile_for_training(augment.augment_batch)}
     keys = augment.epoch_keys(1, 3)
     words = augment.random_words(on_cpu.indices, keys[:4].view(2, 2))
     assert torch.equal(augment.random_words(batch.indices, keys[:4].view(2, 2).to(device)).cpu(), words)
     for size in (None, 24):
         exact, receipt = augment.augment_batch(on_cpu.images, on_cpu.indices, keys, config, torch.float64, size)
-        for name, function in (
-            ("eager", augment.augment_batch),
-            ("compiled", compile_for_training(augment.augment_batch)),
-        ):
+        for name, function in functions.items():
             images, found = function(batch.images, batch.indices, keys.to(device), config, torch.float32, size)
             error = (images.cpu().double() - exact).abs().max().item()
             print(f"{name}, {size or 32} pixels: largest difference {error:.1e}")

