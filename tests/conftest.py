@@ -27,7 +27,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 REPOSITORY = Path(__file__).parents[1]
 # Every process that a test starts inherits it, so that those left at the end are found.
 SESSION = "CIFAR_DIST_TEST_SESSION"
-os.environ.setdefault(SESSION, secrets.token_hex(8))
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ[SESSION] = secrets.token_hex(8)
 # The longest groups start first; otherwise one worker ends long before the other.
 FIRST = (
     "clock", "test_slurm", "test_elastic", "test_wheel", "test_bundle", "test_versions", "test_world_size",

@@ -54,6 +54,10 @@ class Heartbeat:
                 return "suspended" if status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP) else "running"
         return "ended"
 
+    def has_ended(self) -> bool:
+        """Whether the process is known to have ended without leaving the run."""
+        return self.number > 0 and not self.finished and self.process_state() == "ended"
+
     def kill(self) -> None:
         """Kill the process if it is on this node."""
         if self.process_state() in ("running", "suspended"):
@@ -114,7 +118,10 @@ class HeartbeatThread(threading.Thread):
         self._wake.set()
 
     def find_lost_ranks(self) -> list[int] | None:
-        """Wait 3 s, or until there is a notice. The ranks without a new heartbeat; None if the store is lost."""
+        """The ranks whose processes have ended; if those are not of this node, the ranks without a heartbeat for 3 s.
+
+        Waits no longer than until there is a notice. None if the store is lost.
+        """
         self._read_every, before = 1, dict[int, Heartbeat]()
         rounds, deadline = self.rounds, time.monotonic() + _LOST_S
         while self.notice is None and self.is_alive() and time.monotonic() < deadline:
@@ -122,6 +129,8 @@ class HeartbeatThread(threading.Thread):
                 self._wake.set()
             elif not before:
                 before = dict(self.seen)  # with all heartbeats that were sent before the connection was lost
+            elif ended := [rank for rank, heartbeat in self.seen.items() if heartbeat.has_ended()]:
+                return ended
             time.sleep(0.1)
         if not self.is_alive() or not before:
             return None

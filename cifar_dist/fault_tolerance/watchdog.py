@@ -33,7 +33,7 @@ _LOST_PEER_ERRORS = (
 _NOTIFY_S = 4.0  # for all ranks to receive a failure notice: some heartbeats
 # For the training thread to end by itself after an error of another rank. Usually a failed collective raises one, but a
 # thread that waits for a GPU, on which the collective never ends, does not notice.
-_GRACE_S = 6.0  # after a failure notice
+_GRACE_S = 4.0  # after a failure notice
 _LOST_GRACE_S = 2.0  # after a rank was lost, of which there is no notice
 _SAVE_GRACE_S = 20.0  # in both cases, in phases that may take long, such as a save
 _EXIT_DELAY_S = 2.0  # between message and exit: torchrun kills all ranks once one has exited
@@ -173,8 +173,7 @@ class Watchdog(threading.Thread):
         error = self._connection_error()
         if error is not None:
             return _reason(error)
-        running = [heartbeat for heartbeat in self._seen.values() if heartbeat.number and not heartbeat.finished]
-        return "its process has ended" if any(h.process_state() == "ended" for h in running) else ""
+        return "its process has ended" if any(heartbeat.has_ended() for heartbeat in self._seen.values()) else ""
 
     def _abort_without(self, detail: str) -> None:
         """End this process because a rank was lost, and tell the others."""
