@@ -6,7 +6,6 @@ to tyro as if they had been typed, so that one set of types and messages serves 
 
 import argparse
 import difflib
-import os
 import shlex
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import tyro
 import yaml
 
+from cifar_dist import environment
 from cifar_dist.config import NUM_TRAIN, NUM_VALIDATION, Config, Range, to_yaml
 from cifar_dist.errors import UserError, explain_os_error, is_main_process, wait_for_main_process
 from cifar_dist.files import write_json
@@ -59,9 +59,9 @@ def load_config(args: Sequence[str], command: str = "train", description: str = 
     text = f"{description} --config FILE reads a YAML file first; --print-config prints the result and exits."
     config = parse(Config, rest, command, base, text)
     validate(config)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = environment.number("WORLD_SIZE", 1, least=1)
     accumulation_steps(config.train.batch_size, config.train.micro_batch_size, world_size)
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and config.run.resume != "auto":
+    if environment.number("TORCHELASTIC_MAX_RESTARTS", 0) and config.run.resume != "auto":
         raise UserError(
             f"run.resume is {config.run.resume}, but restarted processes resume from the last checkpoint. "
             f"Give --run.resume auto, or MAX_RESTARTS=0 (of torchrun: --max-restarts 0)."

@@ -21,7 +21,9 @@ from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[att
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from cifar_dist import environment
 from cifar_dist.errors import KINDS, PeerError, UserError
+from cifar_dist.network import interface_of, loopback, own_address
 from cifar_dist.phase import waiting
 
 TIMEOUT_S = 600  # of a collective; the watchdog (fault_tolerance.watchdog) reports a stalled rank before that
@@ -56,28 +58,28 @@ def init_distributed(device: str, threads: int | None = None) -> Iterator[World]
     Without torchrun the world has one process and no process group.
 
     Args:
-        threads: of torch, on CPUs; None: the processors of this process, divided by the number of ranks on the node.
+        threads: of torch, on CPUs; None: see `environment.num_threads`.
 
     Raises:
-        UserError: the device does not exist.
+        UserError: the device or the loopback interface does not exist, or a variable of torchrun holds no number.
         PeerError: the process group could not be formed.
     """
-    env = os.environ
-    size, local_size = int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_WORLD_SIZE", 1))
-    local_rank = int(env.get("LOCAL_RANK", 0))
+    number = environment.number
+    size, local_size = number("WORLD_SIZE", 1, least=1), number("LOCAL_WORLD_SIZE", 1, least=1)
+    rank, local_rank, num_nodes = number("RANK", 0), number("LOCAL_RANK", 0), number("GROUP_WORLD_SIZE", 1, least=1)
     try:
         found = _device(device, local_rank, local_size)
     except UserError as error:
         error.printed_elsewhere = local_rank > 0  # printed once per node
         raise
-    world = World(int(env.get("RANK", 0)), size, local_rank, local_size, found, int(env.get("GROUP_WORLD_SIZE", 1)))
-    processors = max(1, len(os.sched_getaffinity(0)) // local_size)
+    world = World(rank, size, local_rank, local_size, found, num_nodes)
+    processors = max(1, environment.num_processors() // local_size)
     # Otherwise inductor starts up to 32 compiling processes for each rank.
-    env.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, processors)))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, processors)))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     else:
-        torch.set_num_threads(threads or processors)
+        torch.set_num_threads(threads or environment.num_threads(local_size))
     if size > 1:
         world = replace(world, store=_init_process_group(world))
     yield world
@@ -86,9 +88,19 @@ def init_distributed(device: str, threads: int | None = None) -> Iterator[World]
         dist.destroy_process_group()
 
 
+def _choose_interface(world: World) -> None:
+    """Tell gloo its network interface; otherwise it resolves the name of this host, which may be slow or wrong."""
+    target = loopback() if world.size == world.local_size else os.environ.get("MASTER_ADDR", "")
+    address = own_address(target)
+    interface = interface_of(address) if address else None
+    if interface is not None and not os.environ.get("GLOO_SOCKET_IFNAME"):
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
 def _init_process_group(world: World) -> Store:
     on_gpu, timeout = world.device.type == "cuda", timedelta(seconds=TIMEOUT_S)
     store: Store
+    _choose_interface(world)
     try:
         store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
         dist.init_process_group(

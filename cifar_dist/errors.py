@@ -82,6 +82,11 @@ class StopError(BaseException):
 KINDS: tuple[type[UserError], ...] = (UserError, *UserError.__subclasses__())
 
 
+def one_line(error: object, limit: int = 300) -> str:
+    """The text of an error without line breaks, cut to `limit` characters; its type if it has no text."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 @contextmanager
 def explain_os_error(what: str, advice: str = "") -> Iterator[None]:
     """Convert an OSError inside to a `UserError`: `what`, the system's reason, and `advice`."""
@@ -145,7 +150,7 @@ def report(error: BaseException, on_all_ranks: bool = False) -> int:
 
 def _exit_within(seconds: float, code: int) -> None:
     """If this process is one of several: end it after `seconds`, whatever it may wait for, such as for its GPU."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if (os.environ.get("WORLD_SIZE") or "1") != "1":
         timer = threading.Timer(seconds, os._exit, [code])
         timer.daemon = True
         timer.start()
@@ -165,7 +170,7 @@ def write_exit_code(code: int) -> None:
     folder = os.environ.get(EXIT_CODES)
     if folder:
         with suppress(OSError):
-            Path(folder, os.environ.get("RANK", "0")).write_text(str(code))
+            Path(folder, os.environ.get("RANK") or "0").write_text(str(code))
 
 
 def wait_for_main_process(seconds: float) -> None:
@@ -175,4 +180,4 @@ def wait_for_main_process(seconds: float) -> None:
 
 def is_main_process() -> bool:
     """Whether this process is rank 0, or was started without torchrun."""
-    return os.environ.get("RANK", "0") == "0"
+    return (os.environ.get("RANK") or "0") == "0"

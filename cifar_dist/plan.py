@@ -17,6 +17,7 @@ import tyro
 from cifar_dist import cli, errors
 from cifar_dist.config import Config, Positive, Range
 from cifar_dist.errors import UserError
+from cifar_dist.process import run_and_exit
 
 
 @dataclass(frozen=True)
@@ -99,4 +100,4 @@ def time_limit_seconds(text: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main)

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from cifar_dist import cli, errors
+from cifar_dist.process import run_and_exit
 
 
 @dataclass(frozen=True)
@@ -39,4 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main, needs_output=False)

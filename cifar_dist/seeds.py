@@ -11,6 +11,7 @@ import tyro
 
 from cifar_dist import cli, errors
 from cifar_dist.errors import UserError
+from cifar_dist.process import run_and_exit
 from cifar_dist.reports import finished_runs, seeds
 
 
@@ -40,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main)

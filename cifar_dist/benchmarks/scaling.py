@@ -29,6 +29,7 @@ from cifar_dist.benchmarks.measure import Case, Row, Table, interleaved, torch_a
 from cifar_dist.benchmarks.settings import BenchConfig
 from cifar_dist.config import Config, ModelConfig, TrainConfig
 from cifar_dist.distributed import World, data_parallel
+from cifar_dist.environment import num_processors
 from cifar_dist.errors import UserError
 from cifar_dist.training.metrics import Metrics
 from cifar_dist.training.precision import Precision
@@ -80,7 +81,7 @@ def measure(config: BenchConfig) -> list[Table]:
         UserError: a rank failed.
     """
     on_gpu, num = config.device == "cuda", config.micro_batch_size[0]
-    num_devices = torch.cuda.device_count() if on_gpu else min(len(os.sched_getaffinity(0)), 8)
+    num_devices = torch.cuda.device_count() if on_gpu else min(num_processors(), 8)
     rendezvous: Any = {"run_id": "bench", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
     launch = LaunchConfig(1, 1, num_devices, max_restarts=0, **rendezvous)
     try:
@@ -193,5 +194,5 @@ def _on_ranks(size: int, world: World, work: Callable[[], object]) -> None:
     """Do `work` on the first `size` ranks, which share the processors; the other ranks do nothing."""
     if world.rank < size:
         if world.device.type == "cpu":
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
+            torch.set_num_threads(max(1, num_processors() // size))
         work()

@@ -1,10 +1,10 @@
 """torchrun with meaningful exit codes: `python -m cifar_dist.cluster.launcher OPTIONS -m cifar_dist.train ...`.
 
 Takes torchrun's options. torchrun exits with 1 after any failure or signal; this exits with the code of the worker that
-failed (see `errors`), or with 75 after a stop signal. It forwards SIGUSR1, which would kill torchrun and orphan the
-workers, and exits at once at a second Ctrl-C. With --max-restarts it restarts only if that can help (see `restarts`).
-It checks the rendezvous port before torch waits there (see `rendezvous`). Environment variable
-TORCH_ELASTIC_SHUTDOWN_TIMEOUT replaces --shutdown-timeout.
+failed (see `errors`), or with 75 after a stop signal if the workers have saved. It forwards SIGUSR1, which would kill
+torchrun and orphan the workers, ignores a hangup under nohup, and exits at once at a second Ctrl-C. With --max-restarts
+it restarts only if that can help (see `restarts`). It checks the rendezvous port before torch waits there (see
+`rendezvous`). Environment variable TORCH_ELASTIC_SHUTDOWN_TIMEOUT replaces --shutdown-timeout.
 """
 
 import os
@@ -17,21 +17,24 @@ import time
 from argparse import Namespace
 from types import FrameType
 
+from cifar_dist import environment, network
 from cifar_dist.cluster import rendezvous
 from cifar_dist.errors import EXIT_CODES, PeerError, StopError, exit_on_error
 from cifar_dist.fault_tolerance import signals
-from cifar_dist.process import STOP_SIGNALS, kill_process_tree, quick_imports, run_and_exit
+from cifar_dist.process import LAUNCHER, handled_signals, kill_process_tree, quick_imports, run_and_exit, write_stderr
+
+SHUTDOWN_S = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 
 
 def main() -> None:
     """Run torchrun in this process and exit with the code of its workers."""
     with tempfile.TemporaryDirectory(prefix="cifar_dist-", ignore_cleanup_errors=True) as folder, exit_on_error():
         signals.install_handlers()  # before torchrun starts, a signal ends this process
-        os.environ |= {EXIT_CODES: folder, signals.LAUNCHER: str(os.getpid())}
+        os.environ |= {EXIT_CODES: folder, LAUNCHER: str(os.getpid())}
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers set their own; otherwise torchrun warns
         os.environ.setdefault("LOGLEVEL", "ERROR")  # otherwise torchrun logs each process that it stops
         # torchrun kills workers after this time. Saving a checkpoint takes a second, closing W&B up to 30.
-        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "60")
+        os.environ[SHUTDOWN_S] = str(environment.number(SHUTDOWN_S, 60, least=1))
         # A shared store keeps a key of the first start, on which a restart waits forever.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         # Otherwise torch's C++ prints pages of stack addresses for a lost process.
@@ -40,8 +43,8 @@ def main() -> None:
         with signals.deferred(), quick_imports():  # importing torch swallows exceptions
             from torch.distributed import run
 
-            # Other signals are handled here: a second one would abort torchrun's shutdown.
-            words = ["--signals-to-handle", "SIGHUP,SIGQUIT", *sys.argv[1:]]
+            # Signals are handled here, as a second one would abort torchrun's shutdown. Nothing sends SIGSTKFLT.
+            words = ["--signals-to-handle", "SIGSTKFLT", *sys.argv[1:]]
             options: Namespace = run.parse_args(words)  # type: ignore[no-untyped-call]
         os.environ["TORCH_CPP_LOG_LEVEL"] = level or "ERROR"  # for the workers
         _check_rendezvous(options)
@@ -51,14 +54,26 @@ def main() -> None:
 
 
 def _check_rendezvous(options: Namespace) -> None:
-    """Check the port where the nodes meet, unless torch chooses one itself."""
+    """Check the port where the nodes meet, unless torch chooses one itself.
+
+    Then set what torch would otherwise ask the name service: this node's address, and whether it hosts the rendezvous.
+    """
     from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
     static = options.rdzv_backend == "static"
     endpoint = options.rdzv_endpoint or (f"{options.master_addr}:{options.master_port or 0}" if static else "")
     address, port = parse_rendezvous_endpoint(endpoint, default_port=0)
+    own = options.local_addr
     if port and not options.standalone and options.rdzv_backend in ("static", "c10d"):
-        rendezvous.check(address, port, opens=static and options.node_rank == 0)
+        local = rendezvous.check(address, port, opens=static and options.node_rank == 0)
+        own = own or network.own_address(address)
+        if not static and local:
+            options.rdzv_endpoint = f"localhost:{port}"
+        elif not static:
+            options.rdzv_conf = ",".join(filter(None, (options.rdzv_conf, "is_host=0")))
+    elif options.standalone or options.nnodes in ("1", "1:1"):
+        own = own or network.loopback()
+    options.local_addr = own
 
 
 class _Stop:
@@ -73,7 +88,7 @@ class _Stop:
         if self.at is None:
             self.at = time.monotonic()
             if number == signal.SIGINT:
-                os.write(2, b"\nstopping after this step; Ctrl-C again exits at once\n")
+                write_stderr("\nstopping after this step; Ctrl-C again exits at once")
                 number = signal.SIGTERM  # a worker without handlers yet would print a traceback for SIGINT
             raise SignalException(f"received {signal.Signals(number).name}", signal.Signals(number))
         if number == signal.SIGINT and time.monotonic() - self.at > signals.SAME_KEYSTROKE_S:
@@ -89,11 +104,12 @@ def _torchrun(options: Namespace) -> int:
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher import api
 
-    from cifar_dist.cluster.restarts import Agent, failure_code, written_codes
+    from cifar_dist.cluster.restarts import Agent, failure_code, num_killed, written_codes
 
     api.LocalElasticAgent = Agent  # type: ignore[attr-defined]  # a patch, because torchrun has no option for it
+    socket.getfqdn = lambda name="": name or socket.gethostname()  # a patch: torch asks the name service, for its logs
     stop = _Stop()
-    for number in STOP_SIGNALS:
+    for number in handled_signals():
         signal.signal(number, stop)
     try:
         signals.raise_if_requested()
@@ -101,7 +117,13 @@ def _torchrun(options: Namespace) -> int:
         return 0
     except ChildFailedError as error:
         return failure_code([failure.exitcode for failure in error.failures.values()], written_codes())
-    except SignalException:
+    except SignalException as error:
+        if killed := num_killed():
+            after = f"within {os.environ[SHUTDOWN_S]} s after {error.sigval.name}"
+            raise PeerError(
+                f"{killed} of the processes on {socket.gethostname()} did not stop {after} and were killed.\n"
+                f"Their last checkpoint stays; resume with --run.resume auto."
+            ) from None
         codes = written_codes()  # code 6 (lost a peer) does not count: that peer had stopped before
         return 0 if codes == {0} else failure_code([], codes - {PeerError.exit_code}) or StopError.exit_code
     except Exception as error:
@@ -131,4 +153,4 @@ def _rendezvous_failed(endpoint: str, error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    run_and_exit(main)
+    run_and_exit(main, needs_output=False)

@@ -5,7 +5,6 @@ If another program uses the port, torch notices late or never, and prints a trac
 
 import errno
 import itertools
-import os
 import socket
 import sys
 import threading
@@ -13,13 +12,18 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 
+from cifar_dist import environment
 from cifar_dist.errors import PeerError, UserError
+from cifar_dist.network import is_local
 
 _CONNECT_S, _ANSWER_S = 3.0, 8.0
+_NAME_SERVICE_S, _NO_ANSWER_S = 5.0, 60.0
 
 
-def check(address: str, port: int, opens: bool) -> None:
+def check(address: str, port: int, opens: bool) -> bool:
     """Refuse a port that another program uses. Wait for the node that opens the port, unless this process does.
+
+    Returns whether `address` is one of this node.
 
     Args:
         opens: this process opens the port; otherwise any process on the node with that address may.
@@ -29,15 +33,7 @@ def check(address: str, port: int, opens: bool) -> None:
         PeerError: nothing answered within MEET_TIMEOUT_S.
     """
     here = socket.gethostname()
-    try:
-        found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"MASTER_ADDR {address} cannot be resolved on {here}: {reason}.\n"
-            f"Give the name or IP address of a node of the run that all other nodes reach."
-        ) from None
-    local = any(_is_here(family, where[0]) for family, _, _, _, where in found)
+    local = any(is_local(found) for found in _resolve(address, here))
     if opens:
         in_use = is_port_in_use(port)
     elif local:  # a process of this node opens the port, maybe this one
@@ -55,6 +51,34 @@ def check(address: str, port: int, opens: bool) -> None:
     if opens and not local:  # only a warning: the network may translate addresses
         text = f"MASTER_ADDR {address} is not an address of this node, {here}, although its NODE_RANK is 0."
         print(f"warning: {text}", file=sys.stderr, flush=True)
+    return local
+
+
+def _resolve(address: str, here: str) -> list[str]:
+    """The IP addresses of the name `address`."""
+    answer: list[list[str] | Exception] = []
+
+    def ask() -> None:
+        try:
+            found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
+            answer.append([str(place[0]) for *_, place in found])
+        except (OSError, UnicodeError) as error:
+            answer.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_NAME_SERVICE_S)
+    if not answer:
+        text = f"waiting up to {_NO_ANSWER_S:.0f} s for the name service of {here} to find MASTER_ADDR {address}"
+        print(text, file=sys.stderr, flush=True)
+        thread.join(_NO_ANSWER_S)
+    found = answer[0] if answer else TimeoutError("no answer")
+    if isinstance(found, Exception):
+        raise UserError(
+            f"MASTER_ADDR {address} cannot be resolved on {here}: {getattr(found, 'strerror', None) or found}.\n"
+            f"Give the name or IP address of a node of the run that all other nodes reach."
+        )
+    return found
 
 
 def is_port_in_use(port: int) -> bool:
@@ -70,16 +94,9 @@ def is_port_in_use(port: int) -> bool:
     return False
 
 
-def _is_here(family: int, address: str | int) -> bool:
-    with suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.bind((address, 0))
-        return True
-    return False
-
-
 def _wait(address: str, port: int) -> None:
     """Wait until a program listens there."""
-    limit_s = int(os.environ.get("MEET_TIMEOUT_S") or 300)  # launch/multinode has checked it
+    limit_s = environment.number("MEET_TIMEOUT_S", 300, least=1)
     started = time.monotonic()
     for attempt in itertools.count():
         with suppress(OSError):

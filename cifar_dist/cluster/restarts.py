@@ -23,6 +23,8 @@ _RESTARTABLE = (PeerError.exit_code, 1)
 class Agent(LocalElasticAgent):
     """Overrides methods that torch documents as extension points."""
 
+    context: Any = None  # torch's, of the processes that were started last
+
     def run(self, role: str = DEFAULT_ROLE) -> RunResult:
         result: RunResult | None = super().run(role)
         if result is None:  # torch itself does not expect it
@@ -35,6 +37,7 @@ class Agent(LocalElasticAgent):
             path.unlink()
         pids: dict[int, Any] = super()._start_workers(worker_group)
         context: Any = self._pcontext
+        Agent.context = context
         close, timeout_s = context.close, int(os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])  # set by the launcher
         # A patch: torch gives workers 30 s to save and upload here, whatever its option says; torch 2.11 has no option.
         context.close = lambda death_sig=None, timeout=0: close(death_sig, timeout_s)  # noqa: ARG005
@@ -75,6 +78,13 @@ def failure_code(failures: Collection[int], written: set[int]) -> int:
     others = [kind.exit_code for kind in ((PeerError, StopError) if lost else (StopError, PeerError))]
     errors = [code for code in found if code not in (0, *others)]
     return next(iter([*errors, *(code for code in others if code in found)]), 0)
+
+
+def num_killed() -> int:
+    """How many workers were killed before they wrote an exit code: by torchrun, which waits only so long for them."""
+    workers = () if Agent.context is None else Agent.context.subprocess_handlers.values()
+    killed: int = sum(worker.proc.returncode == -signal.SIGKILL for worker in workers)
+    return min(killed, len(workers) - len(list(Path(os.environ[EXIT_CODES]).iterdir())))
 
 
 def written_codes() -> set[int]:

@@ -18,6 +18,7 @@ from cifar_dist import cli
 from cifar_dist.cluster.slurm_job import Job, first_address, free_port, processes_per_node
 from cifar_dist.config import Config
 from cifar_dist.errors import DivergedError, PeerError, StopError, UserError, exit_on_error
+from cifar_dist.process import run_and_exit
 from cifar_dist.reports import seeds
 
 MULTINODE = Path(__file__).parents[2] / "launch/multinode"
@@ -154,4 +155,4 @@ def _evaluate(job: Job, arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main, needs_output=False)

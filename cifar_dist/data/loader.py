@@ -11,7 +11,8 @@ import itertools
 import os
 import queue
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -23,10 +24,25 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cifar_dist.errors import DataError, UserError
+from cifar_dist.errors import DataError, UserError, one_line
 
 _POLL_S = 1.0
 _END_S = 1.0
+
+
+@contextmanager
+def _explain_numba(num_workers: int) -> Iterator[None]:
+    """Name numba's own environment variables in its errors about threads."""
+    try:
+        yield
+    except ValueError as error:
+        given = " ".join(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
+        raise UserError(
+            f"data.num_workers is {num_workers}, but numba cannot start these threads: {one_line(error)}\n"
+            f"It was told so by environment variables: {given}. Change or unset them."
+        ) from None
+
+
 # All patches of numba and FFCV:
 # - Importing FFCV compiles a typed dictionary for a table of two constants (3 s). Only Python code reads that table, so
 #   a plain dictionary does.
@@ -35,13 +51,14 @@ _END_S = 1.0
 _threads, _typed_dict = torch.get_num_threads(), numba.typed.Dict
 numba.typed.Dict = dict
 try:
-    from ffcv.fields.basics import IntDecoder
-    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-    from ffcv.loader import Loader
-    from ffcv.loader.epoch_iterator import EpochIterator
-    from ffcv.memory_managers import OSCacheManager
-    from ffcv.reader import Reader
-    from ffcv.transforms import ToDevice, ToTensor, ToTorchImage
+    with _explain_numba(1):
+        from ffcv.fields.basics import IntDecoder
+        from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+        from ffcv.loader import Loader
+        from ffcv.loader.epoch_iterator import EpochIterator
+        from ffcv.memory_managers import OSCacheManager
+        from ffcv.reader import Reader
+        from ffcv.transforms import ToDevice, ToTensor, ToTorchImage
 finally:
     numba.typed.Dict = _typed_dict
     torch.set_num_threads(_threads)
@@ -155,13 +172,15 @@ class BetonLoader:
         num_workers: decoding threads, at most the processors that this process may use.
 
     Raises:
-        UserError: more workers than processors.
+        UserError: more workers than processors, or than numba's own environment variables allow.
     """
 
     def __init__(self, path: Path, device: torch.device, num_workers: int = 1) -> None:
         available = len(os.sched_getaffinity(0))
         if num_workers > available:
             raise UserError(f"data.num_workers is {num_workers}; this process may use {available} processors.")
+        with _explain_numba(num_workers):
+            numba.set_num_threads(num_workers)
         threads = torch.get_num_threads()
         move = [ToDevice(device, non_blocking=True)] if device.type == "cuda" else []
         self._loader = Loader(

@@ -18,9 +18,11 @@ from urllib.parse import unquote
 
 from filelock import SoftFileLease, Timeout
 
+from cifar_dist import environment
 from cifar_dist.errors import RunInUseError, write_exit_code
 from cifar_dist.fault_tolerance import signals
 from cifar_dist.files import read_json, write_json
+from cifar_dist.process import write_stderr
 
 LOCK, JOB, REQUEST = ".lock", ".lock.job", ".lock.request"
 LEASE_S = 20.0  # ten refreshes; a file server may delay one by some seconds
@@ -104,14 +106,14 @@ class RunLock:
             if stop_since is None:
                 stop_since = time.monotonic()
                 if successor:
-                    os.write(2, f"\nasked by {successor} to release the run directory; stopping\n".encode())
+                    write_stderr(f"\nasked by {successor} to release the run directory; stopping")
             signals.request()  # repeated, since it has no effect before the first step
             if time.monotonic() - stop_since > EXIT_S:
                 # The main thread may hang in a collective, and must not write after the lease is lost.
                 text = (
                     "error: the run did not stop in time after losing its directory or a request to release it; killed."
                 )
-                os.write(2, f"{text} Resume with --run.resume auto.\n".encode())
+                write_stderr(f"{text} Resume with --run.resume auto.")
                 write_exit_code(RunInUseError.exit_code)
                 os._exit(RunInUseError.exit_code)
 
@@ -204,4 +206,4 @@ def owner(directory: Path) -> Owner | None:
 
 def slurm_job() -> tuple[str | None, int]:
     """The id of this Slurm job, and how often it was requeued."""
-    return os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return os.environ.get("SLURM_JOB_ID") or None, environment.number("SLURM_RESTART_COUNT", 0)

@@ -1,4 +1,4 @@
-"""Stop signals: SIGUSR1 (Slurm, slurm/train.sh), SIGTERM and Ctrl-C.
+"""Stop signals: SIGUSR1 (Slurm, slurm/train.sh), SIGTERM, SIGHUP (a closed terminal), SIGQUIT and Ctrl-C.
 
 Before the first step there is nothing to save, and a signal raises StopError. Inside `deferred()` it sets a flag that
 the training loop checks after every step. After an error it is ignored. This module does not import torch, so that the
@@ -16,11 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from cifar_dist import environment
 from cifar_dist.errors import PeerError, StopError, begin_shutdown, is_main_process, shutting_down, write_exit_code
-from cifar_dist.process import STOP_SIGNALS
+from cifar_dist.process import LAUNCHER, STOP_SIGNALS, handled_signals, write_stderr
 
-LAUNCHER = "CIFAR_DIST_LAUNCHER"
-"""Environment variable: the process id of `cifar_dist.cluster.launcher`."""
 SAME_KEYSTROKE_S = 1.0
 """A second Ctrl-C within this time is the first one again, sent by both the terminal and the launcher."""
 _POLL_S = 1.0
@@ -46,9 +45,9 @@ def install_handlers() -> None:
     writer.setblocking(False)
     # Python runs handlers only between bytecodes, but this process may wait inside torch: the wakeup fd tells a thread.
     signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
-    for number in STOP_SIGNALS:
+    for number in handled_signals():
         signal.signal(number, _handle)
-    launcher = int(os.environ.get(LAUNCHER, os.getppid())) if "TORCHELASTIC_RUN_ID" in os.environ else None
+    launcher = environment.number(LAUNCHER, os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else None
     threading.Thread(target=_watch, args=(reader, launcher), daemon=True).start()
 
 
@@ -108,7 +107,7 @@ def _handle(number: int, _: FrameType | None) -> None:
     if not _state.deferred:
         raise_if_requested()
     elif number == signal.SIGINT and is_main_process():
-        os.write(2, b"\nstopping after this step; Ctrl-C again exits at once\n")
+        write_stderr("\nstopping after this step; Ctrl-C again exits at once")
 
 
 def _watch(reader: socket.socket, launcher: int | None) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from cifar_dist.errors import StopError, UserError, begin_shutdown
+from cifar_dist.errors import StopError, UserError, begin_shutdown, explain_os_error
 from cifar_dist.fault_tolerance.run_lock import slurm_job
 from cifar_dist.files import write_json
 from cifar_dist.training import checkpoint
@@ -49,21 +49,17 @@ def write(directory: Path, status: str, exit_code: int | None, message: str = ""
     Raises:
         UserError: it cannot be written.
     """
-    job, restarts = slurm_job()
-    values = {
-        "status": status,
-        "exit_code": exit_code,
-        **({"message": message[:2000]} if message else {}),
-        "last_checkpoint_step": max(checkpoint.all_steps(directory / "checkpoints"), default=None),
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "job": job,
-        "restarts": restarts,
-        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
-    path = directory / "status.json"
-    try:
+    path, (job, restarts) = directory / "status.json", slurm_job()
+    with explain_os_error(f"{path} cannot be written", "Make room, then resume with --run.resume auto."):
+        values = {
+            "status": status,
+            "exit_code": exit_code,
+            **({"message": message[:2000]} if message else {}),
+            "last_checkpoint_step": max(checkpoint.all_steps(directory / "checkpoints"), default=None),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "job": job,
+            "restarts": restarts,
+            "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
         write_json(path, values)
-    except OSError as error:
-        text = f"{path} cannot be written: {error.strerror}. Make room, then resume with --run.resume auto."
-        raise UserError(text) from None

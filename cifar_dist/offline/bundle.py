@@ -30,6 +30,7 @@ from cifar_dist.data.cifar10 import BETON_FILES, FFCV_VERSION
 from cifar_dist.data.prepare import install
 from cifar_dist.errors import UserError
 from cifar_dist.files import sha256_of_file, sync_directory, write_text_atomic
+from cifar_dist.process import run_and_exit
 
 ROOT = Path(__file__).parents[2]
 SUMS, TARGET = "SHA256SUMS", "TARGET"
@@ -264,4 +265,4 @@ def write_sums(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main)

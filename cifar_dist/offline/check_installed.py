@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from cifar_dist import errors
+from cifar_dist.process import run_and_exit
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
@@ -38,4 +39,4 @@ def problem(requirement: Requirement) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main)

@@ -21,6 +21,7 @@ from cifar_dist.data.cifar10 import BETON_FILES
 from cifar_dist.data.prepare import beton, install, sources
 from cifar_dist.errors import UserError
 from cifar_dist.offline.bundle import ROOT, complete_or_absent, gather_wheels, locked_requirements, log, read_target
+from cifar_dist.process import run_and_exit
 
 PACKAGES = {"docstring-parser", "filelock", "packaging", "tqdm", "typeguard", "typing-extensions", "tyro"}
 """All in Python, so they are used as unpacked files."""
@@ -104,4 +105,4 @@ def distribute(files: list[Path], folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main)

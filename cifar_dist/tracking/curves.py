@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,14 +40,16 @@ def draw_curves(metrics_path: Path, out: Path, title: str) -> None:
     Raises:
         OSError: the metrics cannot be read, or the file cannot be written.
     """
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's is inherited, and may not exist here
     # The object interface: pyplot keeps global state and chooses a window system.
-    from matplotlib import rc_context
+    from matplotlib import rc_context, rcParamsDefault
     from matplotlib.figure import Figure
 
     records = read_records(metrics_path)
-    with rc_context(STYLE):
+    with rc_context(dict(rcParamsDefault) | STYLE), warnings.catch_warnings():  # not the user's matplotlibrc
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # in a name; a box stands for it
         figure = Figure(figsize=(13, 4.5), dpi=120, layout="constrained")
-        figure.suptitle(title, fontsize=12)
+        figure.suptitle(title, fontsize=12, parse_math=False)
         loss, accuracy, rate = figure.subplots(1, 3)
         _line(loss, records, "train/loss", "training", TRAIN)
         _line(loss, records, "val/loss", "validation", VALIDATION, marked=True)

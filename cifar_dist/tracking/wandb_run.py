@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar_dist.config import TrackConfig
-from cifar_dist.errors import UserError
+from cifar_dist.errors import UserError, one_line
 from cifar_dist.files import write_text_atomic
-from cifar_dist.process import stop_signals_blocked
+from cifar_dist.process import quiet_descriptors, stop_signals_blocked
 from cifar_dist.tracking.metrics_file import Value
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def start_wandb(
             run = _init(attempt, config.project, run_dir, run_config, name)
         except Exception as error:
             _teardown()  # else the failed run keeps its id occupied
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error)
             if explicit:
                 others = "offline or disabled" if mode in ("online", "run") else "disabled"
                 raise UserError(
@@ -71,7 +71,7 @@ def _init(mode: str, project: str, run_dir: Path, run_config: dict[str, Any], na
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb  # here, because it takes half a second
 
-    with stop_signals_blocked():  # its process must outlive this one's last step
+    with stop_signals_blocked(), quiet_descriptors():  # its process must outlive this one's last step
         wandb.setup()
     settings: dict[str, Any] = {
         "mode": _stored_mode() if mode == "auto" else mode,

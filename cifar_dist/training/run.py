@@ -19,7 +19,7 @@ from cifar_dist.data.dataset import prepared_folder, read_split, scored_samples
 from cifar_dist.data.loader import BetonLoader
 from cifar_dist.data.order import Split
 from cifar_dist.distributed import World, all_gather_text, broadcast_bytes, broadcast_from_main, run_and_sync_errors
-from cifar_dist.errors import UserError, explain_os_error
+from cifar_dist.errors import UserError, explain_os_error, one_line
 from cifar_dist.fault_tolerance import health, run_lock, signals, status
 from cifar_dist.fault_tolerance.stop_consensus import StopConsensus
 from cifar_dist.fault_tolerance.watchdog import Watchdog
@@ -158,8 +158,11 @@ class Run(Hooks):
     def _write_results(self, results: dict[str, Any]) -> None:
         assert self.tracker is not None
         self.before_write()
-        draw_curves(self.directory / "metrics.jsonl", self.directory / "curves.png", self.name)
-        write_json(self.directory / "summary.json", results)  # last, since its existence means: the run is complete
+        write_json(self.directory / "summary.json", results)  # its existence means: the run is complete
+        try:
+            draw_curves(self.directory / "metrics.jsonl", self.directory / "curves.png", self.name)
+        except Exception as error:  # noqa: BLE001 - a picture never decides whether a run ends well
+            self.log(f"warning: curves.png was not drawn: {type(error).__name__}: {one_line(error)}")
         # Without the command line, which may contain what other readers of the W&B project should not see.
         values = {key: v for key, v in results.items() if isinstance(v, (int, float, str)) and key != "command"}
         self.tracker.finish(values)

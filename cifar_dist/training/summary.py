@@ -3,7 +3,6 @@
 import hashlib
 import importlib.metadata
 import math
-import os
 import platform
 import re
 import subprocess
@@ -16,6 +15,7 @@ from torch import nn
 
 from cifar_dist.cli import command_line
 from cifar_dist.config import Config
+from cifar_dist.environment import num_processors
 from cifar_dist.files import sha256_of_file
 from cifar_dist.models.layers import num_parameters
 from cifar_dist.training.evaluation import Score
@@ -25,7 +25,10 @@ from cifar_dist.training.trainer import Trainer
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    found = None
+    with suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
     return found[1] if found else platform.machine()
 
 
@@ -111,7 +114,7 @@ def describe(config: Config, trainer: Trainer, devices: list[str], directory: Pa
     order, schedule, train_step = trainer.order, trainer.schedule, trainer.train_step
     kinds = ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))
     if trainer.world.device.type == "cpu":
-        used, available = trainer.world.local_size * config.train.threads, len(os.sched_getaffinity(0))
+        used, available = trainer.world.local_size * config.train.threads, num_processors()
         kinds += f" ({used} of {available} processors per node, see train.threads)" if used < available else ""
     return (
         f"{config.model.name} ({config.model.stem} stem, width {config.model.width:g}), "

@@ -10,8 +10,8 @@ num_gpus() {
 # Sets NPROC_PER_NODE where neither the user nor GPUs decide it: two, since presets for CPUs have two micro-batches.
 two_without_gpus() {
     if [[ -z ${NPROC_PER_NODE:-} && $(num_gpus) == 0 ]]; then
-        # OMP_NUM_THREADS lowers what nproc prints, but the processes do not follow it.
-        NPROC_PER_NODE=$([[ $(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) -gt 1 ]] && echo 2 || echo 1)
+        NPROC_PER_NODE=$("${python:-.venv/bin/python}" -c \
+            'from cifar_dist.environment import num_processors; print(min(2, num_processors()))')
         export NPROC_PER_NODE
     fi
 }

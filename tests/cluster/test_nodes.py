@@ -79,7 +79,7 @@ def test_lost_machine_while_the_other_waits_for_its_device(place: str, data_dir:
     options = (*OPTIONS, "--train.checkpoint_every_steps", "8", "--data.dir", str(data_dir), "--run.dir", str(tmp_path))
     machines = [
         runs.start_command([
-            "unshare", "--uts", "sh", "-c", f'hostname machine-{rank}; GLOO_SOCKET_IFNAME=lo exec "$@"', "", *launcher,
+            "unshare", "--uts", "sh", "-c", f'hostname machine-{rank}; exec "$@"', "", *launcher,
             "--nnodes", "2", "--node-rank", str(rank), "--master-addr", "127.0.0.1", "--master-port", port,
             "--nproc-per-node", "1", runs.FAULTY, f"lose_behind_{place}:all:10", *options,
         ])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,34 @@ def test_exception_is_reported() -> None:
     assert "exit function" in output
     assert errors.startswith("Traceback (most recent call last)")
     assert errors.endswith("KeyError: 'planted'\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_text_can_be_printed(encoding: str) -> None:
+    program = "from cifar_dist.process import run_and_exit; run_and_exit(lambda: print('\\u6f22 \\udcff \\xe4'))"
+    output = subprocess.check_output(
+        [sys.executable, "-c", program], cwd=runs.REPOSITORY, env=os.environ | {"PYTHONIOENCODING": encoding}
+    )
+    assert output.endswith(b"\n")
+    assert rb"\udcff" in output
+
+
+LONG = "from cifar_dist.process import run_and_exit; run_and_exit(lambda: print('x' * 200_000))"
+
+
+def test_a_result_waits_for_a_slow_reader() -> None:
+    """As `plan | less`: what is a command's result is not dropped, however long nobody reads it."""
+    process = subprocess.Popen([sys.executable, "-c", LONG], cwd=runs.REPOSITORY, stdout=subprocess.PIPE)
+    time.sleep(1)
+    assert len(process.communicate(timeout=20)[0]) == 200_001
+    assert process.returncode == 0
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    """As `plan | head -1`."""
+    command = f'{sys.executable} -c "{LONG}" | head -c 1; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], cwd=runs.REPOSITORY, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "x", "")
 
 
 def test_output_that_cannot_be_written() -> None:

@@ -1,0 +1,75 @@
+"""Environment variables that hold numbers, and how many processors this process may use.
+
+An empty variable counts as unset: scripts and schedulers leave empty ones behind.
+"""
+
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from cifar_dist.errors import UserError
+
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def number(name: str, default: int, least: int = 0) -> int:
+    """The whole number in the environment variable `name`; `default` if it is unset or empty.
+
+    Raises:
+        UserError: it holds something else, or less than `least`.
+    """
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < least:
+        raise UserError(
+            f"the environment variable {name} is {text[:80]!r}; valid: a whole number, {least} or more.\n"
+            f"Correct it, or remove it: unset {name}"
+        )
+    return int(text)
+
+
+def num_processors(cgroups: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> int:
+    """Processors of this process: those of its affinity, or fewer by the CPU quota of its container (cgroup v1, v2)."""
+    return max(1, int(min([len(os.sched_getaffinity(0)), *_quotas(cgroups, own)])))
+
+
+def num_threads(local_size: int) -> int:
+    """Threads for each of `local_size` processes on this node: their share of the processors, or OMP_NUM_THREADS.
+
+    torchrun sets OMP_NUM_THREADS to 1 for its workers if it is not set, so that value does not count there.
+    """
+    share = max(1, num_processors() // local_size)
+    given = re.match(r"\s*([1-9][0-9]{0,3})\b", os.environ.get("OMP_NUM_THREADS", ""))  # OpenMP allows 4,2
+    if given is None or ("TORCHELASTIC_RUN_ID" in os.environ and given[1] == "1"):
+        return share
+    return min(share, int(given[1]))
+
+
+def _quotas(cgroups: Path, own: Path) -> list[float]:
+    """Processors by the quota of each cgroup that this process is in, up to the root of those that are visible."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return []
+    quotas = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        names = ("cpu", "cpu,cpuacct", "cpuacct,cpu") if "cpu" in controllers.split(",") else ()
+        for root in [cgroups / name for name in names] if controllers else [cgroups, cgroups / "unified"]:
+            folder = root / path.lstrip("/")
+            for level in (folder, *folder.parents):
+                with suppress(OSError, ValueError, ZeroDivisionError):
+                    quotas.append(_quota(level))
+                if level == root:
+                    break
+    return [quota for quota in quotas if quota > 0]
+
+
+def _quota(folder: Path) -> float:
+    """Processors by the quota of one cgroup; at most 0: no quota."""
+    if (folder / "cpu.max").exists():
+        quota, period = (folder / "cpu.max").read_text().split()
+        return 0.0 if quota == "max" else int(quota) / int(period)
+    return int((folder / "cpu.cfs_quota_us").read_text()) / int((folder / "cpu.cfs_period_us").read_text())
