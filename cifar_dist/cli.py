@@ -11,17 +11,19 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
-import yaml
 
+from cifar_dist import options, yaml_file
 from cifar_dist.config import NUM_TRAIN, NUM_VALIDATION, Config, Range, to_yaml
 from cifar_dist.errors import UserError, explain_os_error, is_main_process, wait_for_main_process
 from cifar_dist.files import write_json
+from cifar_dist.yaml_file import Entry, read_entries
 
 T = TypeVar("T")
 
@@ -36,6 +38,7 @@ def parse(cls: type[T], args: Sequence[str], command: str, default: T | None = N
             description=description,
             default=default,
             use_underscores=True,
+            registry=options.registry,
             console_outputs=is_main_process(),
             config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
         )
@@ -79,45 +82,71 @@ def read_yaml(path: Path, command: str = "train") -> Config:
     Raises:
         UserError: also if the file cannot be read.
     """
-    with explain_os_error(str(path), "The configurations of this project are in configs/."):
-        data = path.read_bytes()
-    return from_yaml(data, str(path), command)
+    return from_yaml(yaml_file.read_file(path), str(path), command)
 
 
 def from_yaml(text: str | bytes, origin: str, command: str = "train") -> Config:
     """The defaults with the sections and keys that YAML in UTF-8 gives; `origin` says where from, for messages.
 
+    Values are those of YAML 1.2, and the type of a setting decides what they mean: a name may be yes, 007 or 1e3.
+
     Raises:
         UserError: it is no YAML, or has a key or a value that no configuration has.
     """
+    words, texts = list[str](), dict[tuple[str, str], str]()
+    for section, key, entry, hint in _given(read_entries(text, origin), origin):
+        word = _word(f"{section}.{key}", entry, hint, origin)
+        if entry.quoted and word.lower() in options.NO_VALUE and str in get_args(hint):
+            texts[section, key] = word  # which on a command line would mean None
+        else:
+            words.append(f"--{section}.{key}={word}")
     try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{origin} is not readable as YAML: {' '.join(str(error).split())}") from None
-    arguments = list(_arguments({} if tree is None else tree, Config(), "", origin))
-    try:
-        return parse(Config, arguments, command)
+        config = parse(Config, words, command)
     except SystemExit:  # after tyro's message
         raise UserError(f"the value above comes from {origin}.") from None
+    for (section, key), word in texts.items():
+        config = replace(config, **{section: replace(getattr(config, section), **{key: word})})
+    return config
 
 
-def _arguments(tree: Any, defaults: Any, prefix: str, origin: str) -> Iterator[str]:
-    if not isinstance(tree, dict):
-        raise UserError(f"{origin}: {prefix.rstrip('.') or 'the file'} must hold keys and values, not {tree!r}.")
-    names = [item.name for item in fields(defaults)]
-    for key, value in tree.items():
-        if key not in names:
-            name = f"{prefix}{key}"
-            raise UserError(f"{origin}: unknown key {name}.{_closest(name)} Valid here: {', '.join(names)}.")
-        current = getattr(defaults, key)
-        if is_dataclass(current):
-            yield from _arguments({} if value is None else value, current, f"{prefix}{key}.", origin)
-        elif isinstance(value, (dict, list)):
-            raise UserError(f"{origin}: {prefix}{key} must be a single value, not {value!r}.")
-        else:
-            # YAML reads a bare on or off as a boolean.
-            typed = value if isinstance(current, bool) or not isinstance(value, bool) else ("off", "on")[value]
-            yield f"--{prefix}{key}={typed}"
+def _given(entries: dict[str, Entry], origin: str) -> Iterator[tuple[str, str, Entry, Any]]:
+    """Section, key, value and type of each setting."""
+    sections = get_type_hints(Config)
+    for section, content in entries.items():
+        if section not in sections:
+            raise _unknown_key(section, content, sections, origin)
+        if content.value is None:
+            continue
+        if not isinstance(content.value, dict):
+            where = f"{origin}, line {content.line}"
+            raise UserError(f"{where}: {section} must hold keys and values, not {yaml_file.told(content)}.")
+        hints = get_type_hints(sections[section])
+        for key, entry in content.value.items():
+            if key not in hints:
+                raise _unknown_key(f"{section}.{key}", entry, hints, origin)
+            yield section, key, entry, hints[key]
+
+
+def _word(name: str, entry: Entry, hint: Any, origin: str) -> str:
+    """A value in YAML as a word of the command line."""
+    where, types = f"{origin}, line {entry.line}", get_args(hint)
+    if isinstance(entry.value, (dict, list)):
+        raise UserError(f"{where}: {name} must be a single value, not {yaml_file.told(entry)}.")
+    if entry.value is None and NoneType not in types:
+        raise UserError(
+            f"{where}: {name} has no value, which null and ~ mean in YAML, too. Give one, in quotes if it is text, or "
+            f"leave the line out."
+        )
+    text = "None" if entry.value is None else entry.value
+    if "on" in types and text not in types and text.lower() in options.SWITCH:
+        return "on" if options.SWITCH[text.lower()] else "off"
+    return f"./{text}" if entry.quoted and Path in types and text.lower() in options.NO_VALUE else text
+
+
+def _unknown_key(name: str, entry: Entry, valid: Iterable[str], origin: str) -> UserError:
+    return UserError(
+        f"{origin}, line {entry.line}: unknown key {name}.{_closest(name)} Valid here: {', '.join(valid)}."
+    )
 
 
 def _closest(name: str) -> str:

@@ -232,10 +232,27 @@ class Config:
     debug: DebugConfig = field(default_factory=DebugConfig)
 
 
-def to_yaml(config: Config) -> str:
-    """The complete configuration as YAML that `--config` reads back."""
+def to_plain(config: Config) -> dict[str, Any]:
+    """The complete configuration in the types of YAML, by section."""
 
     def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
         return {key: str(value) if isinstance(value, Path) else value for key, value in items}
 
-    return str(yaml.safe_dump(asdict(config, dict_factory=plain), sort_keys=False, allow_unicode=True))
+    return asdict(config, dict_factory=plain)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what would be read differently: none, and line breaks of Unicode."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    style = "'" if text.lower() == "none" else None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def to_yaml(config: Config) -> str:
+    """The complete configuration as YAML that `--config` reads back."""
+    return str(yaml.dump(to_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
