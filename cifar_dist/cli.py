@@ -1,11 +1,10 @@
 """Command lines from dataclasses: defaults < YAML file < `--section.key value`.
 
-tyro does the parsing, the help and the closest names. This module adds the YAML file: its entries are handed
+tyro does the parsing and the help. This module adds the YAML file: its entries are handed
 to tyro as if they had been typed, so that one set of types and messages serves both.
 """
 
 import argparse
-import difflib
 import os
 import shlex
 import sys
@@ -22,18 +21,21 @@ from cifar_dist import options, yaml_file
 from cifar_dist.config import NUM_TRAIN, NUM_VALIDATION, Config, Range, to_yaml
 from cifar_dist.errors import UserError, explain_os_error, is_main_process, wait_for_main_process
 from cifar_dist.files import expand_path, write_json
+from cifar_dist.suggestions import closest, refuse_unknown_options
 from cifar_dist.yaml_file import Entry, read_entries
 
 T = TypeVar("T")
+OWN = ("config", "print_config")  # options that load_config answers itself
 
 
 def parse(cls: type[T], args: Sequence[str], command: str, default: T | None = None, description: str = "") -> T:
     """Parse `args` into the dataclass `cls`; paths are expanded (see `files.expand_path`).
 
     Raises:
-        UserError: a path cannot be expanded.
+        UserError: an option is unknown, or a path cannot be expanded.
         SystemExit: with 2 after other mistakes, which tyro has printed.
     """
+    refuse_unknown_options(cls, args, OWN if cls is Config else (), command)
     try:
         return tyro.cli(  # type: ignore[return-value]  # a default of None stands for no default
             cls,
@@ -136,17 +138,10 @@ def _given(entries: dict[str, Entry], origin: str) -> Iterator[tuple[str, str, E
 
 
 def _unknown_key(name: str, entry: Entry, valid: Iterable[str], origin: str) -> UserError:
-    return UserError(
-        f"{origin}, line {entry.line}: unknown key {name}.{_closest(name)} Valid here: {', '.join(valid)}."
-    )
-
-
-def _closest(name: str) -> str:
-    """A question about the section or setting with the name most similar to `name`, which may lack its section."""
-    names = [*asdict(Config()), *settings_of(Config())]
-    places = {place.rpartition(".")[2]: place for place in names} | {place: place for place in names}
-    close = difflib.get_close_matches(name, places, n=1, cutoff=0.5)
-    return f" Did you mean {places[close[0]]}?" if close else ""
+    top, is_section = "." not in name, isinstance(entry.value, dict)
+    best = closest(name, [*(valid if top else ()), *(() if top and is_section else settings_of(Config()))])
+    hint = f" Did you mean {best}?" if best else ""
+    return UserError(f"{origin}, line {entry.line}: unknown key {name}.{hint} Valid here: {', '.join(valid)}.")
 
 
 def settings_of(config: Config) -> dict[str, Any]:
