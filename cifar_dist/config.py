@@ -116,7 +116,8 @@ class TrainConfig:
     """Samples per forward pass and batch-norm statistic. batch_size must be a multiple of micro_batch_size x number
     of devices; each device accumulates gradients over batch_size / (micro_batch_size x devices) micro-batches."""
     precision: PrecisionName | Literal["auto"] = "auto"
-    """bf16 and fp16 use autocast. auto: bf16 if the device supports it, else fp16 on GPUs and fp32 on CPUs."""
+    """bf16 and fp16 use autocast. auto: bf16 if the device supports it, else fp16 on GPUs and fp32 on CPUs. On CPUs
+    fp16 is very slow."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: on for GPUs; off for CPUs, where compiling takes minutes."""
     cuda_graphs: Literal["on", "off"] = "off"
