@@ -7,7 +7,7 @@ concern several settings are in `cli`. This module does not import torch, so tha
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import yaml
 
@@ -240,7 +240,10 @@ def to_plain(config: Config) -> dict[str, Any]:
     """The complete configuration in the types of YAML, by section. Paths are as `files.expand_path` reads them."""
 
     def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        return {key: escape_path(str(value)) if isinstance(value, Path) else value for key, value in items}
+        return {key: text(value) if isinstance(value, Path) else value for key, value in items}
+
+    def text(path: Path) -> str:  # a file named auto is ./auto
+        return ("./" if str(path) in ("never", *get_args(get_args(Source)[0])) else "") + escape_path(str(path))
 
     return asdict(config, dict_factory=plain)
 

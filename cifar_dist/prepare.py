@@ -32,7 +32,7 @@ def main() -> None:
         from cifar_dist.data.prepare import install
 
         log = partial(print, flush=True)
-        install.ensure(config.data.dir, str(config.data.source), log, config.rebuild)
+        install.ensure(config.data.dir, config.data.source, log, config.rebuild)
         for name, file in cifar10.BETON_FILES.items():
             print(f"{(config.data.dir / name).absolute()}  {file.num_samples:,} samples  SHA-256 {file.sha256}")
         mean, std = (" ".join(f"{value:.4f}" for value in values) for values in (cifar10.MEAN, cifar10.STD))

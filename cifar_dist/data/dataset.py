@@ -30,8 +30,8 @@ def prepared_folder(config: DataConfig, world: World, log: Callable[[str], None]
     def prepare() -> Path:
         try:
             if stage_dir is not None and stage_dir.resolve() != data_dir.resolve():
-                return stage(data_dir, stage_dir, str(config.source), log)
-            ensure(data_dir, str(config.source), log)
+                return stage(data_dir, stage_dir, config.source, log)
+            ensure(data_dir, config.source, log)
             return data_dir
         except DataError as error:
             if not missing(data_dir):

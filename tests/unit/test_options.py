@@ -119,7 +119,8 @@ def test_names_are_no_paths() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["~", "~a/b", "$HOME", "$$", "a$", "${SCRATCH}", "/x/$1", "./~", "none", "null", "a b"]
+    "text",
+    ["~", "~a/b", "$HOME", "$$", "a$", "${SCRATCH}", "/x/$1", "./~", "none", "null", "auto", "npm", "never", "a b"],
 )
 def test_config_yaml_names_the_path_that_was_used(text: str) -> None:
     """Whatever the environment is when it is read."""

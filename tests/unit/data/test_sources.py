@@ -261,6 +261,8 @@ def test_no_such_source(tmp_path: Path) -> None:
         fetch("offical", Lines())
     with pytest.raises(DataError, match="~/x does not exist"):  # expanded where it is given, and only there
         fetch("~/x", Lines())
+    with pytest.raises(DataError, match="npm does not exist"):  # a folder of that name
+        fetch(Path("npm"), Lines())
     with pytest.raises(DataError, match="cannot be read"):
         fetch("x" * 5000, Lines())
     with pytest.raises(DataError, match="holds no form of CIFAR-10"):
