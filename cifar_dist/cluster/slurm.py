@@ -18,6 +18,7 @@ from cifar_dist import cli
 from cifar_dist.cluster.slurm_job import Job, first_address, free_port, processes_per_node
 from cifar_dist.config import Config
 from cifar_dist.errors import DivergedError, PeerError, StopError, UserError, exit_on_error
+from cifar_dist.files import escape_path, expand_path
 from cifar_dist.process import run_and_exit
 from cifar_dist.reports import seeds
 
@@ -40,7 +41,7 @@ def main() -> None:
 def _train(job: Job, arguments: Sequence[str]) -> int:
     config = _config(job, arguments)
     directory = config.run.dir or Path("runs", config.run.name or f"job-{job.id}")
-    named = () if config.run.dir else ("--run.dir", str(directory))
+    named = () if config.run.dir else ("--run.dir", escape_path(str(directory)))
     return _run(job, arguments, config, directory, ["slurm/train.sh", *arguments, *named])
 
 
@@ -58,12 +59,13 @@ def _run(job: Job, arguments: Sequence[str], config: Config, directory: Path, ag
     Args:
         again: the batch script and its arguments, for the message that tells how to resume.
     """
-    settings = [*arguments, "--run.dir", str(directory)]
+    settings = [*arguments, "--run.dir", escape_path(str(directory))]
     # A checkpoint given by path is where the run starts; after a requeue it resumes from its own.
     if job.restarts or config.run.resume == "never":
         settings += ["--run.resume", "auto"]
     if config.data.stage_dir is None:
-        settings += ["--data.stage_dir", os.environ.get("SLURM_TMPDIR", f"/tmp/cifar_dist-{os.getuid()}")]
+        stage_dir = os.environ.get("SLURM_TMPDIR", f"/tmp/cifar_dist-{os.getuid()}")
+        settings += ["--data.stage_dir", escape_path(stage_dir)]
     num_processes = processes_per_node()
     print(f"job {job.id}: {job.num_nodes} x {num_processes} processes; run directory {directory}", flush=True)
     env = {
@@ -107,7 +109,7 @@ def _sweep(job: Job, arguments: Sequence[str]) -> int:
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} holds a run. Choose another --run.name.")
     groups = [folder] if len(grid) == 1 else [folder / f"setting-{k}" for k in range(len(grid))]
-    named = () if config.run.dir else ("--run.dir", str(folder))
+    named = () if config.run.dir else ("--run.dir", escape_path(str(folder)))
     again = [f"--array={index}", "slurm/sweep.sh", *arguments, *named]
     code = _run(job, asked, config, groups[line] / f"seed-{seed}", again)
     if code == 0:
@@ -118,12 +120,13 @@ def _sweep(job: Job, arguments: Sequence[str]) -> int:
 def _grid(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The lines of the --grid file (without it one empty line), and the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--grid", type=Path)
+    parser.add_argument("--grid")
     known, rest = parser.parse_known_args(arguments)
     if known.grid is None:
         return [""], rest
     try:
-        lines = [line.strip() for line in known.grid.read_text(encoding="utf-8").splitlines()]
+        text = Path(expand_path(known.grid)).read_text(encoding="utf-8")
+        lines = [line.strip() for line in text.splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--grid {known.grid} cannot be read: {error}.") from None
     settings = [line for line in lines if line and not line.startswith("#")]

@@ -5,12 +5,14 @@ Networks are built on torch's meta device, whose tensors have shapes but no memo
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cifar_dist import cli, errors
 from cifar_dist.models.architectures import inception_v1, inception_v2, inception_v2_slim
 from cifar_dist.models.layers import CADENE, TORCHVISION, Variant, num_parameters
 from cifar_dist.models.stems import GRIDS
@@ -69,5 +71,12 @@ def main(networks: Sequence[Network] = PUBLISHED) -> int:
     return int(mismatches > 0)
 
 
+@dataclass(frozen=True)
+class NoArguments:
+    pass
+
+
 if __name__ == "__main__":
+    with errors.exit_on_error():
+        cli.parse(NoArguments, sys.argv[1:], "models", description="Parameter counts against the literature.")
     sys.exit(main())

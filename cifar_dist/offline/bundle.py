@@ -63,10 +63,9 @@ class Target:
 def main() -> None:
     """Make the bundle and print the command for the other machine."""
     description = "Make a bundle for a machine without network."
-    config = cli.parse(BundleConfig, sys.argv[1:], "offline.bundle", description=description)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception it makes subprocess.run kill pip
     with errors.exit_on_error():
-        make(config)
+        make(cli.parse(BundleConfig, sys.argv[1:], "offline.bundle", description=description))
 
 
 def make(config: BundleConfig) -> None:

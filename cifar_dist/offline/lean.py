@@ -42,10 +42,9 @@ class LeanConfig:
 def main() -> None:
     """Make the pieces and print the commands for the other machine."""
     description = "Make a bundle in small pieces for a GPU image without network."
-    config = cli.parse(LeanConfig, sys.argv[1:], "offline.lean", description=description)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as in bundle.main
     with errors.exit_on_error():
-        make(config)
+        make(cli.parse(LeanConfig, sys.argv[1:], "offline.lean", description=description))
 
 
 def make(config: LeanConfig) -> None:

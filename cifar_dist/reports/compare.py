@@ -7,17 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cifar_dist import cli
 from cifar_dist.errors import CheckpointError, UserError
 from cifar_dist.files import read_json
 from cifar_dist.tracking.metrics_file import read_records
+from cifar_dist.yaml_file import read_entries
 
 # Besides those that define a run, settings that change how numbers round, or what is scored.
 _ROUNDING = ("run.deterministic", "train.device", "train.compile", "train.channels_last", "train.tf32", "eval.")
 _TIMES = ("seconds", "images_per_second")
-_ENVIRONMENT = ("git_commit", "versions", "device_names")
+_ENVIRONMENT = ("git_commit", "git_diff_sha256", "versions", "device_names")
 _RESULTS = ("steps", "test_confusion", "test_loss", "model_sha256")
 _OTHER_DATA = "other samples or another augmentation"
 
@@ -92,12 +91,11 @@ def causes(first: Path, second: Path) -> Iterator[str]:
 def _settings(run: Path) -> dict[str, Any]:
     """The settings of a run by their full names, also of a version with other names."""
     try:
-        tree = yaml.safe_load((run / "config.yaml").read_bytes())
-    except (OSError, yaml.YAMLError):
-        tree = None
-    parts = tree.items() if isinstance(tree, dict) else ()
-    sections = {section: values for section, values in parts if isinstance(values, dict)}
-    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+        entries = read_entries((run / "config.yaml").read_bytes(), "config.yaml")
+    except (OSError, UserError):
+        return {}
+    sections = {section: entry.value for section, entry in entries.items() if isinstance(entry.value, dict)}
+    return {f"{section}.{key}": entry.value for section, values in sections.items() for key, entry in values.items()}
 
 
 def _receipts(summary: Mapping[str, Any]) -> list[Any]:

@@ -1,7 +1,9 @@
 """Precision of a run, how its functions are compiled, and the global switches of torch's backends and of malloc."""
 
 import ctypes
+import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from cifar_dist.config import PrecisionName, TrainConfig
-from cifar_dist.errors import UserError
+from cifar_dist.errors import UserError, is_main_process
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
@@ -46,7 +48,7 @@ class Precision:
 
 
 def choose_precision(wanted: str, device: torch.device) -> Precision:
-    """The precision for train.precision `wanted`; auto is resolved.
+    """The precision for train.precision `wanted`; auto is resolved. Rank 0 warns of fp16 on a CPU.
 
     Raises:
         UserError: bf16 on a GPU without it.
@@ -60,12 +62,21 @@ def choose_precision(wanted: str, device: torch.device) -> Precision:
             f"train.precision is bf16, which {torch.cuda.get_device_name(device)} does not support. "
             f"Use --train.precision fp16 or fp32."
         )
+    if wanted == "fp16" and not on_gpu:
+        _warn_of_slow_fp16()
     return Precision(cast(PrecisionName, wanted), device.type)
 
 
 def _cpu_has_bf16() -> bool:
     """Whether the CPU has bf16 products; without them bf16 works, but slower than fp32."""
     return any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+@functools.cache  # once in a process
+def _warn_of_slow_fp16() -> None:
+    if is_main_process():
+        text = "which CPUs compute more than ten times as slowly as fp32; use --train.precision auto"
+        print(f"warning: train.precision is fp16, {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager

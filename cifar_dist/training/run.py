@@ -11,10 +11,9 @@ from pathlib import Path
 from signal import Signals
 from typing import Any
 
-import yaml
 from torch import Tensor
 
-from cifar_dist.config import NUM_TEST, Config, to_yaml
+from cifar_dist.config import NUM_TEST, Config, to_plain, to_yaml
 from cifar_dist.data.dataset import prepared_folder, read_split, scored_samples
 from cifar_dist.data.loader import BetonLoader
 from cifar_dist.data.order import Split
@@ -149,9 +148,8 @@ class Run(Hooks):
 
     def _start_tracking(self, trainer: Trainer) -> None:
         self.before_write()
-        text = to_yaml(self.config)
-        write_text_atomic(self.directory / "config.yaml", text)
-        values, steps = yaml.safe_load(text), (trainer.schedule.total_steps, trainer.progress.step)
+        write_text_atomic(self.directory / "config.yaml", to_yaml(self.config))
+        values, steps = to_plain(self.config), (trainer.schedule.total_steps, trainer.progress.step)
         tracker = Tracker(self.directory, self.config.track, values, *steps, self.name)
         self.tracker = self.stack.enter_context(tracker)
 

@@ -66,7 +66,7 @@ def find_start(config: Config, directory: Path, log: Callable[[str], None]) -> t
         return None
     if config.run.resume == "auto":
         return newest_valid(directory / "checkpoints", config, log)
-    path = Path(config.run.resume)
+    path = config.run.resume
     data = checkpoint.read_verified(path, need_digest=False)
     state = _decode_own(data, config, path)
     if not path.is_relative_to(directory):

@@ -1,14 +1,16 @@
 """summary.json: the results of a finished run, and everything that is needed to repeat it."""
 
+import functools
 import hashlib
 import importlib.metadata
 import math
+import os
 import platform
 import re
 import subprocess
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +22,8 @@ from cifar_dist.files import sha256_of_file
 from cifar_dist.models.layers import num_parameters
 from cifar_dist.training.evaluation import Score
 from cifar_dist.training.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def device_name(device: torch.device) -> str:
@@ -42,18 +46,56 @@ def versions() -> dict[str, str | None]:
     return found | {"cuda": torch.version.cuda}
 
 
+class GitState(NamedTuple):
+    """The state of this code in git; None: unknown."""
+
+    commit: str | None
+    """With -dirty if a tracked file of the project is changed, or a file of the package is not tracked."""
+    diff_sha256: str | None
+    """SHA-256 over lines like sha256sum's, sorted by name, of the files in cifar_dist/ that differ from the commit:
+    changed, removed (with - as digest), not tracked and not ignored. None: there are none."""
+
+
 def git_commit() -> str | None:
-    """The commit of this code, with -dirty after changes; None outside a git checkout and a bundle."""
-    here = Path(__file__).parent
-    bundle = bundle_commit(here.parents[1])
+    """The commit of this code, see `GitState`; that of a bundle for a bundle; None outside of both."""
+    return git_state().commit
+
+
+@functools.cache  # later calls get the state at the first one, since code may change while a run takes hours
+def git_state(root: Path = ROOT) -> GitState:
+    """The state of the project in `root`, if that is the top level of a git checkout which tracks this file."""
+    bundle = bundle_commit(root)
     if bundle is not None:  # before asking git: a bundle may lie inside another checkout
-        return bundle
-    command = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+        return GitState(bundle, None)
+    package, own = root / "cifar_dist", Path(__file__).resolve().relative_to(ROOT)
+    top, commit = _git(root, "rev-parse", "--show-toplevel"), _git(root, "rev-parse", "--verify", "HEAD")
+    tracked = _git(root, "ls-files", "--error-unmatch", "-z", "--", str(own))
+    changed = _git(root, "diff", "--name-only", "--no-renames", "--no-relative", "-z", "HEAD", "--")
+    untracked = _git(root, "ls-files", "--others", "--exclude-standard", "-z", "--", package.name)
+    if top != f"{root.resolve()}\n" or None in (commit, tracked, changed, untracked):
+        return GitState(None, None)
+    names = {name for name in f"{changed}{untracked}".split("\0") if name}
+    ours = sorted(name for name in names if name.startswith(f"{package.name}/"))
+    lines = "".join(f"{_sha256(root / name)}  {name}\n" for name in ours)
+    digest = hashlib.sha256(os.fsencode(lines)).hexdigest() if ours else None
+    return GitState(f"{commit}".strip() + "-dirty" * bool(names), digest)
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """The output of git for the checkout around `root`, whatever checkout a hook's variables name; None: it failed."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k.startswith("GIT_CONFIG_")}
+    kept.pop("GIT_CONFIG_PARAMETERS", None)  # of git -c
+    command = ["git", "-C", str(root), *arguments]
+    environment = kept | {"GIT_OPTIONAL_LOCKS": "0"}
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        result = subprocess.run(command, capture_output=True, env=environment, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
         return None
-    return result.stdout.strip() or None
+    return os.fsdecode(result.stdout)
+
+
+def _sha256(path: Path) -> str:
+    return sha256_of_file(path) if path.is_file() else "-"
 
 
 def bundle_commit(folder: Path) -> str | None:
@@ -76,6 +118,7 @@ def summarize(config: Config, trainer: Trainer, test: Score, devices: list[str])
     return {
         "command": command_line(),
         "git_commit": git_commit(),
+        "git_diff_sha256": git_state().diff_sha256,
         "versions": versions(),
         "device_names": devices,
         "world_size": trainer.world.size,
@@ -111,6 +154,7 @@ def summarize(config: Config, trainer: Trainer, test: Score, devices: list[str])
 
 def describe(config: Config, trainer: Trainer, devices: list[str], directory: Path) -> str:
     """What a run prints first: network, devices, batches and steps."""
+    git_state()  # now, for summary.json at the end
     order, schedule, train_step = trainer.order, trainer.schedule, trainer.train_step
     kinds = ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices))
     if trainer.world.device.type == "cpu":

@@ -15,9 +15,10 @@ from tests.support import runs
 
 pytestmark = [pytest.mark.run, pytest.mark.data]
 KEYS = {
-    "command", "git_commit", "versions", "device_names", "world_size", "model", "params", "seed", "steps", "epochs",
-    "batch_size", "micro_batch_size", "samples_dropped_per_epoch", "train_seconds", "images_per_second",
-    "first_step_seconds", "startup_seconds", "val_accuracy", "val_n", "test_accuracy", "test_accuracy_tta", "test_n",
+    "command", "git_commit", "git_diff_sha256", "versions", "device_names", "world_size", "model", "params", "seed",
+    "steps", "epochs", "batch_size", "micro_batch_size", "samples_dropped_per_epoch", "train_seconds",
+    "images_per_second", "first_step_seconds", "startup_seconds", "val_accuracy", "val_n", "test_accuracy",
+    "test_accuracy_tta", "test_n",
     "data_receipt", "model_sha256",
 }  # fmt: skip
 

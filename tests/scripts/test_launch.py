@@ -117,6 +117,31 @@ def test_machines_without_an_address() -> None:
     assert "MASTER_ADDR" in output
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("seeds", ("c.yaml", "2", "--run.dir=~/x"), "~/x holds a run."),
+        ("seeds", ("c.yaml", "2", "--run.dir", "${MY_PLACE}/$$/../x"), "x holds a run."),
+        ("seeds", ("c.yaml", "2", "--run.dir", "$NOT_SET/x"), "there is no environment variable NOT_SET"),
+        ("rehearse", ("c.yaml", "--world-size", "2", "--run.dir=~nobody-such/x"), "there is no user nobody-such"),
+        ("measure", ("--configs", "~/no $MY_NAME.yaml"), "there is no configuration {home}/no a b.yaml"),
+        ("measure", ("--out=~/x/config.yaml/y",), "cannot write into {home}/x/config.yaml/y"),
+        ("measure", ("--lean", "$NOT_SET", "--part", "1"), "there is no environment variable NOT_SET"),
+        ("build-ffcv-wheel", ("--out=~/x/config.yaml",), "cannot write into {home}/x/config.yaml"),
+        ("bundle", ("--ffcv-wheel", "$NOT_SET"), "there is no environment variable NOT_SET"),
+    ],
+)
+def test_scripts_expand_paths(script: str, arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "$").mkdir()
+    (tmp_path / "x/config.yaml").touch()
+    environment = {"HOME": str(tmp_path), "MY_PLACE": str(tmp_path), "MY_NAME": "a b"}
+    output = runs.finish(start(script, *arguments, **environment), expected=2)
+    assert output.startswith("error: ")
+    assert message.format(home=tmp_path) in output
+    assert len(output.splitlines()) == 1
+
+
 def readme_commands() -> list[str]:
     """All indented command lines of the README and the pages in docs/."""
     pages = [runs.REPOSITORY / "README.md", *sorted((runs.REPOSITORY / "docs").glob("*.md"))]

@@ -196,7 +196,7 @@ def test_value_of_a_wrong_type_names_the_file(tmp_path: Path, value: str, capsys
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["--optim.lrr", "0.1"], "--optim.lr "),
+        (["--optim.lrr", "0.1"], "Did you mean --optim.lr?"),
         (["--optim.lr", "fast"], "--optim.lr"),
         (["--model.stem", "mine"], "pooled"),
         (["stray"], "stray"),

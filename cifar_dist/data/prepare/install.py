@@ -26,7 +26,7 @@ _TOTAL_BYTES = sum(file.num_bytes for file in BETON_FILES.values())
 _SPARE_BYTES = 64_000_000  # left free on the disk
 
 
-def ensure(data_dir: Path, source: str, log: Log, rebuild: bool = False) -> None:
+def ensure(data_dir: Path, source: str | Path, log: Log, rebuild: bool = False) -> None:
     """Verify the dataset in `data_dir`; prepare it from `source` (see prepare.sources.fetch) if a file is missing.
 
     One process prepares while others wait. A complete folder is only read, even if it is damaged. `rebuild` prepares
@@ -87,7 +87,7 @@ def _problem(path: Path) -> str:
     return ""
 
 
-def stage(data_dir: Path, stage_dir: Path, source: str, log: Log) -> Path:
+def stage(data_dir: Path, stage_dir: Path, source: str | Path, log: Log) -> Path:
     """The folder to read from on this node: `stage_dir` with a verified copy, else `data_dir`, verified.
 
     One process copies while others wait. A later run uses the copy again, without looking at `data_dir`. If `data_dir`
@@ -127,7 +127,7 @@ def _copy(data_dir: Path, stage_dir: Path, log: Log) -> None:
             shutil.copyfile(data_dir / name, partial / name)
 
 
-def _prepare(data_dir: Path, source: str, log: Log) -> None:
+def _prepare(data_dir: Path, source: str | Path, log: Log) -> None:
     """Fetch CIFAR-10 from `source` and write both files. Call with the folder locked."""
     from cifar_dist.data.prepare import beton, sources  # here, as most runs only verify
 

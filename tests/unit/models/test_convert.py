@@ -85,6 +85,39 @@ def test_back_to_torchvision(original: nn.Module) -> None:
         assert torch.equal(bare(images(1)), expected)
 
 
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda s: {f"module.{name}": tensor for name, tensor in s.items()},
+        lambda s: {f"_orig_mod.{name}": tensor for name, tensor in s.items()},
+        lambda s: {f"module._orig_mod.{name}": tensor for name, tensor in s.items()},
+        lambda s: {f"_orig_mod.module.{name}": tensor for name, tensor in s.items()},
+        lambda s: {f"module.module._orig_mod._orig_mod.{name}": tensor for name, tensor in s.items()},
+        lambda s: {name.replace(".", "._orig_mod.", 1): tensor for name, tensor in s.items()},  # parts were compiled
+        lambda s: {"n_averaged": torch.tensor(3), **{f"module.{name}": tensor for name, tensor in s.items()}},
+    ],
+)
+def test_prefixes_of_wrappers_are_left_out(original: nn.Module, wrapped: Callable[[State], State]) -> None:
+    for read, state in ((from_torchvision, original.state_dict()), (from_cadene, cadene_state())):
+        expected, found = read(state).state_dict(), read(wrapped(state)).state_dict()
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_real_wrappers_prefixes_are_left_out(original: nn.Module) -> None:
+    compiled: nn.Module = torch.compile(original)  # type: ignore[assignment]
+    averaged = torch.optim.swa_utils.AveragedModel(nn.DataParallel(compiled))
+    state = averaged.state_dict()
+    assert "module.module._orig_mod.fc.bias" in state
+    assert torch.equal(from_torchvision(state).classifier.bias, original.state_dict()["fc.bias"])
+
+
+def test_two_weights_for_one_place_are_refused(original: nn.Module) -> None:
+    state = original.state_dict()
+    with pytest.raises(ValueError, match=r'Unexpected .* "module\.fc\.bias"'):
+        from_torchvision(state | {"module.fc.bias": state["fc.bias"] + 1})
+
+
 def test_converted_network_is_a_copy_and_trains(original: nn.Module) -> None:
     before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
     generator = torch.random.get_rng_state()

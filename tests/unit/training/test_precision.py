@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from cifar_dist.training import precision
 from cifar_dist.training.precision import choose_precision
 
 
@@ -16,3 +18,23 @@ def test_number_formats() -> None:
     assert choose_precision("auto", cpu).name in ("bf16", "fp32")
     with choose_precision("fp16", cpu).autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("wanted", "rank", "device", "lines"),
+    [
+        ("fp16", "0", "cpu", 1), ("fp16", "1", "cpu", 0), ("bf16", "0", "cpu", 0), ("fp32", "0", "cpu", 0),
+        ("fp64", "0", "cpu", 0), ("auto", "0", "cpu", 0), ("fp16", "0", "cuda", 0),
+    ],
+)  # fmt: skip
+def test_fp16_on_a_cpu_is_warned_of_once(
+    wanted: str, rank: str, device: str, lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    precision._warn_of_slow_fp16.cache_clear()
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    for _ in range(2):
+        choose_precision(wanted, torch.device(device))
+    output = capsys.readouterr().err
+    assert len(output.splitlines()) == lines
+    assert not lines or output.startswith("warning: train.precision is fp16, which CPUs compute more than ten times")
