@@ -18,6 +18,7 @@ from cifar_dist import cli
 from cifar_dist.cluster.slurm_job import Job, first_address, free_port, processes_per_node
 from cifar_dist.config import Config
 from cifar_dist.errors import DivergedError, PeerError, StopError, UserError, exit_on_error
+from cifar_dist.fault_tolerance.run_lock import slurm_number
 from cifar_dist.reports import seeds
 
 MULTINODE = Path(__file__).parents[2] / "launch/multinode"
@@ -62,7 +63,7 @@ def _run(job: Job, arguments: Sequence[str], config: Config, directory: Path, ag
     if job.restarts or config.run.resume == "never":
         settings += ["--run.resume", "auto"]
     if config.data.stage_dir is None:
-        settings += ["--data.stage_dir", os.environ.get("SLURM_TMPDIR", f"/tmp/cifar_dist-{os.getuid()}")]
+        settings += ["--data.stage_dir", os.environ.get("SLURM_TMPDIR") or f"/tmp/cifar_dist-{os.getuid()}"]
     num_processes = processes_per_node()
     print(f"job {job.id}: {job.num_nodes} x {num_processes} processes; run directory {directory}", flush=True)
     env = {
@@ -94,11 +95,11 @@ def _run(job: Job, arguments: Sequence[str], config: Config, directory: Path, ag
 
 def _sweep(job: Job, arguments: Sequence[str]) -> int:
     """Run I of a job array: seed I; with a grid of G lines, line I mod G with seed I div G."""
-    if "SLURM_ARRAY_TASK_ID" not in os.environ:
+    array, index, size = (slurm_number(f"SLURM_ARRAY_{name}") for name in ("JOB_ID", "TASK_ID", "TASK_COUNT"))
+    if array is None or index is None or size is None:
         raise UserError("a sweep is a job array: sbatch --array=0-2 slurm/sweep.sh --config configs/quickstart.yaml.")
-    array, index, size = (os.environ[f"SLURM_ARRAY_{name}"] for name in ("JOB_ID", "TASK_ID", "TASK_COUNT"))
     grid, own = _grid(arguments)
-    seed, line = divmod(int(index), len(grid))
+    seed, line = divmod(index, len(grid))
     asked = [*own, *shlex.split(grid[line]), "--run.seed", str(seed)]
     config = _config(job, asked)
     cli.validate_for_table(config)
@@ -110,7 +111,7 @@ def _sweep(job: Job, arguments: Sequence[str]) -> int:
     again = [f"--array={index}", "slurm/sweep.sh", *arguments, *named]
     code = _run(job, asked, config, groups[line] / f"seed-{seed}", again)
     if code == 0:
-        _report(folder, dict(zip(grid, groups, strict=True)), int(size))
+        _report(folder, dict(zip(grid, groups, strict=True)), size)
     return code
 
 

@@ -7,10 +7,11 @@ may still run, to save and exit.
 """
 
 import os
+import re
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from urllib.parse import unquote
 
 from filelock import SoftFileLease, Timeout
 
-from cifar_dist.errors import RunInUseError, write_exit_code
+from cifar_dist.errors import RunInUseError, UserError, write_exit_code
 from cifar_dist.fault_tolerance import signals
 from cifar_dist.files import read_json, write_json
 
@@ -133,7 +134,7 @@ def acquire(directory: Path, wait: bool, log: Callable[[str], None]) -> RunLock:
     lease = SoftFileLease(
         directory / LOCK, lease_duration=LEASE_S, heartbeat_interval=REFRESH_S, thread_local=False, mode=0o666
     )
-    waiter = _Waiter(directory, wait, log)
+    waiter, (job, restarts) = _Waiter(directory, wait, log), slurm_job()
     try:
         lease.acquire(poll_interval=_POLL_S, cancel_check=waiter.gives_up)
     except Timeout:
@@ -144,7 +145,6 @@ def acquire(directory: Path, wait: bool, log: Callable[[str], None]) -> RunLock:
             (directory / REQUEST).unlink(missing_ok=True)
     if waiter.owner is not None:
         log(f"{waiter.owner} no longer holds {directory}; taken over")
-    job, restarts = slurm_job()
     if job is not None:
         write_json(directory / JOB, {"token": lease.token, "job": job, "restarts": restarts})
     return RunLock(directory, lease)
@@ -204,4 +204,17 @@ def owner(directory: Path) -> Owner | None:
 
 def slurm_job() -> tuple[str | None, int]:
     """The id of this Slurm job, and how often it was requeued."""
-    return os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    job = slurm_number("SLURM_JOB_ID")
+    return None if job is None else str(job), slurm_number("SLURM_RESTART_COUNT") or 0
+
+
+def slurm_number(name: str, env: Mapping[str, str] = os.environ) -> int | None:
+    """The number in a variable that Slurm sets; None if it is unset or empty.
+
+    Raises:
+        UserError: it is not a number.
+    """
+    value = env.get(name, "")
+    if not re.fullmatch("[0-9]{0,10}", value):
+        raise UserError(f"{name} is {value[:80]!r}; valid: a whole number. Slurm sets it: do not change it in the job.")
+    return int(value) if value else None

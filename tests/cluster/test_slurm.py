@@ -231,7 +231,15 @@ MISTAKES = {
     "batch size": ("train", ("--train.batch_size", "50"), "Nearest valid choices"),
     "no array": ("sweep", (), "--array"),
 }
-GPUS = {2: (), 1: ("--gpus-per-node=1",)}
+GPUS = {
+    "2": (),
+    "1": ("--gpus-per-node=1",),
+    "1 of a type": ("--gpus-per-node=a100",),
+    "1 of one type": ("--gpus-per-node=a100:1",),
+    "1 by gres": ("--oversubscribe", "--gres=gpu:1"),
+    "2 by gres, as the node is exclusive": ("--constraint=a100", "--gres=gpu:1"),
+}
+EXPORTS = {"nothing": "--export=NONE", "one": "--export=CIFAR_DIST_PYTHON=/mine", "all": "--export=ALL"}
 
 
 class QuickJobs:
@@ -246,14 +254,20 @@ class QuickJobs:
         for name, home in (("elsewhere", {}), ("from home", {"CIFAR_DIST_HOME": str(runs.REPOSITORY)})):
             words = ("sbatch", "--parsable", f"--output={folder}/{name}", str(runs.REPOSITORY / "slurm/train.sh"))
             self.numbers[name] = cluster.command(*words, "--print-config", cwd=folder, env=home).strip()
-        code = "import os; from cifar_dist.cluster.slurm_job import *; Job().run(['env'], os.environ)"
-        command = f'cd {shlex.quote(str(runs.REPOSITORY))} && {shlex.quote(sys.executable)} -c "{code}"'
-        for number, options in GPUS.items():
-            output = f"--output={folder}/{number}"
-            self.numbers[str(number)] = cluster.submit("--exclusive", *options, output, "--wrap", command)
+        code = "import os; from cifar_dist.cluster.slurm_job import *; Job().run(['env'], os.environ | {'NNODES': '5'})"
+        start = f"cd {shlex.quote(str(runs.REPOSITORY))} && PYTHONPATH=. {shlex.quote(sys.executable)}"
+        for name, options in (*GPUS.items(), *((name, (option,)) for name, option in EXPORTS.items())):
+            output = f"--output={folder}/{name}"
+            self.numbers[name] = cluster.submit("--exclusive", *options, output, "--wrap", f'{start} -c "{code}"')
+        # A node with none of Slurm's programs in PATH.
+        (folder / "bin").mkdir()
+        for program in ("bash", "sed", "uname", "dirname"):
+            (folder / "bin" / program).symlink_to(f"/usr/bin/{program}")
+        options = (f"--export=ALL,PATH={folder}/bin", f"--output={folder}/no srun")
+        self.numbers["no srun"] = cluster.submit(*options, "slurm/train.sh", "--run.dir", folder / "run")
 
     def output_of(self, name: str, state: str) -> str:
-        """What a job said, once it has ended in `state`."""
+        """What a job printed, once it has ended in `state`."""
         self.cluster.wait(self.numbers[name], [state])
         return (self.folder / name).read_text()
 
@@ -278,9 +292,24 @@ def test_submitted_from_elsewhere(quick_jobs: QuickJobs) -> None:
 
 
 @pytest.mark.parametrize("gpus", GPUS)
-def test_steps_get_the_gpus(gpus: int, quick_jobs: QuickJobs) -> None:
+def test_steps_get_the_gpus(gpus: str, quick_jobs: QuickJobs) -> None:
     """A job that is alone on its node is given all GPUs, but its steps are not by themselves."""
-    assert f"SLURM_GPUS_ON_NODE={gpus}" in quick_jobs.output_of(str(gpus), "COMPLETED").splitlines()
+    assert f"SLURM_GPUS_ON_NODE={gpus[0]}" in quick_jobs.output_of(gpus, "COMPLETED").splitlines()
+
+
+@pytest.mark.parametrize("export", EXPORTS)
+def test_nodes_get_the_variables_of_the_run(export: str, quick_jobs: QuickJobs) -> None:
+    """Whatever sbatch took along from where the job was submitted."""
+    lines = quick_jobs.output_of(export, "COMPLETED").splitlines()
+    assert "NNODES=5" in lines
+    assert ("CIFAR_DIST_PYTHON=/mine" in lines) == (export == "one")
+
+
+def test_srun_is_missing(quick_jobs: QuickJobs) -> None:
+    output = quick_jobs.output_of("no srun", "FAILED")
+    assert "ExitCode=2:0" in quick_jobs.cluster.command("scontrol", "show", "job", quick_jobs.numbers["no srun"])
+    assert "error: srun cannot be started on " in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.slow
