@@ -21,11 +21,19 @@ from cifar_dist.errors import DivergedError, PeerError, StopError, UserError, ex
 from cifar_dist.fault_tolerance.run_lock import slurm_number
 from cifar_dist.reports import seeds
 
-MULTINODE = Path(__file__).parents[2] / "launch/multinode"
+USAGE = """\
+usage: python -m cifar_dist.cluster.slurm train|sweep|evaluate [SETTINGS]
+
+The scripts in slurm/ run it inside a job of Slurm. `bash slurm/train.sh --help`, and the same with sweep.sh and
+evaluate.sh, prints how to submit each. SETTINGS are those of cifar_dist.train or cifar_dist.evaluate, see their --help.
+"""
 
 
 def main() -> None:
     """Run the work that the first argument names, and exit with its code (see `errors`)."""
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        print(USAGE, end="")
+        return
     with exit_on_error():
         job = Job()
         job.handle_signals()
@@ -74,7 +82,8 @@ def _run(job: Job, arguments: Sequence[str], config: Config, directory: Path, ag
         "MASTER_ADDR": os.environ.get("MASTER_ADDR") or first_address(),
         "MASTER_PORT": os.environ.get("MASTER_PORT") or str(free_port(job.id)),
     }
-    code = job.run([str(MULTINODE), *settings], os.environ | env)
+    repository = os.environ.get("CIFAR_DIST_HOME") or Path(__file__).parents[2]  # set by slurm/*.sh
+    code = job.run([str(Path(repository, "launch/multinode")), *settings], os.environ | env)
     status = job.final_status(directory)
     if status.get("exit_code") is not None:
         code = status["exit_code"]  # more informative than srun's, which is the greatest of all nodes
@@ -149,7 +158,8 @@ def _report(folder: Path, groups: Mapping[str, Path], num_runs: int) -> None:
 
 def _evaluate(job: Job, arguments: Sequence[str]) -> int:
     """Score a checkpoint on the first node of the job."""
-    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone"]
+    python = os.environ.get("CIFAR_DIST_PYTHON") or sys.executable
+    torchrun = [python, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, "--nproc-per-node", str(processes_per_node()), "-m", "cifar_dist.evaluate"]
     return job.run([*command, *arguments], os.environ | {"OMP_NUM_THREADS": "1"}, num_nodes=1)
 

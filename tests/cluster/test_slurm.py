@@ -259,6 +259,9 @@ class QuickJobs:
         for name, options in (*GPUS.items(), *((name, (option,)) for name, option in EXPORTS.items())):
             output = f"--output={folder}/{name}"
             self.numbers[name] = cluster.submit("--exclusive", *options, output, "--wrap", f'{start} -c "{code}"')
+        self.numbers["help"] = cluster.command(
+            "sbatch", "--parsable", str(runs.REPOSITORY / "slurm/train.sh"), "--help", cwd=folder
+        ).strip()
         # A node with none of Slurm's programs in PATH.
         (folder / "bin").mkdir()
         for program in ("bash", "sed", "uname", "dirname"):
@@ -266,9 +269,9 @@ class QuickJobs:
         options = (f"--export=ALL,PATH={folder}/bin", f"--output={folder}/no srun")
         self.numbers["no srun"] = cluster.submit(*options, "slurm/train.sh", "--run.dir", folder / "run")
 
-    def output_of(self, name: str, state: str) -> str:
+    def output_of(self, name: str, state: str, job: str = "") -> str:
         """What a job printed, once it has ended in `state`."""
-        self.cluster.wait(self.numbers[name], [state])
+        self.cluster.wait(job or self.numbers[name], [state])
         return (self.folder / name).read_text()
 
 
@@ -303,6 +306,12 @@ def test_nodes_get_the_variables_of_the_run(export: str, quick_jobs: QuickJobs) 
     lines = quick_jobs.output_of(export, "COMPLETED").splitlines()
     assert "NNODES=5" in lines
     assert ("CIFAR_DIST_PYTHON=/mine" in lines) == (export == "one")
+
+
+def test_help_in_a_job(quick_jobs: QuickJobs) -> None:
+    job = quick_jobs.numbers["help"]
+    output = quick_jobs.output_of(f"cifar_dist-{job}.out", "COMPLETED", job)
+    assert "  sbatch --nodes=2 --gpus-per-node=4 slurm/train.sh --config configs/googlenet.yaml" in output.splitlines()
 
 
 def test_srun_is_missing(quick_jobs: QuickJobs) -> None:

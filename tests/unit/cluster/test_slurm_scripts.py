@@ -1,10 +1,11 @@
-"""slurm/ and cifar_dist.cluster.slurm without a Slurm: its variables and programs."""
+"""slurm/ and cifar_dist.cluster.slurm without a Slurm: its variables and programs, --help, another Python."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from cifar_dist.errors import UserError
 from cifar_dist.fault_tolerance import run_lock
 from tests.support import runs
 
+SCRIPTS = ("train", "sweep", "evaluate")
 MODULE = (sys.executable, "-m", "cifar_dist.cluster.slurm")
 JOB = {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": "", "NPROC_PER_NODE": "1"}
 ARRAY = {f"SLURM_ARRAY_{name}": "1" for name in ("JOB_ID", "TASK_ID", "TASK_COUNT")}
@@ -141,3 +143,100 @@ def test_rank_of_a_node(value: str) -> None:
     env = {**JOB, "NNODES": "2", "NODE_RANK": "slurm", "MASTER_ADDR": "localhost", "SLURM_NODEID": value}
     output = ended(runs.REPOSITORY / "launch/multinode", code=2, env=env)
     assert f"error: NODE_RANK is slurm, but SLURM_NODEID is '{value}'; valid: a number, which srun sets." in output
+
+
+@pytest.mark.parametrize("words", [("--help",), ("-h",), ("--config", "none.yaml", "--help")])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_of_a_script(script: str, words: tuple[str, ...], tmp_path: Path, without_slurm: dict[str, str]) -> None:
+    """Of a copy elsewhere, which is what Slurm runs, and without .venv or a job."""
+    copy = tmp_path / "slurm_script"
+    copy.write_bytes((runs.REPOSITORY / f"slurm/{script}.sh").read_bytes())
+    env = {"PATH": without_slurm["PATH"], "CIFAR_DIST_PYTHON": "/nowhere"}
+    lines = ended("bash", copy, *words, code=0, cwd=tmp_path, env=env).splitlines()
+    assert lines[0].startswith("#SBATCH --job-name=cifar_dist")
+    assert [line for line in lines if line.startswith("  sbatch ") and f"slurm/{script}.sh " in line]
+    assert len(lines) < 40
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--help",), ("-h",), ("train", "--help"), ("sweep", "--grid", "none", "-h"), ("evaluate", "--help"), ("x", "-h")],
+)
+def test_help_of_the_module(words: tuple[str, ...]) -> None:
+    output = ended(*MODULE, *words, code=0, env={})
+    assert output.startswith("usage: python -m cifar_dist.cluster.slurm train|sweep|evaluate")
+
+
+def python_at(path: Path, options: str = "", **variables: str) -> Path:
+    """An executable that starts the Python of the tests."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    given = " ".join(f'{name}="{value}"' for name, value in variables.items())
+    path.write_text(f'#!/bin/sh\n{given} exec {sys.executable} {options} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("start", ["slurm/train.sh", "slurm/sweep.sh", "slurm/evaluate.sh", "launch/multinode"])
+@pytest.mark.parametrize("kind", ["missing", "folder", "not executable", "not in PATH", "link to nothing"])
+def test_python_that_cannot_be_run(kind: str, start: str, tmp_path: Path) -> None:
+    path = tmp_path / kind
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "not executable":
+        path.touch()
+    elif kind == "link to nothing":
+        path.symlink_to(tmp_path / "none")
+    name = "no-such-python" if kind == "not in PATH" else str(path)
+    output = ended(runs.REPOSITORY / start, code=2, env={**JOB, "CIFAR_DIST_PYTHON": name})
+    wrong = f"error: CIFAR_DIST_PYTHON is {name}, which is no executable file on {os.uname().nodename}."
+    assert output.splitlines()[0] == wrong
+    assert len(output.splitlines()) == 2
+
+
+@pytest.mark.parametrize("script", ["train", "sweep", "evaluate"])
+@pytest.mark.parametrize(("package", "why"), [("torch", "none"), ("torch", "broken"), ("yaml", "none")])
+def test_python_that_lacks_a_package(package: str, why: str, script: str, tmp_path: Path) -> None:
+    """Also one that is there, but whose libraries are not."""
+    library = "libcudart.so.12: cannot open shared object file: No such file or directory"
+    text = f"ImportError: {library}" if why == "broken" else f"ModuleNotFoundError: No module named '{package}'"
+    kind, message = text.split(": ", 1)
+    (tmp_path / f"{package}.py").write_text(f"raise {kind}({message!r})\n")
+    if package == "yaml":  # found after these
+        for name in ("torch", "ffcv", "ffcv/loader"):
+            (tmp_path / f"{name}/__init__.py").parent.mkdir()
+            (tmp_path / f"{name}/__init__.py").touch()
+    python = python_at(tmp_path / "bin/python", PYTHONPATH=f"{tmp_path}:{runs.REPOSITORY}")
+    env = {**JOB, "CIFAR_DIST_PYTHON": str(python)}
+    lines = ended(runs.REPOSITORY / f"slurm/{script}.sh", code=2, env=env).splitlines()
+    assert lines[0].startswith(f"error: CIFAR_DIST_PYTHON is {python}, which cannot import what training needs, on ")
+    assert (lines[1], len(lines)) == (text, 3)
+
+
+@pytest.mark.parametrize("kind", ["a path with a space", "relative", "in PATH"])
+def test_other_python_is_used(kind: str, tmp_path: Path) -> None:
+    """In a folder of a repository without .venv, by one without cifar_dist. For slurm/ see test_slurm.py."""
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    for name in ("launch", "slurm", "cifar_dist", "configs"):
+        (repository / name).symlink_to(runs.REPOSITORY / name)
+    folder = repository / "runs"
+    folder.mkdir()
+    packages = sysconfig.get_path("purelib")
+    python = python_at(tmp_path / "my conda/bin/other-python", "-S", PYTHONPATH=f"$PYTHONPATH:{packages}")
+    name = {"relative": os.path.relpath(python, folder), "in PATH": python.name}.get(kind, str(python))
+    path = f"{python.parent}:{os.environ['PATH']}"
+    env = {**JOB, "CIFAR_DIST_PYTHON": name, "PATH": path, "NNODES": "1", "PYTHONPATH": ""}
+    options = ("--config", "../configs/quickstart.yaml", "--train.batch_size", "50")
+    output = ended(repository / "launch/multinode", *options, code=2, cwd=folder, env=env)
+    assert "Nearest valid choices" in output
+
+
+def test_there_is_no_python(tmp_path: Path) -> None:
+    for name in ("launch", "slurm"):
+        (tmp_path / name).symlink_to(runs.REPOSITORY / name)
+    for script in ("train", "sweep", "evaluate"):
+        output = ended(tmp_path / f"slurm/{script}.sh", code=2, cwd=tmp_path)
+        assert output == (
+            f"error: {tmp_path}/.venv/bin/python is missing. Run ./launch/setup first, or set CIFAR_DIST_PYTHON to "
+            "another Python.\n"
+        )
