@@ -16,7 +16,7 @@ from cifar_dist.errors import UserError
 from cifar_dist.fault_tolerance import run_lock
 from tests.support import runs
 
-SCRIPTS = ("train", "sweep", "evaluate")
+SCRIPTS = ("train", "sweep", "evaluate", "container")
 MODULE = (sys.executable, "-m", "cifar_dist.cluster.slurm")
 JOB = {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": "", "NPROC_PER_NODE": "1"}
 ARRAY = {f"SLURM_ARRAY_{name}": "1" for name in ("JOB_ID", "TASK_ID", "TASK_COUNT")}
@@ -66,6 +66,16 @@ def test_srun_is_missing(
     assert f"error: srun cannot be started on {os.uname().nodename}: No such file or directory. Put" in output
     assert "docs/slurm.md" in output
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("program", ["srun", "apptainer"])
+def test_container_without_a_program(program: str, tmp_path: Path, without_slurm: dict[str, str]) -> None:
+    (tmp_path / "cifar_dist.sif").touch()
+    for name in {"srun", "apptainer"} - {program}:
+        (tmp_path / "bin" / name).symlink_to("/usr/bin/true")
+    env = {**without_slurm, "SLURM_JOB_NUM_NODES": "1"}
+    output = ended(runs.REPOSITORY / "slurm/container.sh", code=2, cwd=tmp_path, env=env)
+    assert f"error: {program} is not in PATH on {os.uname().nodename}." in output
 
 
 @pytest.mark.parametrize("value", ["x", "-1", " 7", "7\n", "1.5", "\u00b2", "\u0663", "0x7", "9" * 5000])
