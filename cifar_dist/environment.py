@@ -5,6 +5,7 @@ An empty variable counts as unset: scripts and schedulers leave empty ones behin
 
 import os
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,9 +20,15 @@ def number(name: str, default: int, least: int = 0) -> int:
     Raises:
         UserError: it holds something else, or less than `least`.
     """
-    text = os.environ.get(name, "").strip()
+    found = optional_number(name, os.environ, least)
+    return default if found is None else found
+
+
+def optional_number(name: str, env: Mapping[str, str] = os.environ, least: int = 0) -> int | None:
+    """Like `number`, in `env`; None if it is unset or empty."""
+    text = env.get(name, "").strip()
     if not text:
-        return default
+        return None
     if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < least:
         raise UserError(
             f"the environment variable {name} is {text[:80]!r}; valid: a whole number, {least} or more.\n"

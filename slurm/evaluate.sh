@@ -12,12 +12,18 @@
 #   sbatch slurm/evaluate.sh --checkpoint runs/job-17/checkpoints/step-00002730.pt --json score.json
 #   sbatch --gpus-per-node=1 --cpus-per-task=8 slurm/evaluate.sh --checkpoint ...
 set -euo pipefail
+for word in "$@"; do
+    [[ $word != --help && $word != -h ]] || { sed -n '2,/^[^#]/{s/^#$//;s/^# //;/^set /!p}' "$0"; exit; }
+done
 # Slurm runs a copy of this file from another folder, so the repository is looked for from the working directory up.
 from=${CIFAR_DIST_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 root=$(cd "$from" >/dev/null 2>&1 && until [[ -x launch/multinode || $PWD == / ]]; do cd ..; done && pwd) || root=''
-[[ -x $root/.venv/bin/python ]] || {
-    echo "error: there is no prepared repository at $from or above it. Run ./launch/setup" >&2
-    echo "in the repository and submit from inside it, or set CIFAR_DIST_HOME to it." >&2
+[[ -x $root/launch/multinode ]] || {
+    echo "error: there is no repository of cifar_dist at $from or above it." >&2
+    echo "Submit from inside the repository, or set CIFAR_DIST_HOME to it." >&2
     exit 2
 }
-exec "$root/.venv/bin/python" -m cifar_dist.cluster.slurm evaluate "$@"
+export CIFAR_DIST_HOME=$root
+. "$root/launch/lib/python.sh"
+check_imports
+exec "$python" -m cifar_dist.cluster.slurm evaluate "$@"

@@ -19,13 +19,19 @@
 # div G. The runs are in runs/sweep-JOBID/seed-S, or in setting-L/seed-S there, unless --run.name or --run.dir names the
 # folder. Each run stops, is requeued and resumes as with slurm/train.sh, whose variables count here, too.
 set -euo pipefail
+for word in "$@"; do
+    [[ $word != --help && $word != -h ]] || { sed -n '2,/^[^#]/{s/^#$//;s/^# //;/^set /!p}' "$0"; exit; }
+done
 trap '' USR1  # until the program below handles it
 # Slurm runs a copy of this file from another folder, so the repository is looked for from the working directory up.
 from=${CIFAR_DIST_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 root=$(cd "$from" >/dev/null 2>&1 && until [[ -x launch/multinode || $PWD == / ]]; do cd ..; done && pwd) || root=''
-[[ -x $root/.venv/bin/python ]] || {
-    echo "error: there is no prepared repository at $from or above it. Run ./launch/setup" >&2
-    echo "in the repository and submit from inside it, or set CIFAR_DIST_HOME to it." >&2
+[[ -x $root/launch/multinode ]] || {
+    echo "error: there is no repository of cifar_dist at $from or above it." >&2
+    echo "Submit from inside the repository, or set CIFAR_DIST_HOME to it." >&2
     exit 2
 }
-exec "$root/.venv/bin/python" -m cifar_dist.cluster.slurm sweep "$@"
+export CIFAR_DIST_HOME=$root
+. "$root/launch/lib/python.sh"
+check_imports
+exec "$python" -m cifar_dist.cluster.slurm sweep "$@"

@@ -19,20 +19,27 @@
 # --run.dir names it. Two minutes before the time limit the run saves, and the job is requeued and resumes it, at most
 # MAX_REQUEUES times (20). scancel saves, too, and does not requeue.
 #
-#   NPROC_PER_NODE    processes per node (default: its GPUs; without GPUs --ntasks-per-node, or 2)
-#   MAX_RESTARTS      restarts after a lost process (see launch/multinode)
-#   CIFAR_DIST_HOME   the repository, if the job is submitted from elsewhere
+#   NPROC_PER_NODE     processes per node (default: its GPUs; without GPUs --ntasks-per-node, or 2)
+#   MAX_RESTARTS       restarts after a lost process (see launch/multinode)
+#   CIFAR_DIST_HOME    the repository, if the job is submitted from elsewhere
+#   CIFAR_DIST_PYTHON  another Python than .venv's, such as conda's; see docs/slurm.md
 #
 # Prepare the data first where there is internet (python -m cifar_dist.prepare). Each node copies it to SLURM_TMPDIR or
 # /tmp, once, if there is room.
 set -euo pipefail
+for word in "$@"; do
+    [[ $word != --help && $word != -h ]] || { sed -n '2,/^[^#]/{s/^#$//;s/^# //;/^set /!p}' "$0"; exit; }
+done
 trap '' USR1  # or it would end the job before the program below handles it
 # Slurm runs a copy of this file from another folder, so the repository is looked for from the working directory up.
 from=${CIFAR_DIST_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 root=$(cd "$from" >/dev/null 2>&1 && until [[ -x launch/multinode || $PWD == / ]]; do cd ..; done && pwd) || root=''
-[[ -x $root/.venv/bin/python ]] || {
-    echo "error: there is no prepared repository at $from or above it. Run ./launch/setup" >&2
-    echo "in the repository and submit from inside it, or set CIFAR_DIST_HOME to it." >&2
+[[ -x $root/launch/multinode ]] || {
+    echo "error: there is no repository of cifar_dist at $from or above it." >&2
+    echo "Submit from inside the repository, or set CIFAR_DIST_HOME to it." >&2
     exit 2
 }
-exec "$root/.venv/bin/python" -m cifar_dist.cluster.slurm train "$@"
+export CIFAR_DIST_HOME=$root
+. "$root/launch/lib/python.sh"
+check_imports
+exec "$python" -m cifar_dist.cluster.slurm train "$@"

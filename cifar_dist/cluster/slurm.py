@@ -17,16 +17,25 @@ from filelock import FileLock
 from cifar_dist import cli
 from cifar_dist.cluster.slurm_job import Job, first_address, free_port, processes_per_node
 from cifar_dist.config import Config
+from cifar_dist.environment import optional_number
 from cifar_dist.errors import DivergedError, PeerError, StopError, UserError, exit_on_error
 from cifar_dist.files import escape_path, expand_path
 from cifar_dist.process import run_and_exit
 from cifar_dist.reports import seeds
 
-MULTINODE = Path(__file__).parents[2] / "launch/multinode"
+USAGE = """\
+usage: python -m cifar_dist.cluster.slurm train|sweep|evaluate [SETTINGS]
+
+The scripts in slurm/ run it inside a job of Slurm. `bash slurm/train.sh --help`, and the same with sweep.sh and
+evaluate.sh, prints how to submit each. SETTINGS are those of cifar_dist.train or cifar_dist.evaluate, see their --help.
+"""
 
 
 def main() -> None:
     """Run the work that the first argument names, and exit with its code (see `errors`)."""
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        print(USAGE, end="")
+        return
     with exit_on_error():
         job = Job()
         job.handle_signals()
@@ -64,7 +73,7 @@ def _run(job: Job, arguments: Sequence[str], config: Config, directory: Path, ag
     if job.restarts or config.run.resume == "never":
         settings += ["--run.resume", "auto"]
     if config.data.stage_dir is None:
-        stage_dir = os.environ.get("SLURM_TMPDIR", f"/tmp/cifar_dist-{os.getuid()}")
+        stage_dir = os.environ.get("SLURM_TMPDIR") or f"/tmp/cifar_dist-{os.getuid()}"
         settings += ["--data.stage_dir", escape_path(stage_dir)]
     num_processes = processes_per_node()
     print(f"job {job.id}: {job.num_nodes} x {num_processes} processes; run directory {directory}", flush=True)
@@ -76,7 +85,8 @@ def _run(job: Job, arguments: Sequence[str], config: Config, directory: Path, ag
         "MASTER_ADDR": os.environ.get("MASTER_ADDR") or first_address(),
         "MASTER_PORT": os.environ.get("MASTER_PORT") or str(free_port(job.id)),
     }
-    code = job.run([str(MULTINODE), *settings], os.environ | env)
+    repository = os.environ.get("CIFAR_DIST_HOME") or Path(__file__).parents[2]  # set by slurm/*.sh
+    code = job.run([str(Path(repository, "launch/multinode")), *settings], os.environ | env)
     status = job.final_status(directory)
     if status.get("exit_code") is not None:
         code = status["exit_code"]  # more informative than srun's, which is the greatest of all nodes
@@ -97,11 +107,11 @@ def _run(job: Job, arguments: Sequence[str], config: Config, directory: Path, ag
 
 def _sweep(job: Job, arguments: Sequence[str]) -> int:
     """Run I of a job array: seed I; with a grid of G lines, line I mod G with seed I div G."""
-    if "SLURM_ARRAY_TASK_ID" not in os.environ:
+    array, index, size = (optional_number(f"SLURM_ARRAY_{name}") for name in ("JOB_ID", "TASK_ID", "TASK_COUNT"))
+    if array is None or index is None or size is None:
         raise UserError("a sweep is a job array: sbatch --array=0-2 slurm/sweep.sh --config configs/quickstart.yaml.")
-    array, index, size = (os.environ[f"SLURM_ARRAY_{name}"] for name in ("JOB_ID", "TASK_ID", "TASK_COUNT"))
     grid, own = _grid(arguments)
-    seed, line = divmod(int(index), len(grid))
+    seed, line = divmod(index, len(grid))
     asked = [*own, *shlex.split(grid[line]), "--run.seed", str(seed)]
     config = _config(job, asked)
     cli.validate_for_table(config)
@@ -113,7 +123,7 @@ def _sweep(job: Job, arguments: Sequence[str]) -> int:
     again = [f"--array={index}", "slurm/sweep.sh", *arguments, *named]
     code = _run(job, asked, config, groups[line] / f"seed-{seed}", again)
     if code == 0:
-        _report(folder, dict(zip(grid, groups, strict=True)), int(size))
+        _report(folder, dict(zip(grid, groups, strict=True)), size)
     return code
 
 
@@ -152,7 +162,8 @@ def _report(folder: Path, groups: Mapping[str, Path], num_runs: int) -> None:
 
 def _evaluate(job: Job, arguments: Sequence[str]) -> int:
     """Score a checkpoint on the first node of the job."""
-    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone"]
+    python = os.environ.get("CIFAR_DIST_PYTHON") or sys.executable
+    torchrun = [python, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, "--nproc-per-node", str(processes_per_node()), "-m", "cifar_dist.evaluate"]
     return job.run([*command, *arguments], os.environ | {"OMP_NUM_THREADS": "1"}, num_nodes=1)
 

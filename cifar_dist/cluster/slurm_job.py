@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from cifar_dist.cluster.rendezvous import is_port_in_use
-from cifar_dist.errors import PeerError, StopError, UserError
+from cifar_dist.environment import num_processors, optional_number
+from cifar_dist.errors import PeerError, StopError, UserError, explain_os_error
 from cifar_dist.files import read_json, write_json
+from cifar_dist.process import handled_signals
 
 # Below the kernel's ephemeral ports.
 _FIRST_PORT, _NUM_PORTS = 16_384, 16_384
@@ -40,36 +42,42 @@ class Job:
         """Read the environment of the batch script.
 
         Raises:
-            UserError: this is not a batch job, or MAX_REQUEUES is wrong.
+            UserError: this is not a batch job, or a variable is wrong.
         """
-        if "SLURM_JOB_ID" not in env:
+        job = optional_number("SLURM_JOB_ID", env)
+        if job is None:
             raise UserError("this script is for Slurm: sbatch slurm/train.sh. Without Slurm, use launch/node.")
         most = env.get("MAX_REQUEUES", "20")
         if not re.fullmatch("[0-9]{1,4}", most):
             raise UserError(f"MAX_REQUEUES is {most}; valid: 0 to 9999.")
-        self.id, self.max_requeues = int(env["SLURM_JOB_ID"]), int(most)
-        self.restarts = int(env.get("SLURM_RESTART_COUNT", "0"))
-        self.num_nodes = int(env.get("SLURM_JOB_NUM_NODES", "1"))
+        self.id, self.max_requeues = job, int(most)
+        self.restarts = optional_number("SLURM_RESTART_COUNT", env) or 0
+        self.num_nodes = optional_number("SLURM_JOB_NUM_NODES", env) or 1
         self.stop_signals: list[int] = []  # received, in their order
 
     def handle_signals(self) -> None:
         """From now on stop signals are added to `stop_signals`, and `run` forwards them."""
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        for number in handled_signals():
             signal.signal(number, lambda received, _: self.stop_signals.append(received))
 
     def run(self, command: Sequence[str], env: Mapping[str, str], num_nodes: int | None = None) -> int:
         """Run `command` once per node, on the first `num_nodes` if given; return the greatest exit code of all nodes.
 
         Each task may use all resources of the job on its node. srun does not kill the others when one exits.
+
+        Raises:
+            UserError: srun is missing.
         """
         if self.stop_signals:
             return StopError.exit_code
         nodes = str(num_nodes or self.num_nodes)
         options = ["--nodes", nodes, "--ntasks", nodes, "--ntasks-per-node", "1", "--cpu-bind=none"]
-        options += ["--kill-on-bad-exit=0", f"--wait={_LAST_NODE_S}"]
-        if "SLURM_GPUS_ON_NODE" in os.environ:  # a step of an exclusive job gets no GPUs unless it requests them
+        options += ["--kill-on-bad-exit=0", f"--wait={_LAST_NODE_S}", "--export=ALL"]  # also after sbatch --export=NONE
+        if os.environ.get("SLURM_GPUS_ON_NODE"):  # a step of an exclusive job gets no GPUs unless it requests them
             options.append(f"--gpus-per-node={gpus_per_node()}")
-        step = subprocess.Popen(["srun", *options, *command], env=env)
+        advice = "Put Slurm's programs into PATH before sbatch, in a container too; see docs/slurm.md, section Sites."
+        with explain_os_error(f"srun cannot be started on {socket.gethostname()}", advice):
+            step = subprocess.Popen(["srun", *options, *command], env=env)
         while True:
             with suppress(subprocess.TimeoutExpired):
                 code = step.wait(_REPEAT_S)
@@ -107,11 +115,20 @@ class Job:
 
 
 def gpus_per_node(env: Mapping[str, str] = os.environ) -> int:
-    """GPUs that the job requested per node; else those allocated here; else those visible."""
-    for name in ("SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE"):
-        found = re.search(r"(\d+)$", env.get(name, ""))  # may have a type: a100:4
-        if found:
-            return int(found[1])
+    """GPUs that the job requested per node; else those allocated here; else those visible.
+
+    Raises:
+        UserError: a variable is wrong.
+    """
+    asked = env.get("SLURM_GPUS_PER_NODE")
+    if asked:  # N or TYPE:N or TYPE, which means one, or several of these
+        parts = [re.fullmatch("(?:[^:]+:)?([0-9]{1,5})|[^:]*[A-Za-z][^:]*", part) for part in asked.split(",")]
+        if None in parts:
+            raise UserError(f"SLURM_GPUS_PER_NODE is {asked[:80]!r}; valid: a number of GPUs such as 4, or a100:4.")
+        return sum(int(part[1] or 1) for part in parts if part)
+    allocated = optional_number("SLURM_GPUS_ON_NODE", env)
+    if allocated is not None:
+        return allocated
     if "CUDA_VISIBLE_DEVICES" in env:
         return len(re.findall("(?:^|,)(?:[0-9]|GPU-|MIG-)", env["CUDA_VISIBLE_DEVICES"]))  # -1 hides all
     return len(re.findall("^GPU", _output("nvidia-smi", "--list-gpus"), flags=re.MULTILINE))
@@ -123,15 +140,15 @@ def processes_per_node(env: Mapping[str, str] = os.environ) -> int:
     Without GPUs two, because the presets for CPUs have two micro-batches; each process has train.threads.
 
     Raises:
-        UserError: NPROC_PER_NODE is not a number.
+        UserError: NPROC_PER_NODE or a variable of Slurm is not a number.
     """
     asked = env.get("NPROC_PER_NODE")
     if asked:
         if not re.fullmatch("[1-9][0-9]{0,3}", asked):
             raise UserError(f"NPROC_PER_NODE is {asked}; valid: 1 to 9999.")
         return int(asked)
-    tasks = env.get("SLURM_NTASKS_PER_NODE", "")
-    without = int(tasks) if tasks.isdigit() and int(tasks) > 1 else min(2, len(os.sched_getaffinity(0)))
+    tasks = optional_number("SLURM_NTASKS_PER_NODE", env) or 0
+    without = tasks if tasks > 1 else min(2, num_processors())
     return gpus_per_node(env) or without
 
 
@@ -140,7 +157,7 @@ def first_address(env: Mapping[str, str] = os.environ) -> str:
 
     The one that Slurm uses, because a node's name may not resolve. Without scontrol, as in some containers, the name.
     """
-    name = env.get("SLURMD_NODENAME", socket.gethostname())
+    name = env.get("SLURMD_NODENAME") or socket.gethostname()
     found = re.search(r"\bNodeAddr=(\S+)", _output("scontrol", "--oneliner", "show", "node", name))
     return found[1] if found else name
 

@@ -135,7 +135,7 @@ def acquire(directory: Path, wait: bool, log: Callable[[str], None]) -> RunLock:
     lease = SoftFileLease(
         directory / LOCK, lease_duration=LEASE_S, heartbeat_interval=REFRESH_S, thread_local=False, mode=0o666
     )
-    waiter = _Waiter(directory, wait, log)
+    waiter, (job, restarts) = _Waiter(directory, wait, log), slurm_job()
     try:
         lease.acquire(poll_interval=_POLL_S, cancel_check=waiter.gives_up)
     except Timeout:
@@ -146,7 +146,6 @@ def acquire(directory: Path, wait: bool, log: Callable[[str], None]) -> RunLock:
             (directory / REQUEST).unlink(missing_ok=True)
     if waiter.owner is not None:
         log(f"{waiter.owner} no longer holds {directory}; taken over")
-    job, restarts = slurm_job()
     if job is not None:
         write_json(directory / JOB, {"token": lease.token, "job": job, "restarts": restarts})
     return RunLock(directory, lease)
@@ -206,4 +205,5 @@ def owner(directory: Path) -> Owner | None:
 
 def slurm_job() -> tuple[str | None, int]:
     """The id of this Slurm job, and how often it was requeued."""
-    return os.environ.get("SLURM_JOB_ID") or None, environment.number("SLURM_RESTART_COUNT", 0)
+    job = environment.optional_number("SLURM_JOB_ID")
+    return None if job is None else str(job), environment.number("SLURM_RESTART_COUNT", 0)

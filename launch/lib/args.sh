@@ -1,7 +1,7 @@
 # Sourced first by the scripts in launch/, which then read their arguments from "$@": answers --help, and splits
 # --NAME=VALUE into two words. What follows a word -- is left alone.
 here=$(cd "$(dirname "$0")" >/dev/null && pwd)  # with CDPATH, cd prints
-python=${CIFAR_DIST_PYTHON:-$here/../.venv/bin/python}  # set by measure --lean
+python=${CIFAR_DIST_PYTHON:-$here/../.venv/bin/python}  # as in python.sh
 
 # The comment at the head of the script.
 usage() { sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$0"; }

@@ -226,12 +226,112 @@ def test_array_over_a_grid(cluster: SlurmCluster, data_dir: Path, tmp_path: Path
     assert {run["seed"] for run in figures["settings"]["--optim.lr 0.2 --optim.momentum 0.8"]["runs"]} == {0, 1}
 
 
+class Site:
+    """A home folder with site.sh of docs/slurm.md and the Python that it names, which notes where it was started."""
+
+    def __init__(self, cluster: SlurmCluster, home: Path) -> None:
+        self.cluster, self.home = cluster, home
+        text = (runs.REPOSITORY / "docs/slurm.md").read_text(encoding="utf-8")
+        (block,) = re.findall(r"^    # site.sh\n(?:    .*\n|\n)+", text, flags=re.M)
+        (home / "site.sh").write_text(re.sub("^    ", "", block, flags=re.M))
+        python = home / "miniforge3/envs/cifar_dist/bin/python"
+        python.parent.mkdir(parents=True)
+        python.write_text(f'#!/bin/sh\necho "$SLURM_NODEID" >>"$HOME/started"\nexec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+        (home / "logs").mkdir()
+
+    def submit(self, *words: str) -> tuple[str, str]:
+        """The number of the job that `sbatch WORDS` makes, and what scontrol shows of it."""
+        # `module` is a function of the shell, which there is only where a site has it.
+        start = (
+            'module() { echo "$@" >"$HOME/module"; }; . ~/site.sh; export NPROC_PER_NODE=1; exec sbatch --parsable "$@"'
+        )
+        environment = {"HOME": str(self.home)}
+        job = self.cluster.command("bash", "-euc", start, "-", *words, cwd=runs.REPOSITORY, env=environment).strip()
+        return job, self.cluster.command("scontrol", "--oneliner", "show", "job", job)
+
+
+def test_options_of_a_site(running_cluster: SlurmCluster, tmp_path: Path) -> None:
+    """Those of the file override the script's, and those of the command line override both."""
+    site = Site(running_cluster, tmp_path)
+    job, shown = site.submit("--hold", "slurm/train.sh")
+    for setting in ("Account=my-project", "Partition=gpu", "Features=a100", "TresPerNode=gres:gpu:1",
+                    f"StdOut={tmp_path}/logs/cifar_dist-{job}.out"):  # fmt: skip
+        assert f" {setting} " in shown
+    other, shown = site.submit("--hold", "--partition=all", "--account=other", "slurm/train.sh")
+    assert " Account=other " in shown
+    assert " Partition=all " in shown
+    running_cluster.command("scancel", job, other)
+    assert (tmp_path / "module").read_text() == "load cuda\n"
+
+
+@pytest.mark.slow
+def test_other_python(cluster: SlurmCluster, data_dir: Path, tmp_path: Path) -> None:
+    """Of a site, on both nodes, also if sbatch takes along nothing but its name."""
+    site = Site(cluster, tmp_path)
+    words = (
+        "--data.dir",
+        str(data_dir),
+        "--data.stage_dir",
+        str(tmp_path / "stage"),
+        "--run.dir",
+        str(tmp_path / "run"),
+    )
+    named = "--export=CIFAR_DIST_PYTHON,NPROC_PER_NODE,HOME"
+    job, _ = site.submit("--nodes=2", named, "slurm/train.sh", *SHORT, *words, "--eval.test_subset", "500")
+    try:
+        cluster.wait(job)
+    finally:
+        print((tmp_path / f"logs/cifar_dist-{job}.out").read_text())
+    assert runs.summary(tmp_path / "run")["num_nodes"] == 2
+    assert set((tmp_path / "started").read_text().split("\n")) >= {"0", "1"}
+
+
+@pytest.mark.slow
+def test_container(cluster: SlurmCluster, data_dir: Path, tmp_path: Path) -> None:
+    """With a stand-in for apptainer, which there is no package of: it runs the command here. Stopped, then requeued."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "cifar_dist.sif").touch()
+    apptainer = tmp_path / "bin/apptainer"
+    apptainer.write_text(
+        f"#!/bin/bash\n[[ $1 = exec && $2 = --nv && -e $3 ]] || exit 9\n"
+        f'exec "{runs.REPOSITORY}${{4#/opt/cifar_dist}}" "${{@:5}}"\n'
+    )
+    apptainer.chmod(0o755)
+    env = {"PATH": f"{tmp_path}/bin:{cluster.environment['PATH']}", "CIFAR_DIST_PYTHON": "/of the host", **ONE_PROCESS}
+    settings = (*WHOLE, "--data.dir", str(data_dir), "--run.dir", "run", "--eval.test_subset", "500")
+    words = ("sbatch", "--parsable", "--nodes=2", str(runs.REPOSITORY / "slurm/container.sh"), *settings)
+    job = cluster.command(*words, cwd=tmp_path, env=env).strip()
+    output, deadline = tmp_path / f"cifar_dist-{job}.out", time.monotonic() + 120
+    while not any(step >= 5 for step in runs.logged_steps(tmp_path / "run")):
+        assert time.monotonic() < deadline, output.read_text()
+        time.sleep(0.05)
+    cluster.command("scancel", "--signal=USR1", job)
+    while "Restarts=0" in cluster.command("scontrol", "show", "job", job):
+        assert time.monotonic() < deadline, output.read_text()
+        time.sleep(0.1)
+    cluster.wait(job)
+    text = output.read_text()
+    assert f"job {job}: stopped; requeueing it (requeued 0 times so far)" in text
+    assert "resuming from" in text
+    figures = runs.summary(tmp_path / "run")
+    assert (figures["steps"], figures["num_nodes"], figures["world_size"]) == (STEPS, 2, 2)
+
+
 MISTAKES = {
     "unknown key": ("train", ("--train.epoch", "3"), "epochs"),
     "batch size": ("train", ("--train.batch_size", "50"), "Nearest valid choices"),
     "no array": ("sweep", (), "--array"),
 }
-GPUS = {2: (), 1: ("--gpus-per-node=1",)}
+GPUS = {
+    "2": (),
+    "1": ("--gpus-per-node=1",),
+    "1 of a type": ("--gpus-per-node=a100",),
+    "1 of one type": ("--gpus-per-node=a100:1",),
+    "1 by gres": ("--oversubscribe", "--gres=gpu:1"),
+    "2 by gres, as the node is exclusive": ("--constraint=a100", "--gres=gpu:1"),
+}
+EXPORTS = {"nothing": "--export=NONE", "one": "--export=CIFAR_DIST_PYTHON=/mine", "all": "--export=ALL"}
 
 
 class QuickJobs:
@@ -246,15 +346,29 @@ class QuickJobs:
         for name, home in (("elsewhere", {}), ("from home", {"CIFAR_DIST_HOME": str(runs.REPOSITORY)})):
             words = ("sbatch", "--parsable", f"--output={folder}/{name}", str(runs.REPOSITORY / "slurm/train.sh"))
             self.numbers[name] = cluster.command(*words, "--print-config", cwd=folder, env=home).strip()
-        code = "import os; from cifar_dist.cluster.slurm_job import *; Job().run(['env'], os.environ)"
-        command = f'cd {shlex.quote(str(runs.REPOSITORY))} && {shlex.quote(sys.executable)} -c "{code}"'
-        for number, options in GPUS.items():
-            output = f"--output={folder}/{number}"
-            self.numbers[str(number)] = cluster.submit("--exclusive", *options, output, "--wrap", command)
+        code = "import os; from cifar_dist.cluster.slurm_job import *; Job().run(['env'], os.environ | {'NNODES': '5'})"
+        start = f"cd {shlex.quote(str(runs.REPOSITORY))} && PYTHONPATH=. {shlex.quote(sys.executable)}"
+        for name, options in (*GPUS.items(), *((name, (option,)) for name, option in EXPORTS.items())):
+            output = f"--output={folder}/{name}"
+            self.numbers[name] = cluster.submit("--exclusive", *options, output, "--wrap", f'{start} -c "{code}"')
+        self.numbers["help"] = cluster.command(
+            "sbatch", "--parsable", str(runs.REPOSITORY / "slurm/train.sh"), "--help", cwd=folder
+        ).strip()
+        (folder / "logs").mkdir()
+        home = {"CIFAR_DIST_HOME": str(runs.REPOSITORY)}
+        words = ("sbatch", "--parsable", "--output=logs/%x-%j.out", str(runs.REPOSITORY / "slurm/train.sh"))
+        self.numbers["logs"] = cluster.command(*words, "--print-config", cwd=folder, env=home).strip()
+        # A node with none of Slurm's programs in PATH.
+        (folder / "bin").mkdir()
+        for program in ("bash", "sed", "uname", "dirname"):
+            (folder / "bin" / program).symlink_to(f"/usr/bin/{program}")
+        options = (f"--export=ALL,PATH={folder}/bin", f"--output={folder}/no srun")
+        self.numbers["no srun"] = cluster.submit(*options, "slurm/train.sh", "--run.dir", folder / "run")
+        self.numbers["no folder"] = cluster.submit(f"--output={folder}/none/%j.out", "slurm/train.sh", "--help")
 
-    def output_of(self, name: str, state: str) -> str:
-        """What a job said, once it has ended in `state`."""
-        self.cluster.wait(self.numbers[name], [state])
+    def output_of(self, name: str, state: str, job: str = "") -> str:
+        """What a job printed, once it has ended in `state`."""
+        self.cluster.wait(job or self.numbers[name], [state])
         return (self.folder / name).read_text()
 
 
@@ -278,9 +392,48 @@ def test_submitted_from_elsewhere(quick_jobs: QuickJobs) -> None:
 
 
 @pytest.mark.parametrize("gpus", GPUS)
-def test_steps_get_the_gpus(gpus: int, quick_jobs: QuickJobs) -> None:
+def test_steps_get_the_gpus(gpus: str, quick_jobs: QuickJobs) -> None:
     """A job that is alone on its node is given all GPUs, but its steps are not by themselves."""
-    assert f"SLURM_GPUS_ON_NODE={gpus}" in quick_jobs.output_of(str(gpus), "COMPLETED").splitlines()
+    assert f"SLURM_GPUS_ON_NODE={gpus[0]}" in quick_jobs.output_of(gpus, "COMPLETED").splitlines()
+
+
+@pytest.mark.parametrize("export", EXPORTS)
+def test_nodes_get_the_variables_of_the_run(export: str, quick_jobs: QuickJobs) -> None:
+    """Whatever sbatch took along from where the job was submitted."""
+    lines = quick_jobs.output_of(export, "COMPLETED").splitlines()
+    assert "NNODES=5" in lines
+    assert ("CIFAR_DIST_PYTHON=/mine" in lines) == (export == "one")
+
+
+def test_help_in_a_job(quick_jobs: QuickJobs) -> None:
+    """Without --output it is in the folder of submission, in a file that git ignores."""
+    job = quick_jobs.numbers["help"]
+    output = quick_jobs.output_of(f"cifar_dist-{job}.out", "COMPLETED", job)
+    assert "  sbatch --nodes=2 --gpus-per-node=4 slurm/train.sh --config configs/googlenet.yaml" in output.splitlines()
+
+
+def test_output_in_another_folder(quick_jobs: QuickJobs) -> None:
+    job = quick_jobs.numbers["logs"]
+    assert "micro_batch_size" in quick_jobs.output_of(f"logs/cifar_dist-{job}.out", "COMPLETED", job)
+
+
+def test_srun_is_missing(quick_jobs: QuickJobs) -> None:
+    output = quick_jobs.output_of("no srun", "FAILED")
+    assert "ExitCode=2:0" in quick_jobs.cluster.command("scontrol", "show", "job", quick_jobs.numbers["no srun"])
+    assert "error: srun cannot be started on " in output
+    assert "Traceback" not in output
+
+
+def test_folder_of_output_is_missing(quick_jobs: QuickJobs) -> None:
+    """Slurm makes none and fails the job without a word, as docs/slurm.md says; so --output names none by default."""
+    quick_jobs.cluster.wait(quick_jobs.numbers["no folder"], ["FAILED"])
+    assert not (quick_jobs.folder / "none").exists()
+    scripts = [path.read_text() for path in sorted((runs.REPOSITORY / "slurm").glob("*.sh"))]
+    outputs = [re.findall("^#SBATCH --output=(.*)$", text, flags=re.M) for text in scripts]
+    assert outputs == [["%x-%j.out"], ["%x-%j.out"], ["%x-%A_%a.out"], ["%x-%j.out"]]
+    for name in ("cifar_dist-1.out", "cifar_dist-sweep-1_0.out", "cifar_dist-evaluate-1.out", "docs/cifar_dist-1.out",
+                 "logs/mine"):  # fmt: skip
+        assert subprocess.run(["git", "check-ignore", "-q", name], cwd=runs.REPOSITORY, check=False).returncode == 0
 
 
 @pytest.mark.slow

@@ -192,6 +192,10 @@ TESTED = {
         "test_slurm.py: test_array_over_a_grid",
     "sbatch slurm/evaluate.sh --checkpoint runs/job-17/checkpoints/step-00002730.pt --json score.json":
         "test_slurm.py: test_evaluate",
+    "sbatch --nodes=2 --gpus-per-node=4 slurm/container.sh --config configs/googlenet.yaml":
+        "test_slurm.py: test_container; without GPUs",
+    "sbatch --output=logs/%x-%j.out slurm/train.sh --config configs/googlenet.yaml":
+        "test_slurm.py: test_output_in_another_folder",
     "./launch/rehearse --world-size 8 configs/googlenet.yaml --steps 20": "test_rehearse.py",
     "./launch/bundle": "test_bundle.py, without torch; whole by hand",
     "./launch/bundle --system-torch": "test_bundle.py",

@@ -82,7 +82,8 @@ def test_quoted_messages_are_in_the_code() -> None:
 
     The rest are names and numbers of one run. A message that was reworded has next to none.
     """
-    texts = [path.read_text(encoding="utf-8") for path in (runs.REPOSITORY / "launch").rglob("*") if path.is_file()]
+    scripts = [path for name in ("launch", "slurm") for path in (runs.REPOSITORY / name).rglob("*") if path.is_file()]
+    texts = [path.read_text(encoding="utf-8") for path in scripts]
     for path in (runs.REPOSITORY / "cifar_dist").rglob("*.py"):
         nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         values = [node.value for node in nodes if isinstance(node, ast.Constant)]

@@ -53,6 +53,7 @@ MinJobAge=3600
 JobRequeue=1
 GresTypes=gpu
 {nodes}
+PartitionName=gpu Nodes=n[1-2] MaxTime=INFINITE State=UP OverSubscribe=NO
 PartitionName=all Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
 """
 
@@ -87,7 +88,8 @@ class SlurmCluster:
         controller_port, *node_ports = (runs.free_port() for _ in range(1 + len(NODES)))
         host = socket.gethostname().split(".")[0]
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 Gres=gpu:2 State=UNKNOWN"
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 "
+            "Gres=gpu:a100:2 Feature=a100 State=UNKNOWN"
             for name, port in zip(NODES, node_ports, strict=True)
         )
         user = subprocess.check_output(["id", "-un"], text=True).strip()
@@ -95,7 +97,7 @@ class SlurmCluster:
         (self.folder / "slurm.conf").write_text(text)
         for number in (0, 1):  # GPUs in name: no device stands behind them
             (self.folder / f"gpu{number}").touch()
-        (self.folder / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={self.folder}/gpu[0-1]\n")
+        (self.folder / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu Type=a100 File={self.folder}/gpu[0-1]\n")
         try:
             munge = self.folder / "munge"
             files = [f"--{name}-file={munge / name}" for name in ("key", "pid", "seed", "log")]
