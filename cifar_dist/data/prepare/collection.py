@@ -147,9 +147,6 @@ class Collection:
     def note(self, problem: str) -> None:
         self.problems.setdefault(problem)
 
-    def is_empty(self) -> bool:
-        return not (self.num_found or self.foreign or self.unlabelled or self.problems)
-
     def description(self) -> list[str]:
         """What was found and what is missing, a fact a line."""
         texts = list(self.problems)[:_MAX_PROBLEMS]
@@ -165,7 +162,9 @@ class Collection:
         if wrong := [name for name, count in counts_of_files.items() if count == PER_FILE and name not in proved]:
             texts.append(f"the labels of images of {', '.join(wrong)} are not CIFAR-10's.")
         missing = [name for name, count in counts_of_files.items() if count < PER_FILE]
-        if set(self.forms) - {BINARY, PYTHON}:
+        if not self.forms and texts:
+            texts.append(f"found: none of CIFAR-10's {NUM_IMAGES:,} images.")
+        elif set(self.forms) - {BINARY, PYTHON}:
             forms = ", ".join(f"{form}: {number:,}" for form, number in self.forms.items())
             train, test = (int(part.sum()) for part in (self.found[:NUM_TRAIN], self.found[NUM_TRAIN:]))
             counts = f"{train:,} of {NUM_TRAIN:,} training images, {test:,} of {NUM_TEST:,} test images"

@@ -30,7 +30,7 @@ _DECOMPRESSORS: dict[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"B
 _ARCHIVES = (".tar", ".tgz", ".gz", ".tbz2", ".bz2", ".txz", ".xz", ".zip", ".npz")
 UNREADABLE = (
     tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError,  # encrypted
-    NotImplementedError, ValueError, OverflowError, struct.error,
+    NotImplementedError, ValueError, OverflowError, struct.error, TypeError, LookupError,  # of hostile content
 )  # fmt: skip
 
 
@@ -231,6 +231,8 @@ def _open_file(path: Path) -> IO[bytes]:
 
 
 def _is_tar(head: bytes) -> bool:
+    if not head[148:156].strip(b" \0").isdigit():  # the checksum; most files end here
+        return False
     try:
         tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
     except tarfile.TarError:

@@ -88,9 +88,10 @@ class Reader:
             return
         if name in _IN_SETS:
             self._sets[folder][name] = item.read()
+            self.collection.paths.add(item.path)
             if not min((_missing(names, self._sets[folder]) for names in (SHEETS, (*TILED, LABELS_BIN))), key=len):
                 self._read_set(self._sets.pop(folder))
-        elif head[:1] == b"\x80" and (name in STEMS or 31_000_000 < item.size < 31_100_000):
+        elif head[:1] == b"\x80" and (name in STEMS or 30_000_000 < item.size < 33_000_000):
             self._read_pickle(name, item.read())
         elif picture := next((form for magic, form in _PICTURES.items() if head.startswith(magic)), None):
             self._read_picture(item, picture)
@@ -98,6 +99,7 @@ class Reader:
             self._read_table(item)
         elif head.startswith(b"\x93NUMPY"):
             self._arrays[folder][name] = read_numpy(item.read())
+            self.collection.paths.add(item.path)
             self._add_arrays(self._arrays[folder], "NumPy")
         elif head.startswith(b"MATLAB 5.0"):
             self._add_arrays(read_matlab(item.name, item.read()), "MATLAB")

@@ -111,9 +111,7 @@ def arrow(folder: Path, images: Bytes, labels: Bytes) -> None:
 
 
 def npz(folder: Path, images: Bytes, labels: Bytes) -> None:
-    np.savez_compressed(
-        folder / "cifar.npz", x_test=images, y_test=labels.astype(np.int64)[:, None], x_train=images[:5]
-    )
+    np.savez(folder / "cifar.npz", x_test=images, y_test=labels.astype(np.int64)[:, None], x_train=images[:5])
 
 
 def npy(folder: Path, images: Bytes, labels: Bytes) -> None:
@@ -146,7 +144,7 @@ FORMS = (
     class_folders, numbered_folders_in_zip, class_in_file_name_in_renamed_tar, zip_in_tar_gz, parquet, arrow, npz, npy,
     matlab, shuffled_records, bz2_of_a_file, xz_tar,
 )  # fmt: skip
-FAST = (class_folders, numbered_folders_in_zip, parquet, npz, shuffled_records)
+FAST = (class_folders, parquet, npz, shuffled_records)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +242,7 @@ def test_lossy_pictures(cifar: Cifar10, tmp_path: Path) -> None:
     assert "images that are not CIFAR-10's: 300 JPEG (is lossy)" in text
     assert "1 PNG of another size (is not 32 x 32 pixels)" in text
     assert "1 damaged PNG (cannot be read)" in text
+    assert "found: none of CIFAR-10's 60,000 images." in text
 
 
 def test_part_of_the_pictures(cifar: Cifar10, tmp_path: Path) -> None:

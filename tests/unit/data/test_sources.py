@@ -225,7 +225,9 @@ def test_sheets(cifar: Cifar10, tmp_path: Path) -> None:
         (tmp_path / f"{stem}.png").write_bytes(png(pixels))
     (tmp_path / "train_lables.json").write_text(json.dumps(cifar.train_labels.tolist()))
     (tmp_path / "test_lables.json").write_text(json.dumps(cifar.test_labels.tolist()))
-    assert_same(fetch(str(tmp_path), Lines()), cifar)
+    found = fetch(str(tmp_path), Lines())
+    assert_same(found, cifar)
+    assert found.origin == str(tmp_path)
     (tmp_path / "test_lables.json").write_text(json.dumps(cifar.test_labels.tolist()[:-1]))
     with pytest.raises(DataError, match=r"test_lables\.json are no lists of 50000 and 10000 labels"):
         fetch(str(tmp_path), Lines())
