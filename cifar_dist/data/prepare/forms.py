@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from cifar_dist.data.prepare.arrays import Arrays, is_images, is_table, pairs, read_matlab, read_numpy, read_table
+from cifar_dist.data.prepare.arrays import Arrays, is_images, pairs, read_numpy, read_parquet
 from cifar_dist.data.prepare.collection import (
     BINARY,
     BINARY_MD5,
@@ -41,7 +41,6 @@ _CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hor
 _LABELS = {name: label for label, name in enumerate(_CLASSES)} | {"plane": 0, "aeroplane": 0, "car": 1}
 _PICTURES = {
     b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"RIFF": "WEBP", b"BM": "BMP", b"GIF8": "GIF", b"P6": "PPM",
-    b"II*\0": "TIFF", b"MM\0*": "TIFF",
 }  # fmt: skip
 _MAX_PICTURE_BYTES = 64 << 10  # one of 32 x 32 pixels has some 3 KB
 _RECORD_BYTES = 1 + PIXEL_BYTES
@@ -95,14 +94,12 @@ class Reader:
             self._read_pickle(name, item.read())
         elif picture := next((form for magic, form in _PICTURES.items() if head.startswith(magic)), None):
             self._read_picture(item, picture)
-        elif is_table(head, item.name):
-            self._read_table(item)
+        elif head.startswith(b"PAR1"):
+            self._read_parquet(item)
         elif head.startswith(b"\x93NUMPY"):
-            self._arrays[folder][name] = read_numpy(item.read())
+            self._arrays[folder][name] = read_numpy(item.name, item.read())
             self.collection.paths.add(item.path)
-            self._add_arrays(self._arrays[folder], "NumPy")
-        elif head.startswith(b"MATLAB 5.0"):
-            self._add_arrays(read_matlab(item.name, item.read()), "MATLAB")
+            self._add_arrays(self._arrays[folder])
         elif name in _KAGGLE_FILES or head.startswith(b"id,label"):
             self.collection.note(_KAGGLE)
         elif head.startswith(b"7z\xbc\xaf\x27\x1c"):
@@ -146,7 +143,7 @@ class Reader:
         for images, labels_of_file in zip(parts, labels, strict=True):
             self.collection.add(images, labels_of_file, "sheets")
 
-    def _add_arrays(self, arrays: Arrays, form: str) -> None:
+    def _add_arrays(self, arrays: Arrays) -> None:
         """Add the images whose labels are there, too, and remove both."""
         for name_of_images, name_of_labels in pairs(arrays):
             images, labels = arrays.pop(name_of_images), arrays.pop(name_of_labels).reshape(-1)
@@ -154,14 +151,13 @@ class Reader:
                 planes = images_of(images)
                 images = planes if self._knows_any(planes[:20]) else images.reshape(-1, 32, 32, 3)
             images = images if images.shape[3] == 3 else images.transpose(0, 2, 3, 1)
-            self.collection.add(images, np.where(labels < len(_CLASSES), labels, 255).astype(np.uint8), form)
+            self.collection.add(images, np.where(labels < len(_CLASSES), labels, 255).astype(np.uint8), "NumPy")
 
-    def _read_table(self, item: Item) -> None:
-        form = "Arrow" if item.name.suffix == ".arrow" else "parquet"
-        for content, label in read_table(item.name, item.read()):
+    def _read_parquet(self, item: Item) -> None:
+        for content, label in read_parquet(item.name, item.read()):
             number = label if isinstance(label, int) else _LABELS.get(str(label).lower())
             if number is not None and content and 0 <= number < len(_CLASSES):
-                self._add_picture(content, number, form)
+                self._add_picture(content, number, "parquet")
 
     # One image in a file
 

