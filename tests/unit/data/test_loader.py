@@ -18,7 +18,7 @@ import torch
 from ffcv.loader.epoch_iterator import EpochIterator
 
 from cifar_dist.data.loader import Batch, BetonLoader, ReadingThread, read_labels
-from cifar_dist.data.prepare.sources import Cifar10
+from cifar_dist.data.prepare.collection import Cifar10
 from cifar_dist.errors import DataError, UserError
 from tests.support import runs
 

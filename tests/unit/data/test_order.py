@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cifar_dist.data.order import Indices, Order, Split, chunks_of_rank, split, stratified
-from cifar_dist.data.prepare.sources import Cifar10
+from cifar_dist.data.prepare.collection import Cifar10
 from cifar_dist.errors import UserError
 
 

@@ -28,8 +28,9 @@ import pytest
 from PIL import Image
 
 from cifar_dist.data import cifar10
-from cifar_dist.data.prepare import sources
-from cifar_dist.data.prepare.sources import Cifar10, fetch
+from cifar_dist.data.prepare import forms, sources
+from cifar_dist.data.prepare.collection import BINARY_MD5, Cifar10
+from cifar_dist.data.prepare.sources import fetch
 from cifar_dist.errors import DataError
 
 pytestmark = pytest.mark.data
@@ -91,7 +92,7 @@ def test_binary_folder(binary_dir: Path, cifar: Cifar10) -> None:
     lines = Lines()
     found = fetch(str(binary_dir.parent), lines)
     assert_same(found, cifar)
-    assert lines == [f"{name:<16}  MD5 {md5} matches" for name, md5 in sources.BINARY_MD5.items()]
+    assert lines == [f"{name:<16}  MD5 {md5} matches" for name, md5 in BINARY_MD5.items()]
     assert found.origin == str(binary_dir)
 
 
@@ -169,7 +170,7 @@ def test_planted_pickle_is_not_run(tmp_path: Path) -> None:
     folder, marker = tmp_path / "cifar-10-batches-py", tmp_path / "executed"
     folder.mkdir()
     evil = pickle.dumps({"data": _Evil(marker)}, protocol=2)
-    for stem in sources.STEMS:
+    for stem in forms.STEMS:
         (folder / stem).write_bytes(evil)
     with pytest.raises(DataError, match=r"data_batch_1 is not CIFAR-10's and was not unpickled: MD5"):
         fetch(str(tmp_path), Lines())
@@ -201,7 +202,7 @@ def test_python_version_pickle(cifar: Cifar10, binary_dir: Path) -> None:
     _Python2Pickler(stream, protocol=2).dump(batch)
     content = stream.getvalue().replace(b"numpy._core.multiarray\n", b"numpy.core.multiarray\n")
     assert b"_codecs" not in content
-    assert sources._records_of_pickle(content) == (binary_dir / "test_batch.bin").read_bytes()
+    assert forms.records_of_pickle(content).tobytes() == (binary_dir / "test_batch.bin").read_bytes()
 
 
 def png(pixels: npt.NDArray[np.uint8]) -> bytes:
@@ -220,11 +221,13 @@ def png(pixels: npt.NDArray[np.uint8]) -> bytes:
 
 def test_sheets(cifar: Cifar10, tmp_path: Path) -> None:
     images = np.concatenate([cifar.train_images, cifar.test_images]).reshape(6, 10_000, 1024, 3)
-    for stem, pixels in zip(sources.STEMS, images, strict=True):
+    for stem, pixels in zip(forms.STEMS, images, strict=True):
         (tmp_path / f"{stem}.png").write_bytes(png(pixels))
     (tmp_path / "train_lables.json").write_text(json.dumps(cifar.train_labels.tolist()))
     (tmp_path / "test_lables.json").write_text(json.dumps(cifar.test_labels.tolist()))
-    assert_same(fetch(str(tmp_path), Lines()), cifar)
+    found = fetch(str(tmp_path), Lines())
+    assert_same(found, cifar)
+    assert found.origin == str(tmp_path)
     (tmp_path / "test_lables.json").write_text(json.dumps(cifar.test_labels.tolist()[:-1]))
     with pytest.raises(DataError, match=r"test_lables\.json are no lists of 50000 and 10000 labels"):
         fetch(str(tmp_path), Lines())
@@ -243,8 +246,8 @@ def test_sheets(cifar: Cifar10, tmp_path: Path) -> None:
 def test_tiled_pictures(cifar: Cifar10, tmp_path: Path) -> None:
     """The form of launch/bundle --lean."""
     images, labels = np.concatenate([cifar.train_images, cifar.test_images]), [cifar.train_labels, cifar.test_labels]
-    for name, part in zip(sources.TILED, images.reshape(6, 10_000, 32, 32, 3), strict=True):
-        Image.fromarray(sources.tiled(part)).save(tmp_path / name, lossless=True, quality=0, method=0)
+    for name, part in zip(forms.TILED, images.reshape(6, 10_000, 32, 32, 3), strict=True):
+        Image.fromarray(forms.tiled(part)).save(tmp_path / name, lossless=True, quality=0, method=0)
     (tmp_path / "labels.bin").write_bytes(np.concatenate(labels).tobytes())
     assert_same(fetch(str(tmp_path), Lines()), cifar)
     (tmp_path / "labels.bin").write_bytes(bytes(59_999))
