@@ -1,6 +1,5 @@
 """Paths as users write them, atomic writes (a file is complete or absent, also after a power failure), and SHA-256."""
 
-import errno
 import hashlib
 import json
 import os
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_dist.errors import UserError
+from cifar_dist.filesystem import replace, sync_directory
 
 
 def expand_path(text: str) -> str:
@@ -52,7 +52,7 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        replace(temporary, path)
     except BaseException as error:  # including KeyboardInterrupt
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
@@ -84,22 +84,6 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
-
-
-def sync_directory(directory: Path) -> None:
-    """Make renames and removals in `directory` survive a power failure.
-
-    Raises:
-        OSError: the folder cannot be opened or synced.
-    """
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def sha256_of_file(path: Path) -> str:

@@ -12,14 +12,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from filelock import FileLock
-
 from cifar_dist import cli
 from cifar_dist.cluster.slurm_job import Job, first_address, free_port, processes_per_node
 from cifar_dist.config import Config
 from cifar_dist.environment import optional_number
 from cifar_dist.errors import DivergedError, PeerError, StopError, UserError, exit_on_error
 from cifar_dist.files import escape_path, expand_path
+from cifar_dist.filesystem import lock
 from cifar_dist.process import run_and_exit
 from cifar_dist.reports import seeds
 
@@ -148,7 +147,7 @@ def _grid(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def _report(folder: Path, groups: Mapping[str, Path], num_runs: int) -> None:
     """In the last job of the sweep to end: print the table of all runs and write its figures (see `seeds.compare`)."""
     output = folder / "seeds.json"
-    with FileLock(folder / ".table.lock"):  # two jobs may end at the same time
+    with lock(folder / ".table.lock"):  # two jobs may end at the same time
         begun = [path for group in groups.values() for path in group.glob("*/config.yaml")]
         written = [path.stat().st_mtime_ns for group in groups.values() for path in group.glob("*/summary.json")]
         total = max(num_runs, len(begun))

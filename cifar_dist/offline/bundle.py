@@ -29,7 +29,8 @@ from cifar_dist import cli, errors
 from cifar_dist.data.cifar10 import BETON_FILES, FFCV_VERSION
 from cifar_dist.data.prepare import install
 from cifar_dist.errors import UserError
-from cifar_dist.files import sha256_of_file, sync_directory, write_text_atomic
+from cifar_dist.files import sha256_of_file, write_text_atomic
+from cifar_dist.filesystem import lock, sync_directory
 from cifar_dist.process import run_and_exit
 
 ROOT = Path(__file__).parents[2]
@@ -107,7 +108,7 @@ def complete_or_absent(out: Path) -> Iterator[Path]:
     begun = out.with_name(f".{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0):
+        with lock(out.with_name(f".{out.name}.lock"), timeout=0):
             shutil.rmtree(begun, ignore_errors=True)
             begun.mkdir()
             yield begun

@@ -17,9 +17,11 @@ from pathlib import Path
 
 import filelock
 
+from cifar_dist import filesystem
 from cifar_dist.data.cifar10 import BETON_FILES, TEST, TRAIN
 from cifar_dist.errors import DataError
-from cifar_dist.files import sha256_of_file, sync_directory
+from cifar_dist.files import sha256_of_file
+from cifar_dist.filesystem import sync_directory
 
 Log = Callable[[str], None]
 _TOTAL_BYTES = sum(file.num_bytes for file in BETON_FILES.values())
@@ -140,8 +142,8 @@ def _prepare(data_dir: Path, source: str | Path, log: Log) -> None:
 
 
 def _locked(folder: Path, log: Log) -> AbstractContextManager[object]:
-    """One process at a time; the kernel releases the lock when its holder dies."""
-    lock = filelock.FileLock(folder / ".prepare.lock")
+    """One process at a time, even if its holder is killed (see `filesystem.lock`)."""
+    lock = filesystem.lock(folder / ".prepare.lock")
     try:
         return lock.acquire(timeout=0)
     except filelock.Timeout:
