@@ -87,6 +87,11 @@ def reproducible(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def is_compiled(wanted: str, device_type: str) -> bool:
+    """Whether train.compile `wanted` means that training is compiled: auto does on GPUs, as CPUs take minutes."""
+    return wanted == "on" or (wanted == "auto" and device_type == "cuda")
+
+
 def compile_for_training(function: Callable[..., Any], cuda_graphs: bool = False) -> Any:
     """`function` compiled by inductor for constant shapes. docs/gpus.md has the bytes that this saves on GPUs."""
     from torch._inductor import decomposition  # here, as it takes a second

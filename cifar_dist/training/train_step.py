@@ -21,7 +21,7 @@ from cifar_dist.training import checkpoint, optim
 from cifar_dist.training.exact_sum import ExactSum
 from cifar_dist.training.flat_network import FlatNetwork
 from cifar_dist.training.metrics import Metrics
-from cifar_dist.training.precision import Precision, compile_for_training
+from cifar_dist.training.precision import Precision, compile_for_training, is_compiled
 from cifar_dist.training.schedule import LOW_RESOLUTION, Step
 
 _BUILD = Phase("building and compiling the network", limit_s=SLOW_S)
@@ -58,8 +58,7 @@ class TrainStep:
         self.ema = (
             None if config.optim.ema_decay is None else optim.Ema(self._without_auxiliary, config.optim.ema_decay)
         )
-        on_gpu = world.device.type == "cuda"
-        self._compiled = config.train.compile == "on" or (config.train.compile == "auto" and on_gpu)
+        self._compiled = is_compiled(config.train.compile, world.device.type)
         self._augment = augment.augment_batch
         if self._compiled:
             self._augment = compile_for_training(augment.augment_batch)

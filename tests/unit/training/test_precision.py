@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from cifar_dist.training.precision import choose_precision
+from cifar_dist.config import PrecisionName
+from cifar_dist.training.precision import Precision, choose_precision, is_compiled
 
 
 def test_number_formats() -> None:
@@ -16,3 +18,25 @@ def test_number_formats() -> None:
     assert choose_precision("auto", cpu).name in ("bf16", "fp32")
     with choose_precision("fp16", cpu).autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("name", "device_type", "expected"),
+    [
+        ("bf16", "cuda", torch.bfloat16),
+        ("fp16", "cuda", torch.float32),
+        ("fp32", "cuda", torch.float32),
+        ("fp64", "cuda", torch.float64),
+        ("bf16", "cpu", torch.float32),
+    ],
+)
+def test_number_format_of_muon(name: PrecisionName, device_type: str, expected: torch.dtype) -> None:
+    assert Precision(name, device_type).muon == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device_type", "expected"),
+    [("auto", "cuda", True), ("auto", "cpu", False), ("on", "cpu", True), ("on", "cuda", True), ("off", "cuda", False)],
+)
+def test_what_is_compiled(wanted: str, device_type: str, expected: bool) -> None:
+    assert is_compiled(wanted, device_type) == expected
