@@ -62,6 +62,7 @@ def project_step(
     compiled: bool = False,
     muon: bool = False,
     cuda_graphs: bool = False,
+    static_launcher: bool = False,
 ) -> BareStep:
     """A network of this project, channels-last, with SGD, or with Muon for its filters."""
     step = BareStep(create_model(config), num, precision, torch.channels_last)
@@ -69,7 +70,7 @@ def project_step(
     for group in step.optimizer.param_groups:
         group["lr"] = 1e-3
     if compiled:
-        step.network = compile_for_training(step.model, cuda_graphs)
+        step.network = compile_for_training(step.model, cuda_graphs, static_launcher)
     return step
 
 

@@ -92,6 +92,7 @@ def _networks(config: BenchConfig, precision: Precision, stem: Stem, num: int, l
             add(f"{name}, compiled", partial(create, compiled=True))
             if config.device == "cuda" and name == "V1, 1x1 merged":
                 add(f"{name}, compiled, CUDA graphs", partial(create, compiled=True, cuda_graphs=True))
+                add(f"{name}, compiled, static launcher", partial(create, compiled=True, static_launcher=True))
     default = ModelConfig(stem=stem, width=config.width)
     create = partial(baselines.project_step, default, num, precision, compiled=config.compile == "on", muon=True)
     add("V1, as trained by default, with Muon", create)

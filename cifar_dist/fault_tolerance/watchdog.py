@@ -179,9 +179,10 @@ class Watchdog(threading.Thread):
         """End this process because a rank was lost, and tell the others."""
         if self._replacing.acquire(blocking=False):
             error = self._lost_peer_error(detail)
-            reporter = -1 if error.printed_elsewhere else self.world.rank
+            # Rank 0 prints what this rank does not, also if it learns of it by this notice.
+            reporter = 0 if error.printed_elsewhere else self.world.rank
             notice = FailureNotice(type(error).__name__, str(error), reporter=reporter)
-            self._heartbeats.publish(replace(notice, reporter=-1))
+            self._heartbeats.publish(notice if error.printed_elsewhere else replace(notice, reporter=-1))
             self._abort(notice)
 
     def _check(self) -> None:

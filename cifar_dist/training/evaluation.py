@@ -142,6 +142,7 @@ class Evaluator:
         """This rank's chunks of `samples`."""
         chunks = chunks_of_rank(samples, self.config.batch_size, self.world.rank, self.world.size)
         if not chunks:
+            set_phase(Phase("evaluation, without a batch"))
             return
         num = len(chunks)
         # FFCV compiles in the first batch.

@@ -18,9 +18,14 @@ from cifar_dist.training.flat_network import Format, flatten, parts
 # Of the quintic polynomial that drives singular values towards 1 fastest (Jordan, 2024).
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _NUM_ITERATIONS = 5
-NUM_STACKS = 6
-"""How many stacks of matrices there are on a GPU, where starting an operation takes longer than computing it. On a CPU
-there is one for each shape."""
+
+
+def stack_limit(device_type: str) -> int | None:
+    """How many stacks of matrices there are at most. None: one for each shape, as on a CPU.
+
+    On a GPU starting an operation takes longer than computing it.
+    """
+    return 6 if device_type == "cuda" else None
 
 
 class MuonSGD(torch.optim.SGD):
@@ -38,7 +43,7 @@ class MuonSGD(torch.optim.SGD):
         super().__init__(groups, **defaults)
         self._dtype = dtype
         filters = self._muon_group["params"]
-        self.layout = Layout(filters, NUM_STACKS if filters[0].is_cuda else None)
+        self.layout = Layout(filters, stack_limit(filters[0].device.type))
         # Makes GradScaler unscale and check the gradients before `step`, so that infinities do not reach the momentum.
         # In fp16 it therefore waits for the device at every step.
         self._step_supports_amp_scaling = False

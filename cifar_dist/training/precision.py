@@ -98,8 +98,17 @@ def reproducible(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def compile_for_training(function: Callable[..., Any], cuda_graphs: bool = False) -> Any:
-    """`function` compiled by inductor for constant shapes. docs/gpus.md has the bytes that this saves on GPUs."""
+def is_compiled(wanted: str, device_type: str) -> bool:
+    """Whether train.compile `wanted` means that training is compiled: auto does on GPUs, as CPUs take minutes."""
+    return wanted == "on" or (wanted == "auto" and device_type == "cuda")
+
+
+def compile_for_training(function: Callable[..., Any], cuda_graphs: bool = False, static_launcher: bool = False) -> Any:
+    """`function` compiled by inductor for constant shapes. docs/gpus.md has the bytes that this saves on GPUs.
+
+    Args:
+        static_launcher: faster launches, only to measure their gain: a lost rank would not be noticed.
+    """
     from torch._inductor import decomposition  # here, as it takes a second
 
     # torch 2.15 computes this gradient by atomic additions in float32. Without the entry inductor gathers it, as in
@@ -108,6 +117,9 @@ def compile_for_training(function: Callable[..., Any], cuda_graphs: bool = False
     # A result that is used twice is written to memory if it takes more reads than this. torch's default is 4; batch
     # norm reads 5 tensors, its backward pass more. A number above 8 gains nothing.
     options: dict[str, Any] = {"realize_reads_threshold": 8}
+    # Inductor's own launcher holds the GIL, Triton's does not. Behind a collective that never ends a launch waits once
+    # some 1,000 are pending (pytorch#109074), and with the GIL the watchdog and heartbeat threads would wait, too.
+    options["use_static_cuda_launcher"] = static_launcher
     if cuda_graphs:
         options["triton.cudagraphs"] = True
     return torch.compile(function, dynamic=False, options=options)

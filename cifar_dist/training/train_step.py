@@ -11,20 +11,21 @@ from torch.nn.parallel import DistributedDataParallel
 from cifar_dist.config import Config
 from cifar_dist.data import augment
 from cifar_dist.data.loader import Batch
-from cifar_dist.distributed import World, data_parallel
+from cifar_dist.distributed import World, data_parallel, run_and_sync_errors
 from cifar_dist.errors import CheckpointError, NonFiniteError
 from cifar_dist.hashing import derive
 from cifar_dist.models.architectures import create_model
 from cifar_dist.models.network import without_auxiliary
-from cifar_dist.phase import SLOW_S, Phase, set_phase
+from cifar_dist.phase import SLOW_S, VERY_SLOW_S, Phase, set_phase
 from cifar_dist.training import checkpoint, optim
 from cifar_dist.training.exact_sum import ExactSum
 from cifar_dist.training.flat_network import FlatNetwork
 from cifar_dist.training.metrics import Metrics
-from cifar_dist.training.precision import Precision, compile_for_training
+from cifar_dist.training.precision import Precision, compile_for_training, is_compiled
 from cifar_dist.training.schedule import LOW_RESOLUTION, Step
 
 _BUILD = Phase("building and compiling the network", limit_s=SLOW_S)
+_COMPILE = _BUILD._replace(limit_s=VERY_SLOW_S)
 _READ, _READ_FIRST = Phase("reading data"), Phase("reading the first data", limit_s=SLOW_S)  # FFCV compiles
 _COMPUTE = Phase("a forward or backward pass")
 _EXCHANGE = Phase("the gradient exchange", waits=True)  # with exact_sum off it includes the last backward pass
@@ -58,8 +59,7 @@ class TrainStep:
         self.ema = (
             None if config.optim.ema_decay is None else optim.Ema(self._without_auxiliary, config.optim.ema_decay)
         )
-        on_gpu = world.device.type == "cuda"
-        self._compiled = config.train.compile == "on" or (config.train.compile == "auto" and on_gpu)
+        self._compiled = is_compiled(config.train.compile, world.device.type)
         self._augment = augment.augment_batch
         if self._compiled:
             self._augment = compile_for_training(augment.augment_batch)
@@ -85,6 +85,13 @@ class TrainStep:
             # Evaluation uses the uncompiled model.
             network = compile_for_training(network, cuda_graphs=self.config.train.cuda_graphs == "on")
         self._parallel_network = data_parallel(network)
+        if self._compiled:
+            # Without an exchange of gradients, in which a rank would wait for one that compiles for longer.
+            set_phase(_COMPILE)
+            with self._parallel_network.no_sync():
+                run_and_sync_errors(self.world, self._pass_zeros, timeout_s=int(VERY_SLOW_S))
+            self._network.flat.grad = None
+            set_phase(_BUILD)
         self._pass_zeros()
         self._network.share_gradient()
         self._zero_gradient()

@@ -127,10 +127,15 @@ def test_a_person_in_the_debugger_is_not_interrupted(data_dir: Path, tmp_path: P
 GONE_S = 10.0  # for all ranks, from the moment of the fault
 
 
-@pytest.mark.parametrize("place", ["kernel", "device"])
-def test_lost_rank_while_the_others_wait_for_their_devices(place: str, data_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fault", "last_step"), [("lose_behind_kernel", 8), ("lose_behind_device", 8), ("lose_in_evaluation", 12)]
+)
+def test_lost_rank_while_the_others_wait_for_their_devices(
+    fault: str, last_step: int, data_dir: Path, tmp_path: Path
+) -> None:
     """As on GPUs, where a collective never ends for a lost rank. One rank prints the message."""
-    process = start(f"lose_behind_{place}:all:10", 3, tmp_path, "--run.stall_timeout_s", "300", "--data.dir", data_dir)
+    options = ("--train.max_steps", "12", "--run.stall_timeout_s", "300", "--data.dir", data_dir)
+    process = start(f"{fault}:all:10", 3, tmp_path, *options)
     runs.wait_until(lambda: len(runs.workers_of(process, tmp_path)) == 3, process)
     runs.wait_until(lambda: len(runs.workers_of(process, tmp_path)) == 2, process)
     started = time.monotonic()
@@ -138,6 +143,21 @@ def test_lost_rank_while_the_others_wait_for_their_devices(place: str, data_dir:
     assert time.monotonic() - started < GONE_S
     message = said(runs.finish(process, expected=6))
     assert "lost contact with rank 1 on " in message
+    check_end(tmp_path, 6, message, last_step)
+
+
+def test_error_of_a_rank_whose_loader_never_closes(data_dir: Path, tmp_path: Path) -> None:
+    """The message comes before the loader is closed, and no rank waits for that."""
+    options = ("--run.stall_timeout_s", "300", "--data.dir", data_dir)
+    process = start("fail_and_never_close:all:10", 2, tmp_path, *options)
+    runs.wait_until((tmp_path / "checkpoints/step-00000008.pt").exists, process)
+    started = time.monotonic()
+    runs.wait_until(lambda: not runs.workers_of(process, tmp_path), process)
+    assert time.monotonic() - started < GONE_S + 2  # two more steps
+    output = runs.finish(process, expected=1)
+    assert "\n[rank1]: RuntimeError: a mistake in the program\n" in output  # below the traceback
+    message = said(output)
+    assert "rank 1 failed: RuntimeError: a mistake in the program" in message
     check_end(tmp_path, 6, message, 8)
 
 

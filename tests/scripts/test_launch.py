@@ -142,6 +142,24 @@ def test_scripts_expand_paths(script: str, arguments: tuple[str, ...], message: 
     assert len(output.splitlines()) == 1
 
 
+@pytest.mark.parametrize("binding", ["node", "socket", "exclusive", "core-complex", ""])
+@pytest.mark.parametrize("script", ["node", "multinode"])
+def test_binding_to_processors_is_passed_on(script: str, binding: str, tmp_path: Path) -> None:
+    """To torchrun's options, which stand before the module; with a program for Python that writes its arguments."""
+    python, written = tmp_path / "python", tmp_path / "arguments"
+    python.write_text(f'#!/bin/bash\nprintf "%s\\n" "$*" >>"{written}"\n')
+    python.chmod(0o755)
+    ours = {"CIFAR_DIST_PYTHON": str(python), "NUMA_BINDING": binding, "NPROC_PER_NODE": "2"}
+    runs.finish(start(script, *TINY, **ours))
+    checked, launched = written.read_text().splitlines()
+    assert "--print-config" in checked
+    assert "numa" not in checked
+    options, _, arguments = launched.partition(" -m cifar_dist.train ")
+    assert options.startswith("-m cifar_dist.cluster.launcher ")
+    assert re.findall(r" --numa-binding (\S*)", options) == ([binding] if binding else [])
+    assert "numa" not in arguments
+
+
 def readme_commands() -> list[str]:
     """All indented command lines of the README and the pages in docs/."""
     pages = [runs.REPOSITORY / "README.md", *sorted((runs.REPOSITORY / "docs").glob("*.md"))]

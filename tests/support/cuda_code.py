@@ -13,6 +13,7 @@ generates its code. All this changes torch for the whole process, so it is a pro
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import tempfile
@@ -61,6 +62,8 @@ class Cost(NamedTuple):
     """In Triton's kernels; their order, and so their rounding, may differ from run to run."""
     cubins: int
     """Different kernels that Triton compiled for compute capability 9.0."""
+    large_float32: int
+    """Activations in memory, in float32, of 16 MB or more."""
 
 
 class Graph(NamedTuple):
@@ -238,7 +241,7 @@ def cost_of(scheduler: Any, text: str, cubins: int) -> Cost:
         total += sum(accesses.values())
         counts["library" if library else "kernels"] += bool(accesses)
     megabytes, atomic = round(total / BATCH / 1e6, 3), text.count("tl.atomic_add(")
-    return Cost(counts["kernels"], counts["library"], megabytes, planes(text), atomic, cubins)
+    return Cost(counts["kernels"], counts["library"], megabytes, planes(text), atomic, cubins, large_float32(text))
 
 
 def planes(text: str) -> list[str]:
@@ -260,18 +263,25 @@ def planes(text: str) -> list[str]:
     return found
 
 
+def large_float32(text: str) -> int:
+    allocated = re.findall(rf"empty_strided_cuda\(\(({BATCH}(?:, \d+)+)\), \([^)]*\), torch\.float32\)", text)
+    return sum(4 * math.prod(map(int, shape.split(", "))) >= 16e6 for shape in allocated)
+
+
 def num_cubins(text: str) -> int:
     """Compile all kernels of generated code with Triton and its ptxas, which need no driver."""
-    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner, StaticTritonCompileResult
 
     compiled: list[bytes] = []
 
     def precompile(self: Any, *_: Any, **__: Any) -> None:
-        kernel = self._precompile_config(self.configs[0]).kernel
+        result = self._precompile_config(self.configs[0])
+        assert not isinstance(result, StaticTritonCompileResult), "its launcher holds the GIL"
+        kernel = result.kernel
         assert kernel.metadata.target.arch == 90
         compiled.append(kernel.asm["cubin"])
 
-    with mock.patch.object(CachingAutotuner, "precompile", precompile), inductor.patch(use_static_cuda_launcher=False):
+    with mock.patch.object(CachingAutotuner, "precompile", precompile):
         exec(compile(text, "generated", "exec"), {"__name__": "generated"})
     assert all(cubin.startswith(b"\x7fELF") for cubin in compiled)
     return len(compiled)

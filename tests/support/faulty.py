@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from cifar_dist import train
 from cifar_dist.data import loader
@@ -149,6 +150,29 @@ def lose_behind_device(train_step: Any, *_: Any) -> None:
     module.window = wait_for_device
 
 
+def lose_in_evaluation(*_: Any) -> None:
+    """Rank 1 is killed in an evaluation, and the training threads of the others wait for their devices there."""
+    evaluator: Any = evaluation.Evaluator
+    good = evaluator._count
+
+    def bad(*arguments: Any) -> None:
+        good(*arguments)
+        dist.barrier()
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        wait_for_device()
+
+    evaluator._count = bad
+
+
+def fail_and_never_close(*_: Any) -> None:
+    """Rank 1 fails, and no loader's thread ever ends."""
+    module: Any = loader
+    module.end_reading = wait_for_device
+    if os.environ["RANK"] == "1":
+        fail()
+
+
 def no_gpu_memory(train_step: Any, *_: Any) -> None:
     """Rank 1 runs out of memory, and the training threads of the others wait for their devices."""
     if os.environ["RANK"] == "1":
@@ -171,7 +195,8 @@ def slow_disk(*_: Any) -> None:
 
 _FUNCTIONS = (
     hang_reading, stop, debugger, flip_bit, nan_loss, nan_gradient, infinite_gradient, large_gradient, no_memory,
-    no_memory_to_score, fail, lose_behind_kernel, lose_behind_device, no_gpu_memory, slow_disk,
+    no_memory_to_score, fail, lose_behind_kernel, lose_behind_device, lose_in_evaluation, fail_and_never_close,
+    no_gpu_memory, slow_disk,
 )  # fmt: skip
 FAULTS: dict[str, Callable[..., Iterator[Any] | None]] = {function.__name__: function for function in _FUNCTIONS}
 

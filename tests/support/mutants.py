@@ -1,6 +1,6 @@
 """Faults that were once put into the product by hand, one at a time, and the tests that notice each of them.
 
-    python -m tests.support.mutants [NAME...]     all, or those; all take six minutes
+    python -m tests.support.mutants [NAME...]     all, or those; all take eight minutes
 
 Run by hand, from the repository. Each mutant is applied to a copy of the checkout, in which the named tests must fail;
 they are about the very line that is changed. Without a mutant they must pass.
@@ -37,6 +37,11 @@ IN_PLACE = (
     "    try:\n"
     '        with temporary.open("xb") as file:\n',
     '    temporary = path\n    try:\n        with temporary.open("wb") as file:\n',
+)
+GROUP_LEFT = (
+    "    yield world\n    # After an error this process ends without it: NCCL would wait for its last kernels, and "
+    "those for a lost rank.\n    if size > 1:\n        dist.destroy_process_group()\n",
+    "    try:\n        yield world\n    finally:\n        if size > 1:\n            dist.destroy_process_group()\n",
 )
 RETAINED = "[] if progress.best_step is None else [progress.best_step]"
 
@@ -118,6 +123,27 @@ MUTANTS = (
     Mutant("worst checkpoint kept for the best", "training/trainer.py",
            "result.accuracy > progress.best_accuracy", "result.accuracy < progress.best_accuracy",
            ("test_trainer.py::test_the_newest_checkpoint_and_the_best_stay",)),
+    # Errors and lost ranks.
+    Mutant("process group left after an error", "distributed.py", *GROUP_LEFT,
+           ("test_distributed.py::test_the_group_is_left_at_the_end_and_not_after_an_error[fails-False-1]",)),
+    Mutant("errors printed after the loader is closed", "train.py", ", report_errors():", ":",
+           ("test_running_faults.py::test_error_of_a_rank_whose_loader_never_closes",)),
+    Mutant("waiting without end after an error", "errors.py", "        _exit_within(_EXIT_S, code)\n", "        pass\n",
+           ("test_running_faults.py::test_error_of_a_rank_whose_loader_never_closes",)),
+    Mutant("lost ranks known by their heartbeats only", "fault_tolerance/heartbeat.py",
+           "if heartbeat.has_ended()]:", "if False]:",
+           ("test_stall_report.py::test_a_process_that_has_ended_is_lost_at_once",)),
+    Mutant("a rank that has left is lost", "fault_tolerance/heartbeat.py", "not self.finished and ", "",
+           ("test_stall_report.py::test_ranks_whose_process_has_ended",)),
+    Mutant("no rank prints that another is lost", "fault_tolerance/watchdog.py",
+           "0 if error.printed_elsewhere else self.world.rank", "-1 if error.printed_elsewhere else self.world.rank",
+           ("test_stall_report.py::test_one_rank_of_a_node_prints_that_another_is_lost[False-2]",)),
+    Mutant("compiled in an exchange of gradients", "training/train_step.py",
+           "if self._compiled:\n            # Without", "if False:\n            # Without",
+           ("test_compiled_graphs.py::test_no_gradients_are_exchanged_before_all_is_compiled",)),
+    Mutant("the launcher that holds the GIL", "training/precision.py",
+           'options["use_static_cuda_launcher"] = static_launcher', "pass",
+           ("test_cuda_code.py::test_launches_leave_the_gil_to_the_watchdog",)),
     # Signals and W&B.
     Mutant("SIGUSR1 not handled", "process.py", "STOP_SIGNALS = (signal.SIGUSR1, ", "STOP_SIGNALS = (",
            ("test_trainer.py::test_a_signal_in_the_training_loop_is_deferred[SIGUSR1]",)),

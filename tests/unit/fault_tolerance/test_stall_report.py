@@ -1,4 +1,4 @@
-"""Which rank stalls the run, by the heartbeats of all ranks, the message about it, and who may write it down."""
+"""Which rank stalls the run or is lost, by the heartbeats of all ranks, the message, and who may write it down."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from cifar_dist.distributed import World
-from cifar_dist.fault_tolerance import run_lock, watchdog
-from cifar_dist.fault_tolerance.heartbeat import FailureNotice, Heartbeat, identity
+from cifar_dist.fault_tolerance import heartbeat, run_lock, watchdog
+from cifar_dist.fault_tolerance.heartbeat import FailureNotice, Heartbeat, HeartbeatThread, identity
 from cifar_dist.fault_tolerance.stall_report import describe, find_stalled_ranks, stall_notice
 from cifar_dist.phase import Phase, current, in_phase, process_age_s, set_phase, started_ticks, waiting
 
@@ -171,3 +174,108 @@ def test_kill_checks_the_start_time() -> None:
         true.kill()
         assert process.wait(timeout=5) == -signal.SIGKILL
     assert identity().process_state() == "running"
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["sleep", "100"]) as process:
+        yield process
+        process.kill()
+
+
+def beat_of(process: subprocess.Popen[bytes]) -> Heartbeat:
+    return replace(identity(), number=1, pid=process.pid, started=started_ticks(process.pid))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, True),
+        ({"number": 0}, False),  # nothing was heard of that rank yet
+        ({"finished": True}, False),  # it has left the run
+        ({"host": "another"}, False),
+        ({"namespace": "of another container"}, False),
+        ({"started": 0}, True),  # another process has its id
+    ],
+)
+@pytest.mark.parametrize("reaped", [False, True])
+def test_ranks_whose_process_has_ended(
+    reaped: bool, change: dict[str, Any], expected: bool, child: subprocess.Popen[bytes]
+) -> None:
+    beat = replace(beat_of(child), **change)
+    for number in (signal.SIGCONT, signal.SIGSTOP):  # running, suspended
+        child.send_signal(number)
+        assert beat.has_ended() == ("started" in change)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | (0 if reaped else os.WNOWAIT))  # without: a zombie
+    assert beat.has_ended() == expected
+
+
+@pytest.mark.parametrize(
+    ("of_rank_2", "quick", "expected"),
+    [
+        ({}, True, [2]),
+        ({"host": "another"}, False, [2]),  # known only by its missing heartbeats
+        ({"namespace": "of another container"}, False, [2]),
+        ({"finished": True}, False, [1, 2]),  # both have left
+    ],
+)
+def test_a_process_that_has_ended_is_lost_at_once(
+    of_rank_2: dict[str, Any], quick: bool, expected: list[int], child: subprocess.Popen[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Rank 1 has left the run, rank 2 is killed."""
+    limit_s = 30.0 if quick else 0.8
+    monkeypatch.setattr(heartbeat, "_LOST_S", limit_s)
+    monkeypatch.setattr(heartbeat, "INTERVAL_S", 0.1)
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    beats = [replace(identity(), number=1), finished(beat_of(child)), replace(beat_of(child), **of_rank_2)]
+    threads = [
+        HeartbeatThread(World(rank, 3, rank, 3, torch.device("cpu"), store=store), lambda beat=beat: beat)  # type: ignore[misc]
+        for rank, beat in enumerate(beats)
+    ]
+    for thread, beat in zip(threads[1:], beats[1:], strict=True):
+        thread._send(beat.finished)
+    child.kill()
+    child.wait()
+    threads[0].start()
+    started = time.monotonic()
+    assert threads[0].find_lost_ranks() == expected
+    assert (time.monotonic() - started < min(5, limit_s)) == quick
+    threads[0].close()
+
+
+@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("second_notices", [True, False])
+def test_one_rank_of_a_node_prints_that_another_is_lost(
+    first: int, second_notices: bool, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Rank 1 is killed. The second of the others notices that, too, or receives the notice of the first."""
+    codes = list[int]()
+    monkeypatch.setattr(watchdog, "begin_shutdown", lambda: None)
+    monkeypatch.setattr(watchdog, "_EXIT_DELAY_S", 0)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    worlds = [World(rank, 3, rank, 3, torch.device("cpu"), store=store) for rank in range(3)]
+    HeartbeatThread(worlds[1], lambda: beat_of(child))._send(finished=False)
+    child.kill()
+    child.wait()
+    watches = {rank: watchdog.Watchdog(worlds[rank], 300) for rank in (first, 2 - first)}
+    for watch in watches.values():
+        watch._heartbeats.start()
+    for watch in watches.values():
+        if watch.world.rank == first or second_notices:
+            watch._abort_without("its process has ended")
+        else:
+            notice = watch._heartbeats.notice
+            while notice is None:
+                time.sleep(0.05)
+                notice = watch._heartbeats.notice
+            watch._abort(notice)
+        watch._heartbeats.notice = None  # of this process only, which goes on
+        time.sleep(0.2)  # until the notice is in the store
+    assert codes == [6, 6]
+    assert capfd.readouterr().err.count("error: rank ") == 1
+    for watch in watches.values():
+        watch._heartbeats.close()

@@ -15,12 +15,14 @@ import torch
 from torch._dynamo.exc import RecompileError
 from torch._dynamo.utils import counters
 
+from cifar_dist import distributed
 from cifar_dist.config import AugmentConfig, Config, EvalConfig, ModelConfig, OptimConfig, TrainConfig
 from cifar_dist.data.loader import BetonLoader
 from cifar_dist.data.order import Split
 from cifar_dist.distributed import World
 from cifar_dist.models import architectures
 from cifar_dist.models.inception import Inception
+from cifar_dist.phase import SLOW_S, VERY_SLOW_S, current
 from cifar_dist.training import schedule
 from cifar_dist.training.precision import Precision
 from cifar_dist.training.train_step import TrainStep
@@ -93,6 +95,32 @@ def test_compiled_once(name: Any, merge: Any, data_dir: Path, tmp_path: Path, mo
     assert trainer.progress.last_validation is not None
     assert num_graphs() == 4
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize(("share", "exact_sum"), [(0.0, "on"), (1.0, "off")])
+def test_no_gradients_are_exchanged_before_all_is_compiled(
+    share: float, exact_sum: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an exchange, which times out, the other ranks would wait for one that compiles for longer."""
+    events = list[tuple[str, float]]()
+    exchange: Any = distributed._GroupOfOne.allreduce
+
+    def note_compilation(module: Any, _: Any) -> Any:
+        events.append(("compilation", current.phase.limit_s))
+        return module.forward
+
+    def note_exchange(*arguments: Any) -> Any:
+        events.append(("exchange", current.phase.limit_s))
+        return exchange(*arguments)
+
+    compiled = functools.partial(torch.compile, backend=note_compilation, dynamic=False)
+    monkeypatch.setattr("cifar_dist.training.train_step.compile_for_training", lambda f, **_: compiled(f))
+    monkeypatch.setattr(distributed._GroupOfOne, "allreduce", note_exchange)
+    config = replace(CONFIG, augment=AugmentConfig(low_resolution_share=share))
+    config = replace(config, train=replace(config.train, exact_sum=exact_sum))
+    TrainStep(config, ALONE, Precision("bf16", "cpu")).prepare()
+    assert events[:2] == [("compilation", VERY_SLOW_S)] * 2  # augmentation and network
+    assert set(events[2:]) == {("exchange", SLOW_S)}
 
 
 def test_a_break_is_seen(monkeypatch: pytest.MonkeyPatch, data_dir: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cifar_dist.config import OptimConfig
 from cifar_dist.training import optim
-from cifar_dist.training.muon import NUM_STACKS, Layout, MuonSGD, orthogonalized
+from cifar_dist.training.muon import Layout, MuonSGD, orthogonalized, stack_limit
 
 SHAPES = [(8, 24), (24, 8), (16, 16)]
 
@@ -60,13 +60,18 @@ def test_padding_changes_nothing() -> None:
         assert torch.allclose(found, torch.cat([matrix.flatten() for matrix in expected]), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("most_stacks", [None, NUM_STACKS])
-def test_zero_gradient_stays_zero(most_stacks: int | None) -> None:
+def test_few_stacks_on_gpus_and_one_for_each_shape_elsewhere() -> None:
+    assert stack_limit("cuda") == 6
+    assert stack_limit("cpu") is None
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_zero_gradient_stays_zero(device_type: str) -> None:
     conv = nn.Conv2d(6, 4, 1, bias=False)
     before = conv.weight.detach() * 2 / conv.weight.detach().norm()
     optimizer = optim.build_optimizer(conv, OptimConfig(name="muon"), 128)
     assert isinstance(optimizer, MuonSGD)
-    optimizer.layout = Layout([conv.weight], most_stacks)
+    optimizer.layout = Layout([conv.weight], stack_limit(device_type))
     conv.weight.grad = torch.zeros_like(conv.weight)
     optimizer.step()
     assert torch.equal(conv.weight.grad, torch.zeros_like(conv.weight))
@@ -100,9 +105,9 @@ def by_torch(filters: Tensor, gradients: list[Tensor], rate: float, momentum: fl
     return matrix.detach().view(filters.shape)
 
 
-@pytest.mark.parametrize("most_stacks", [None, NUM_STACKS])
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_three_steps_by_formula_and_by_torch(memory_format: torch.memory_format, most_stacks: int | None) -> None:
+def test_three_steps_by_formula_and_by_torch(memory_format: torch.memory_format, device_type: str) -> None:
     torch.manual_seed(0)
     layers = nn.ModuleList([nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(16, 4, 1, bias=False), nn.Conv2d(4, 20, 1)])
     layers.double().to(memory_format=memory_format)
@@ -110,7 +115,7 @@ def test_three_steps_by_formula_and_by_torch(memory_format: torch.memory_format,
     optimizer = optim.build_optimizer(layers, config, 128, torch.float64)
     filters = [p for p in layers.parameters() if p.ndim == 4]
     assert isinstance(optimizer, MuonSGD)
-    optimizer.layout = Layout(filters, most_stacks)
+    optimizer.layout = Layout(filters, stack_limit(device_type))
     gradients = [[torch.randn_like(p) for p in filters] for _ in range(3)]
     expected, roughly = (
         [by(p.detach(), [step[k] for step in gradients], 0.1, config.muon_momentum) for k, p in enumerate(filters)]

@@ -21,7 +21,7 @@ from cifar_dist.data.loader import Batch, BetonLoader
 from cifar_dist.distributed import World
 from cifar_dist.models.inception import Inception
 from cifar_dist.training.metrics import Metrics
-from cifar_dist.training.muon import NUM_STACKS, Layout, MuonSGD
+from cifar_dist.training.muon import Layout, MuonSGD, stack_limit
 from cifar_dist.training.precision import choose_precision
 from cifar_dist.training.schedule import LOW_RESOLUTION, Step
 from cifar_dist.training.train_step import TrainStep
@@ -134,7 +134,7 @@ def test_operations_outside_compiled_graphs(
     train_step = train_step_of(replace(config, train=train))
     assert isinstance(train_step.optimizer, MuonSGD)
     filters = [p for p in train_step.model.parameters() if p.ndim == 4 and p.requires_grad]
-    train_step.optimizer.layout = Layout(filters, NUM_STACKS)
+    train_step.optimizer.layout = Layout(filters, stack_limit("cuda"))
     for _ in range(2):
         operations.by_place.clear()
         with operations:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cifar_dist.config import PrecisionName
 from cifar_dist.training import precision
-from cifar_dist.training.precision import choose_precision
+from cifar_dist.training.precision import Precision, choose_precision, is_compiled
 
 
 def test_number_formats() -> None:
@@ -38,3 +39,25 @@ def test_fp16_on_a_cpu_is_warned_of_once(
     output = capsys.readouterr().err
     assert len(output.splitlines()) == lines
     assert not lines or output.startswith("warning: train.precision is fp16, which CPUs compute more than ten times")
+
+
+@pytest.mark.parametrize(
+    ("name", "device_type", "expected"),
+    [
+        ("bf16", "cuda", torch.bfloat16),
+        ("fp16", "cuda", torch.float32),
+        ("fp32", "cuda", torch.float32),
+        ("fp64", "cuda", torch.float64),
+        ("bf16", "cpu", torch.float32),
+    ],
+)
+def test_number_format_of_muon(name: PrecisionName, device_type: str, expected: torch.dtype) -> None:
+    assert Precision(name, device_type).muon == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device_type", "expected"),
+    [("auto", "cuda", True), ("auto", "cpu", False), ("on", "cpu", True), ("on", "cuda", True), ("off", "cuda", False)],
+)
+def test_what_is_compiled(wanted: str, device_type: str, expected: bool) -> None:
+    assert is_compiled(wanted, device_type) == expected
