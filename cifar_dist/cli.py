@@ -159,7 +159,7 @@ def validate(config: Config) -> None:
     validate_ranges(c)
     if c.run.resume == Path():
         raise UserError("run.resume is empty or this folder; valid: never, auto or the path of a checkpoint.")
-    if c.run.name is not None and (Path(c.run.name).name != c.run.name or c.run.name == ".."):
+    if c.run.name is not None and (Path(c.run.name).name != c.run.name or c.run.name in ("", "..")):
         raise UserError(f"run.name is {c.run.name}; valid: a name without /.")
     if c.run.resume == "auto" and c.run.name is None and c.run.dir is None:
         raise UserError("run.resume is auto, which needs the name of the run: give --run.name NAME or --run.dir PATH.")

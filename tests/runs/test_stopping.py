@@ -103,6 +103,20 @@ def test_run_stopped_repeatedly_ends_with_the_same_bits(two_ranks: Path, data_di
     assert status(run_dir)["status"] == "done"
 
 
+def test_ranks_that_cannot_save(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are killed in the end. Code 75 would say that the state is saved, and Slurm's script would requeue."""
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "2")
+    process = launch(*OPTIONS, "--data.dir", data_dir, "--run.dir", tmp_path)
+    runs.wait_until(lambda: runs.logged_steps(tmp_path), process)
+    for pid in runs.workers_of(process, tmp_path):
+        os.kill(pid, signal.SIGSTOP)
+    process.terminate()
+    output = runs.finish(process, expected=6)
+    assert "error: 2 of the processes on " in output
+    assert " did not stop within 2 s after SIGTERM and were killed.\n" in output
+    assert not all_steps(tmp_path / "checkpoints")
+
+
 @pytest.mark.slow
 def test_stopped_where_a_validation_is_due(data_dir: Path, tmp_path: Path) -> None:
     """Every step is an epoch with a validation; the one that was due is done when the run resumes."""

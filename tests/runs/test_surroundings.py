@@ -219,3 +219,28 @@ def test_no_loopback(data_dir: Path, tmp_path: Path) -> None:
     output = check(in_namespace(":", words(2, tmp_path, data_dir, *NO_WANDB)), tmp_path, expected=2)
     assert "cannot connect to itself at 127.0.0.1 or ::1" in output
     assert "ip link set lo up" in output
+
+
+@ROOT
+def test_a_name_service_that_does_not_answer(tmp_path: Path) -> None:
+    """Of several machines each says within 15 s whom it cannot find, and then that nobody answered."""
+    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\n")
+    silent = "import socket, time; s = socket.socket(type=socket.SOCK_DGRAM); s.bind(('127.0.0.1', 53)); time.sleep(60)"
+    setup = (
+        f"ip link set lo up; mount --bind {tmp_path}/resolv.conf /etc/resolv.conf; "
+        f'{sys.executable} -c "{silent}" & sleep 0.5'
+    )
+    launcher = [sys.executable, "-m", "cifar_dist.cluster.launcher", "--nnodes", "2", "--node-rank", "1"]
+    launcher += ["--master-addr", "node-1.example", "--master-port", "29500", "-m", "cifar_dist.train"]
+    started = time.monotonic()
+    process = subprocess.Popen(in_namespace(setup, launcher), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, cwd=runs.REPOSITORY, start_new_session=True)  # fmt: skip
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        assert time.monotonic() - started < 15
+        assert line.startswith("waiting up to 60 s for the name service of ")
+        assert line.endswith("to find MASTER_ADDR node-1.example\n")
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()

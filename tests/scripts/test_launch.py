@@ -160,6 +160,17 @@ def test_binding_to_processors_is_passed_on(script: str, binding: str, tmp_path:
     assert "numa" not in arguments
 
 
+@pytest.mark.parametrize("closed", ["| true", ">&-", "2>&-", ">&- 2>&- <&-", ">/dev/full"])
+def test_output_that_nobody_reads_does_not_end_a_script(closed: str, tmp_path: Path) -> None:
+    """A script of several runs, such as launch/seeds, continues."""
+    script = (
+        f'set -euo pipefail; . launch/lib/args.sh; sleep 0.2; echo a; echo b >&2; echo "$(echo c)" >{tmp_path}/file'
+    )
+    command = f"bash -c '{script}' {runs.REPOSITORY}/launch/seeds {closed}"
+    subprocess.run(["bash", "-c", command], cwd=runs.REPOSITORY, check=False)
+    assert (tmp_path / "file").read_text() == "c\n"
+
+
 def readme_commands() -> list[str]:
     """All indented command lines of the README and the pages in docs/."""
     pages = [runs.REPOSITORY / "README.md", *sorted((runs.REPOSITORY / "docs").glob("*.md"))]
