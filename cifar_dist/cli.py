@@ -157,6 +157,8 @@ def validate(config: Config) -> None:
     """
     c, model = config, config.model
     validate_ranges(c)
+    if c.data.source == Path():
+        raise UserError("data.source is empty; valid: auto, official, npm or the path of a copy.")
     if c.run.resume == Path():
         raise UserError("run.resume is empty or this folder; valid: never, auto or the path of a checkpoint.")
     if c.run.name is not None and (Path(c.run.name).name != c.run.name or c.run.name in ("", "..")):

@@ -88,10 +88,11 @@ def init_distributed(device: str, threads: int | None = None) -> Iterator[World]
         dist.destroy_process_group()
 
 
-def _choose_interface(world: World) -> None:
-    """Tell gloo its network interface; otherwise it resolves the name of this host, which may be slow or wrong."""
-    target = loopback() if world.size == world.local_size else os.environ.get("MASTER_ADDR", "")
-    address = own_address(target)
+def _avoid_the_name_service(world: World) -> None:
+    """Find the store and gloo's network interface by addresses: a name service may be slow, wrong or absent."""
+    if world.size == world.local_size:
+        os.environ["MASTER_ADDR"] = loopback()  # torchrun gives this host's name
+    address = own_address(os.environ.get("MASTER_ADDR", ""))
     interface = interface_of(address) if address else None
     if interface is not None and not os.environ.get("GLOO_SOCKET_IFNAME"):
         os.environ["GLOO_SOCKET_IFNAME"] = interface
@@ -100,7 +101,7 @@ def _choose_interface(world: World) -> None:
 def _init_process_group(world: World) -> Store:
     on_gpu, timeout = world.device.type == "cuda", timedelta(seconds=TIMEOUT_S)
     store: Store
-    _choose_interface(world)
+    _avoid_the_name_service(world)
     try:
         store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
         dist.init_process_group(

@@ -4,15 +4,20 @@ Lustre is often mounted without locks, SMB and FUSE file systems refuse fsync of
 replace a file that is open. What is missing is said once per process, on rank 0.
 """
 
+from __future__ import annotations
+
 import errno
 import fcntl
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
-
-import filelock
+from typing import TYPE_CHECKING
 
 from cifar_dist.errors import is_main_process
+
+if TYPE_CHECKING:
+    import filelock
 
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL, errno.ENOTTY)
 _NOT_ONTO_A_FILE = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.EEXIST, errno.ETXTBSY)
@@ -29,6 +34,8 @@ def lock(path: Path, timeout: float = -1) -> filelock.BaseFileLock:
     Raises:
         OSError: the file cannot be written.
     """
+    import filelock  # here, as most processes need no lock
+
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -65,7 +72,7 @@ def sync_directory(directory: Path) -> None:
 def replace(new: Path, path: Path) -> None:
     """Rename `new` to `path`, in the same folder.
 
-    Where that must not replace a file, the old one is renamed to `path`.old before, and removed after.
+    Where that must not replace a file, the old one is renamed before, and removed after.
 
     Raises:
         OSError: it failed; `path` is as it was.
@@ -75,15 +82,15 @@ def replace(new: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in _NOT_ONTO_A_FILE or not path.is_file():
             raise
-        old = path.with_name(f"{path.name}.old")
-        old.unlink(missing_ok=True)  # of a process that was killed here
+        old = new.with_suffix(".old")
         path.rename(old)
         try:
             new.rename(path)
         except BaseException:
             old.rename(path)
             raise
-        old.unlink()
+        with suppress(OSError):  # it may be open
+            old.unlink()
         _say_once(path.parent, "cannot replace a file by renaming; it is moved away first")
 
 

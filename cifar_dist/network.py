@@ -30,11 +30,8 @@ def loopback() -> str:
 
 
 def is_local(address: str) -> bool:
-    """Whether `address`, an IP address, is one of this machine."""
-    with suppress(OSError), socket.socket(_family(address), socket.SOCK_STREAM) as probe:
-        probe.bind((address, 0))
-        return True
-    return False
+    """Whether `address`, an IP address, is one of this machine. Binding to it is no proof (ip_nonlocal_bind)."""
+    return address.startswith("127.") or interface_of(address) is not None
 
 
 def own_address(target: str) -> str | None:

@@ -4,10 +4,12 @@ import atexit
 import ctypes
 import errno
 import gc
+import getpass
 import io
 import os
 import select
 import signal
+import stat
 import sys
 import tempfile
 import threading
@@ -23,6 +25,8 @@ from cifar_dist.errors import begin_shutdown
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 LAUNCHER = "CIFAR_DIST_LAUNCHER"
 """Environment variable: the process id of `cifar_dist.cluster.launcher`."""
+SHUTDOWN_S = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""Environment variable of torchrun: seconds from a stop signal until it kills workers; set by the launcher."""
 _NOBODY_READS = (errno.EPIPE, errno.EIO, errno.EBADF)  # a closed pipe, a closed terminal, a closed descriptor
 _READER_S = 5.0
 
@@ -63,7 +67,7 @@ def protect_output(wait_s: float | None = None) -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         encoding = getattr(getattr(sys, name), "encoding", "utf-8")
         buffer = io.BufferedWriter(_Output(descriptor, f"<{name}>", wait_s))
@@ -83,10 +87,11 @@ def provide_home() -> None:
         os.environ["HOME"] = str(home)
         if os.access(home, os.W_OK | os.X_OK):
             return
-    folder = Path(tempfile.gettempdir(), f"cifar_dist-home-{os.getuid()}")
     try:
+        folder = Path(tempfile.gettempdir(), f"cifar_dist-home-{os.getuid()}")
         folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():
+        found = folder.lstat()  # in a shared folder another user may have made it, or a link
+        if (stat.S_IFMT(found.st_mode), found.st_uid) != (stat.S_IFDIR, os.getuid()) or found.st_mode & 0o022:
             folder = Path(tempfile.mkdtemp(prefix="cifar_dist-home-"))
     except OSError:
         return  # of the temporary folder others will complain
@@ -94,7 +99,10 @@ def provide_home() -> None:
         os.environ["HOME"] = str(folder)
     os.environ.setdefault("XDG_CACHE_HOME", str(folder / "cache"))
     os.environ.setdefault("XDG_CONFIG_HOME", str(folder / "config"))
-    os.environ.setdefault("LOGNAME", f"user-{os.getuid()}")  # else libraries look it up in /etc/passwd
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = f"user-{os.getuid()}"
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import tyro
@@ -112,10 +113,11 @@ def refuse_unknown_options(cls: type, args: Sequence[str], more: Sequence[str], 
         name = option.lstrip("-+")
         if word.startswith("-") and name[:1].isalpha() and name not in ("h", "help", "inf", "nan"):
             takes_value = not equals
-            if name.replace("-", "_") not in names:
+            if name.replace("-", "_") not in names and not name.startswith("tyro-"):
                 raise UserError(_unknown(option, options, names, command))
             continue
-        if not takes_value and _WORD.fullmatch(name) and (equals or ("." in name and name in names)):
+        is_option = equals or ("." in name and name in names)
+        if not takes_value and is_option and _WORD.fullmatch(name) and not Path(word).exists():
             best = closest(name, names)
             if best and ("." in name or _letters(name) in map(_letters, _words_for(best))):
                 raise UserError(f"{word} lacks the dashes of an option. Write --{best} {value or 'VALUE'}")

@@ -1,6 +1,5 @@
 """Results of the benchmark as text and JSON, and the comparison of two of them."""
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from cifar_dist.cli import aligned, command_line
+from cifar_dist.environment import num_processors
 from cifar_dist.errors import UserError
 from cifar_dist.files import read_json
 from cifar_dist.training import summary
@@ -33,7 +33,7 @@ def header() -> Report:
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "git_commit": summary.git_commit(),
         "hardware": ", ".join(devices),
-        "num_cpus": len(os.sched_getaffinity(0)),
+        "num_cpus": num_processors(),
         "versions": versions,
     }
 

@@ -1,6 +1,5 @@
 """Part "train": whole training against its step alone, and against torchvision's googlenet with its DataLoader."""
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -16,6 +15,7 @@ from cifar_dist.benchmarks.settings import BenchConfig
 from cifar_dist.config import NUM_TRAIN, Config, DataConfig, EvalConfig, ModelConfig, TrainConfig
 from cifar_dist.data.loader import BetonLoader
 from cifar_dist.data.order import Split
+from cifar_dist.environment import num_processors
 from cifar_dist.training.metrics import Metrics
 from cifar_dist.training.precision import Precision
 from cifar_dist.training.schedule import Step
@@ -44,7 +44,7 @@ def measure(config: BenchConfig) -> list[Table]:
         blank = baselines.blank_batches(num, world.device)
         cases: dict[str, Callable[[], object]] = {IN_MEMORY: lambda: in_memory.run(Step(0, 0.0), blank, sums)}
         cases[BARE] = bare
-        num_workers = min(len(os.sched_getaffinity(0)), 16)
+        num_workers = min(num_processors(), 16)
         batches = baselines.torchvision_batches(path, num, num_workers, pin_memory=config.device == "cuda")
         if baselines.has_torchvision_counterpart(model.stem, config.width):
             cases[TORCHVISION] = partial(_step, baselines.torchvision_step(model.stem, num, precision), batches)

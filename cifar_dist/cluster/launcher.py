@@ -21,9 +21,15 @@ from cifar_dist import environment, network
 from cifar_dist.cluster import rendezvous
 from cifar_dist.errors import EXIT_CODES, PeerError, StopError, exit_on_error
 from cifar_dist.fault_tolerance import signals
-from cifar_dist.process import LAUNCHER, handled_signals, kill_process_tree, quick_imports, run_and_exit, write_stderr
-
-SHUTDOWN_S = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+from cifar_dist.process import (
+    LAUNCHER,
+    SHUTDOWN_S,
+    handled_signals,
+    kill_process_tree,
+    quick_imports,
+    run_and_exit,
+    write_stderr,
+)
 
 
 def main() -> None:
@@ -66,10 +72,11 @@ def _check_rendezvous(options: Namespace) -> None:
     own = options.local_addr
     if port and not options.standalone and options.rdzv_backend in ("static", "c10d"):
         local = rendezvous.check(address, port, opens=static and options.node_rank == 0)
-        own = own or network.own_address(address)
+        # MASTER_ADDR is an address that all others reach.
+        own = own or (address if local else network.own_address(address))
         if not static and local:
             options.rdzv_endpoint = f"localhost:{port}"
-        elif not static:
+        elif not static and "is_host" not in (options.rdzv_conf or ""):
             options.rdzv_conf = ",".join(filter(None, (options.rdzv_conf, "is_host=0")))
     elif options.standalone or options.nnodes in ("1", "1:1"):
         own = own or network.loopback()

@@ -15,6 +15,7 @@ from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, 
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
 from cifar_dist.errors import EXIT_CODES, PeerError, StopError
+from cifar_dist.process import SHUTDOWN_S
 
 # A lost process, and errors that may come from the node. All others would happen again.
 _RESTARTABLE = (PeerError.exit_code, 1)
@@ -38,7 +39,7 @@ class Agent(LocalElasticAgent):
         pids: dict[int, Any] = super()._start_workers(worker_group)
         context: Any = self._pcontext
         Agent.context = context
-        close, timeout_s = context.close, int(os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])  # set by the launcher
+        close, timeout_s = context.close, int(os.environ[SHUTDOWN_S])
         # A patch: torch gives workers 30 s to save and upload here, whatever its option says; torch 2.11 has no option.
         context.close = lambda death_sig=None, timeout=0: close(death_sig, timeout_s)  # noqa: ARG005
         return pids

@@ -37,6 +37,8 @@ def _explain_numba(num_workers: int) -> Iterator[None]:
         yield
     except ValueError as error:
         given = " ".join(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
+        if not given:
+            raise
         raise UserError(
             f"data.num_workers is {num_workers}, but numba cannot start these threads: {one_line(error)}\n"
             f"It was told so by environment variables: {given}. Change or unset them."

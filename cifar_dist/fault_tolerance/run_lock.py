@@ -22,11 +22,10 @@ from cifar_dist import environment
 from cifar_dist.errors import RunInUseError, write_exit_code
 from cifar_dist.fault_tolerance import signals
 from cifar_dist.files import read_json, write_json
+from cifar_dist.filesystem import LEASE_S, REFRESH_S
 from cifar_dist.process import write_stderr
 
 LOCK, JOB, REQUEST = ".lock", ".lock.job", ".lock.request"
-LEASE_S = 20.0  # ten refreshes; a file server may delay one by some seconds
-REFRESH_S = 2.0
 EXIT_S = 60.0  # then an owner that lost the lease or was asked to exit ends itself without saving
 REQUEST_WAIT_S = 120.0  # longer than EXIT_S, and than a file server keeps the locks of a dead client
 WAIT_S = 30.0  # longer than workers outlive their launcher (signals._ORPHAN_GRACE_S)

@@ -16,6 +16,7 @@ from cifar_dist import cli, errors
 from cifar_dist.models.architectures import inception_v1, inception_v2, inception_v2_slim
 from cifar_dist.models.layers import CADENE, TORCHVISION, Variant, num_parameters
 from cifar_dist.models.stems import GRIDS
+from cifar_dist.process import run_and_exit
 
 PLAIN, BIASED = Variant(norm="none"), Variant(conv_bias=True)
 V1 = partial(inception_v1, stem="imagenet", num_classes=1000)
@@ -76,7 +77,11 @@ class NoArguments:
     pass
 
 
-if __name__ == "__main__":
+def command() -> None:
     with errors.exit_on_error():
         cli.parse(NoArguments, sys.argv[1:], "models", description="Parameter counts against the literature.")
-    sys.exit(main())
+    raise SystemExit(main())
+
+
+if __name__ == "__main__":
+    run_and_exit(command)

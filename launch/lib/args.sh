@@ -5,9 +5,9 @@ python=${CIFAR_DIST_PYTHON:-$here/../.venv/bin/python}  # as in python.sh
 # A script does not end because nobody reads what it prints: on a closed pipe, bash would be killed or echo would fail.
 trap '' PIPE
 echo() { builtin echo "$@" 2>/dev/null || true; }
-[[ -e /dev/fd/0 ]] || exec </dev/null  # a closed descriptor
-[[ -e /dev/fd/1 ]] || exec >/dev/null
-[[ -e /dev/fd/2 ]] || exec 2>/dev/null
+{ true <&0; } 2>/dev/null || exec </dev/null  # a closed descriptor
+{ true >&1; } 2>/dev/null || exec >/dev/null
+true >&2 || exec 2>/dev/null
 
 # The comment at the head of the script.
 usage() { sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$0"; }

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cifar_dist.data.prepare.collection import PIXEL_BYTES
+from cifar_dist.data.prepare.contents import MAX_FILE_BYTES
 from cifar_dist.errors import DataError, one_line
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -65,13 +66,18 @@ def read_parquet(name: PurePosixPath, content: bytes) -> Iterator[tuple[bytes, i
     except ImportError:
         command = f"uv pip install --python {sys.executable} pyarrow (or: pip install pyarrow)"
         raise DataError(f"{name} needs pyarrow to be read: {command}, or take another copy.") from None
+    if int(pa.__version__.partition(".")[0]) < 15:
+        raise DataError(f"{name} is not read with pyarrow {pa.__version__}, which may run code of it: update pyarrow.")
     file = pq.ParquetFile(pa.BufferReader(content))
+    groups = [file.metadata.row_group(k) for k in range(file.metadata.num_row_groups)]
+    if sum(group.total_byte_size for group in groups) > MAX_FILE_BYTES:
+        raise DataError(f"{name} is too large unpacked.")
     fields = [(field.name, str(field.type)) for field in file.schema_arrow]
     picture = _column(fields, "img", "image", ("struct<bytes: binary", "binary", "large_binary"))
     label = _column(fields, "label", "labels", ("int", "uint", "string"))
     if picture is None or label is None:
         raise DataError(f"{name} has no columns of pictures and labels.")
-    for batch in file.iter_batches(batch_size=1000):
+    for batch in file.iter_batches(batch_size=100):
         pictures = batch.column(picture)
         pictures = pictures.field("bytes") if pa.types.is_struct(pictures.type) else pictures
         yield from zip(pictures.to_pylist(), batch.column(label).to_pylist(), strict=True)

@@ -42,6 +42,7 @@ _LABELS = {name: label for label, name in enumerate(_CLASSES)} | {"plane": 0, "a
 _PICTURES = {
     b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"RIFF": "WEBP", b"BM": "BMP", b"GIF8": "GIF", b"P6": "PPM",
 }  # fmt: skip
+_MAX_KEPT_BYTES = 1 << 30  # of files that are read only when another file is there
 _MAX_PICTURE_BYTES = 64 << 10  # one of 32 x 32 pixels has some 3 KB
 _RECORD_BYTES = 1 + PIXEL_BYTES
 _KAGGLE = (
@@ -58,6 +59,7 @@ class Reader:
         self.collection = collection
         self._sets: dict[PurePosixPath, dict[str, bytes]] = defaultdict(dict)  # by folder
         self._arrays: dict[PurePosixPath, Arrays] = defaultdict(dict)
+        self._kept = 0  # bytes of both, ever
 
     def __call__(self, item: Item) -> bool:
         before = self.collection.num_found
@@ -85,6 +87,10 @@ class Reader:
         head, name, folder = item.head, item.name.name, item.name.parent
         if not head or item.size > MAX_FILE_BYTES:
             return
+        if name in _IN_SETS or head.startswith(b"\x93NUMPY"):
+            self._kept += item.size
+            if self._kept > _MAX_KEPT_BYTES:
+                raise DataError(f"{item.name} is not read, after {_MAX_KEPT_BYTES >> 30} GiB of sheets and arrays.")
         if name in _IN_SETS:
             self._sets[folder][name] = item.read()
             self.collection.paths.add(item.path)

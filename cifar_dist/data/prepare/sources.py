@@ -101,6 +101,8 @@ def _paths_of_auto(data_dir: Path | None) -> list[Path]:
 
 def _search(path: Path, log: Log, max_files: int = MAX_FILES) -> Collection:
     """What the folder or file `path` holds of CIFAR-10."""
+    if max_files == MAX_FILES_AUTO:
+        log(f"looking for a copy of CIFAR-10 in {path}")
     collection = Collection()
     reader = Reader(collection)
     num_files = 0

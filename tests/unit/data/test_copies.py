@@ -207,7 +207,7 @@ def test_auto_finds_a_copy_before_it_downloads(
     found = fetch("auto", lines, data_dir=tmp_path / "data")
     assert_same(found, cifar)
     assert found.origin == str(path)
-    assert len(lines) == 6
+    assert sum("MD5" in line for line in lines) == 6
 
 
 def test_preparing_uses_the_copy_in_data_dir(binary_dir: Path, tmp_path: Path) -> None:
