@@ -202,8 +202,13 @@ def test_an_unknown_host_name(data_dir: Path, tmp_path: Path) -> None:
 
 @ROOT
 @pytest.mark.slow
-@pytest.mark.parametrize("hosts", ["203.0.113.9 here", "::1 here", "127.0.1.1 here", ""])
-@pytest.mark.parametrize("program", ["launcher", "torchrun"])
+@pytest.mark.parametrize(
+    ("program", "hosts"),
+    [
+        ("launcher", "203.0.113.9 here"), ("launcher", "::1 here"),
+        ("torchrun", "203.0.113.9 here"), ("torchrun", "127.0.1.1 here"), ("torchrun", ""),
+    ],
+)  # fmt: skip
 def test_without_network(program: str, hosts: str, data_dir: Path, tmp_path: Path) -> None:
     """No interface but loopback; this host's name stands for a foreign address, IPv6, Debian's address, or none."""
     (tmp_path / "hosts").write_text(f"127.0.0.1 localhost\n{hosts}\n")
