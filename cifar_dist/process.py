@@ -80,10 +80,11 @@ def provide_home() -> None:
     They print warnings or end the run without one, as in containers. A home that can only be read stays HOME, as it
     may hold logins.
     """
-    home = None
-    with suppress(RuntimeError):  # a user without HOME and without an entry in /etc/passwd
+    home, exists = Path(), False
+    with suppress(RuntimeError, OSError):  # a user without HOME and without an entry in /etc/passwd; no permission
         home = Path.home()
-    if home is not None and home.is_dir():
+        exists = home.is_dir()
+    if exists:
         os.environ["HOME"] = str(home)
         if os.access(home, os.W_OK | os.X_OK):
             return
@@ -95,7 +96,7 @@ def provide_home() -> None:
             folder = Path(tempfile.mkdtemp(prefix="cifar_dist-home-"))
     except OSError:
         return  # of the temporary folder others will complain
-    if home is None or not home.is_dir():
+    if not exists:
         os.environ["HOME"] = str(folder)
     os.environ.setdefault("XDG_CACHE_HOME", str(folder / "cache"))
     os.environ.setdefault("XDG_CONFIG_HOME", str(folder / "config"))

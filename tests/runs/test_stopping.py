@@ -136,7 +136,13 @@ def test_stopped_where_a_validation_is_due(data_dir: Path, tmp_path: Path) -> No
     assert runs.summary(run_dir)["model_sha256"] == runs.summary(tmp_path / "whole")["model_sha256"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGUSR1, signal.SIGTERM, signal.SIGINT,
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow), pytest.param(signal.SIGQUIT, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_before_the_first_step(number: signal.Signals, data_dir: Path, tmp_path: Path) -> None:
     """In the phases of the start: imports of the launcher, imports of the workers, the rendezvous."""
     moments: list[tuple[str, Callable[[subprocess.Popen[str], Path], Any]]] = [

@@ -82,7 +82,9 @@ def test_a_picture_decides_nothing(
 
 
 @ROOT
-@pytest.mark.parametrize("home", [None, *(pytest.param(text, marks=SLOW) for text in ("/nonexistent", "", "/proc"))])
+@pytest.mark.parametrize(
+    "home", [None, *(pytest.param(text, marks=SLOW) for text in ("/nonexistent", "", "/proc", "/proc/1/fd/3"))]
+)
 def test_no_home_and_no_name(home: str | None, data_dir: Path) -> None:
     """A user without an entry in /etc/passwd, as in containers, and the default of track.wandb."""
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(runs.REPOSITORY)}
