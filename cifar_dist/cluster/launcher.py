@@ -53,9 +53,10 @@ def main() -> None:
             words = ["--signals-to-handle", "SIGSTKFLT", *sys.argv[1:]]
             options: Namespace = run.parse_args(words)  # type: ignore[no-untyped-call]
         os.environ["TORCH_CPP_LOG_LEVEL"] = level or "ERROR"  # for the workers
+        endpoint: str = run.get_rdzv_endpoint(options)  # type: ignore[no-untyped-call]
         _check_rendezvous(options)
         with signals.deferred():
-            code = _torchrun(options)
+            code = _torchrun(options, endpoint)
     raise SystemExit(code)
 
 
@@ -104,7 +105,7 @@ class _Stop:
             os._exit(128 + number)
 
 
-def _torchrun(options: Namespace) -> int:
+def _torchrun(options: Namespace, endpoint: str) -> int:
     from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -137,7 +138,6 @@ def _torchrun(options: Namespace) -> int:
         if code := failure_code([], written_codes()):  # the node that hosts the rendezvous has exited first
             return code
         if isinstance(error, (RendezvousError, DistError)):
-            endpoint = run.get_rdzv_endpoint(options)  # type: ignore[no-untyped-call]
             raise PeerError(_rendezvous_failed(endpoint, error)) from None
         raise
     finally:
