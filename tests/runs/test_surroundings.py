@@ -192,7 +192,10 @@ def test_nohup_outlives_its_terminal(world_size: int, data_dir: Path, tmp_path: 
 
 
 def in_namespace(setup: str, command: list[str]) -> list[str]:
-    return ["unshare", "--uts", "--net", "--mount", "sh", "-c", f'{setup}; exec "$@"', "", *command]
+    alone = ["unshare", "--uts", "--net", "--mount", "sh", "-c"]
+    if subprocess.run([*alone, "ip link set lo up"], check=False, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("NOT TESTED: a machine without network (unshare or ip does not work here)")
+    return [*alone, f'{setup}; exec "$@"', "", *command]
 
 
 @ROOT
