@@ -22,13 +22,18 @@ from cifar_dist.distributed import init_distributed
 from cifar_dist.training.run import Run
 import torch.distributed as dist
 
+reader, writer = os.pipe()
 for name, changes in json.load(sys.stdin).items():
     if os.fork() == 0:
         break
 else:
+    os.close(writer)
     while True:
         os.wait()  # an error in the end
 os.environ |= changes
+hosts_store = changes.get("RANK") == "0"  # it ends last: the others may still be joining
+if hosts_store:
+    os.close(writer)
 found = {"inductor came before": "torch._inductor.config" in sys.modules}
 try:
     with init_distributed("cpu"):
@@ -42,6 +47,8 @@ except RuntimeError:
     pass
 found["left"] = not dist.is_initialized()
 os.write(1, json.dumps([name, found]).encode() + b"\\n")  # at once, as others write to the same pipe
+if hosts_store:
+    os.read(reader, 1)  # until the others have ended
 os._exit(0)
 """
 NAMES = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "TORCHINDUCTOR_COMPILE_THREADS")
