@@ -73,7 +73,7 @@ def init_distributed(device: str, threads: int | None = None) -> Iterator[World]
         error.printed_elsewhere = local_rank > 0  # printed once per node
         raise
     world = World(rank, size, local_rank, local_size, found, num_nodes)
-    processors = max(1, environment.num_processors() // local_size)
+    processors = environment.num_processors(shared_by=local_size)
     # Otherwise inductor starts up to 32 compiling processes for each rank.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, processors)))
     if world.device.type == "cuda":

@@ -37,9 +37,9 @@ def optional_number(name: str, env: Mapping[str, str] = os.environ, least: int =
     return int(text)
 
 
-def num_processors(cgroups: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> int:
-    """Processors of this process: those of its affinity, or fewer by the CPU quota of its container (cgroup v1, v2)."""
-    return max(1, int(min([len(os.sched_getaffinity(0)), *_quotas(cgroups, own)])))
+def num_processors(cgroups: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup"), shared_by: int = 1) -> int:
+    """Processors for each of `shared_by` processes: of the affinity, or fewer by the CPU quota (cgroup v1 and v2)."""
+    return max(1, int(min([len(os.sched_getaffinity(0)), *_quotas(cgroups, own)])) // shared_by)
 
 
 def num_threads(local_size: int) -> int:
@@ -47,7 +47,7 @@ def num_threads(local_size: int) -> int:
 
     torchrun sets OMP_NUM_THREADS to 1 for its workers if it is not set, so that value does not count there.
     """
-    share = max(1, num_processors() // local_size)
+    share = num_processors(shared_by=local_size)
     given = re.match(r"\s*([1-9][0-9]{0,3})\b", os.environ.get("OMP_NUM_THREADS", ""))  # OpenMP allows 4,2
     if given is None or ("TORCHELASTIC_RUN_ID" in os.environ and given[1] == "1"):
         return share

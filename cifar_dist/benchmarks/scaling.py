@@ -194,5 +194,5 @@ def _on_ranks(size: int, world: World, work: Callable[[], object]) -> None:
     """Do `work` on the first `size` ranks, which share the processors; the other ranks do nothing."""
     if world.rank < size:
         if world.device.type == "cpu":
-            torch.set_num_threads(max(1, num_processors() // size))
+            torch.set_num_threads(num_processors(shared_by=size))
         work()

@@ -425,7 +425,7 @@ def test_srun_is_missing(quick_jobs: QuickJobs) -> None:
 
 
 def test_folder_of_output_is_missing(quick_jobs: QuickJobs) -> None:
-    """Slurm makes none and fails the job without a word, as docs/slurm.md says; so --output names none by default."""
+    """Slurm creates no folder for --output, and the job fails without output (docs/slurm.md)."""
     quick_jobs.cluster.wait(quick_jobs.numbers["no folder"], ["FAILED"])
     assert not (quick_jobs.folder / "none").exists()
     scripts = [path.read_text() for path in sorted((runs.REPOSITORY / "slurm").glob("*.sh"))]

@@ -32,7 +32,7 @@ _DECOMPRESSORS: dict[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"B
 _ARCHIVES = (".tar", ".tgz", ".gz", ".tbz2", ".bz2", ".txz", ".xz", ".zip", ".npz")
 UNREADABLE = (
     tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError,  # encrypted
-    NotImplementedError, ValueError, OverflowError, struct.error, TypeError, LookupError,  # of hostile content
+    ValueError, OverflowError, struct.error, TypeError, LookupError,  # of damaged content
 )  # fmt: skip
 
 

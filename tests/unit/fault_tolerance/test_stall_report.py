@@ -273,7 +273,7 @@ def test_one_rank_of_a_node_prints_that_another_is_lost(
                 time.sleep(0.05)
                 notice = watch._heartbeats.notice
             watch._abort(notice)
-        watch._heartbeats.notice = None  # of this process only, which goes on
+        watch._heartbeats.notice = None  # of this process only, which continues
         time.sleep(0.2)  # until the notice is in the store
     assert codes == [6, 6]
     assert capfd.readouterr().err.count("error: rank ") == 1
