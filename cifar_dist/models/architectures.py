@@ -8,6 +8,7 @@ it prints 576, 576 and 1024 output channels for 4c, 4d and 4e, but the branches 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Unpack
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from cifar_dist.config import NUM_CLASSES, ModelConfig
 from cifar_dist.models.inception import KERNELS, Row, Rows
-from cifar_dist.models.layers import DEFAULT, Variant
+from cifar_dist.models.layers import CADENE, DEFAULT, TORCHVISION
 from cifar_dist.models.network import InceptionNetwork, Options
 from cifar_dist.models.own import Network, own_network
 
@@ -84,6 +85,10 @@ MODELS: dict[str, Callable[..., InceptionNetwork]] = {
 }
 
 
+# Without Cadene's biases before batch norm, which the converter merges into its means.
+VARIANTS = {"default": DEFAULT, "torchvision": TORCHVISION, "cadene": replace(CADENE, conv_bias=False)}
+
+
 def create_model(config: ModelConfig, num_classes: int = NUM_CLASSES) -> nn.Module:
     """The network of `config` on the CPU, with random weights from torch's global generator.
 
@@ -103,5 +108,5 @@ def built_in_network(config: ModelConfig, num_classes: int) -> InceptionNetwork:
         num_classes=num_classes,
         auxiliary=config.auxiliary,
         merge_1x1=config.merge_1x1 != "off",
-        variant=Variant(norm=config.norm),
+        variant=replace(VARIANTS[config.variant], norm=config.norm),
     )
