@@ -47,9 +47,10 @@ def test_unusable_hooks(data_dir: Path, tmp_path: Path) -> None:
     """The message comes once, before there is a run directory. The module is found in the working directory."""
     code, output = node(tmp_path, data_dir, "--run.hooks", "my_hooks:Stops")
     assert code == 2
-    assert output == (
-        "error: run.hooks is my_hooks:Stops, which has stop_requested, but a run calls only its own. Leave it out.\n"
-    )
+    assert [line for line in output.splitlines() if "my_hooks" in line] == [
+        "error: run.hooks is my_hooks:Stops, which has stop_requested, but a run calls only its own. Leave it out."
+    ]
+    assert "Traceback" not in output
     assert not (tmp_path / "run").exists()
 
 
