@@ -94,11 +94,8 @@ def decode(data: bytes, path: Path) -> StartWeights:
             return StartWeights(own, _CADENE, sha256)
     except ValueError as error:
         raise UserError(f"model.weights {path}: {error}") from None
-    if "classifier.weight" not in tensors:
-        raise UserError(
-            f"model.weights {path} holds no weights that are known: neither of this project, nor of torchvision's "
-            f"googlenet, nor of Cadene's bninception. It has {', '.join(list(state)[:5]) or 'nothing'}."
-        )
+    if not tensors:
+        raise UserError(f"model.weights {path} holds no weights; it has {', '.join(map(str, state)) or 'nothing'}.")
     return StartWeights(tensors, {}, sha256)
 
 
