@@ -22,8 +22,8 @@ from cifar_dist.process import run_and_exit
 
 @dataclass(frozen=True)
 class PlanArguments:
-    config: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CONFIG")]
-    """YAML file of the run."""
+    config: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CONFIG")]
+    """YAML file of the run, or the name of a configuration of this project, such as googlenet."""
     nodes: Positive = 1
     """Number of nodes."""
     gpus: Positive = 1
