@@ -120,6 +120,38 @@ def _set_aside(path: Path) -> Path:
     return target
 
 
+def find_checkpoint(path: Path, which: str | int = "last") -> Path:
+    """The file of a checkpoint.
+
+    Args:
+        path: that file, a run directory, or its folder of checkpoints.
+        which: of a run: last, best (by validation accuracy), or a step.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
+    if not path.is_dir():
+        if which != "last":
+            raise UserError(
+                f"--which {which} chooses a checkpoint of a run directory, but {path} is a file or missing."
+            )
+        return path
+    directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = checkpoint.all_steps(directory)
+    if not steps:
+        raise UserError(f"{path} holds no checkpoint. Give a run directory, such as runs/NAME, or a step-*.pt file.")
+    found = f"It has those of the steps {', '.join(map(str, steps))}."
+    step = steps[-1] if which == "last" else which
+    if which == "best":
+        newest = checkpoint.path_of(directory, steps[-1])
+        step = checkpoint.decode(checkpoint.read_verified(newest), str(newest))["best"][0]
+        if step is None:
+            raise UserError(f"{path} has no best checkpoint, as no validation was done (data.train_on). {found}")
+    if step not in steps:
+        raise UserError(f"{path} has no checkpoint of step {step}. {found}")
+    return checkpoint.path_of(directory, int(step))
+
+
 def config_of(text: str, origin: str) -> Config:
     """The configuration that a checkpoint holds as YAML.
 

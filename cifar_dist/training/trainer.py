@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
+from contextlib import closing
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from signal import Signals
@@ -45,6 +46,7 @@ class Progress:
     best_accuracy: float = -1.0
     last_validation: dict[str, float] | None = None
     validation_due: bool = False  # the run was stopped before the validation of this step
+    recalibrated: int | None = None  # the step whose batch-norm statistics the model has
 
 
 class Hooks:
@@ -112,8 +114,7 @@ class Trainer:
             self._validate_and_save_if_due()
         if progress.step < schedule.total_steps:
             self.train_step.prepare()
-        batches = self._batches()
-        started = time.perf_counter()
+        batches, started = self._batches(), time.perf_counter()
         while progress.step < schedule.total_steps:
             current.step = progress.step + 1
             self.train_step.run(schedule.step(progress.step), batches, self.metrics)
@@ -131,23 +132,29 @@ class Trainer:
             if stop_signal:
                 # Slurm may kill the job before a validation ends; the resumed run starts with it.
                 progress.validation_due = schedule.should_validate(progress.step)
-                self.save()
+                batches.close()
+                self._save_stopped()
                 raise self._stop_error(stop_signal)
+            if progress.step < schedule.total_steps and schedule.should_save(progress.step):
+                # Two threads of FFCV may not read at the same time. The new one goes on where this one stopped.
+                batches.close()
+                batches = self._batches()
             self._validate_and_save_if_due()
             started = time.perf_counter()
         stop_signal = self.hooks.stop_requested(last_step=True)
         if stop_signal:
             raise self._stop_error(stop_signal)
 
-    def _batches(self) -> Iterator[tuple[int, Batch]]:
+    def _batches(self) -> Generator[tuple[int, Batch]]:
         """Pairs (epoch, micro-batch) from the current step on: this rank's slice of each global batch, in order."""
         step, per_rank = self.progress.step, self.config.train.batch_size // self.world.size
         while step < self.schedule.total_steps:
             indices = self.order.rest_of_epoch(step, self.world.rank, self.world.size)
             indices = indices[: (self.schedule.total_steps - step) * per_rank]
             epoch = step // self.order.steps_per_epoch
-            for batch in self.loader.read(indices, self.config.train.micro_batch_size):
-                yield epoch, batch
+            with closing(self.loader.read(indices, self.config.train.micro_batch_size)) as reading:
+                for batch in reading:
+                    yield epoch, batch
             step += len(indices) // per_rank
 
     def _note_first_step(self) -> None:
@@ -188,8 +195,8 @@ class Trainer:
         save = self.schedule.should_save(progress.step) or progress.validation_due
         progress.validation_due = False
         validate = self.schedule.should_validate(progress.step) and len(self.split.validation) > 0
-        if validate or progress.step == self.schedule.total_steps:  # the final test uses these statistics
-            self.evaluator.recalibrate(self.loader, bn_samples(self.split, self.config.eval))
+        if validate or save or progress.step == self.schedule.total_steps:  # the final test uses these statistics
+            self._recalibrate()
         if validate:
             result = self.evaluator.score(self.loader, self.split.validation)
             metrics = {"val/accuracy": result.accuracy, "val/loss": result.loss, "val/n": result.n}
@@ -199,6 +206,16 @@ class Trainer:
                 progress.best_accuracy, progress.best_step, save = result.accuracy, progress.step, True
         if save:
             self.save()
+
+    def _recalibrate(self) -> None:
+        self.evaluator.recalibrate(self.loader, bn_samples(self.split, self.config.eval))
+        self.progress.recalibrated = self.progress.step
+
+    def _save_stopped(self) -> None:
+        """Save at once, as the process may soon be killed; then again, with the statistics that `load` needs."""
+        self.save()
+        self._recalibrate()
+        self.save()
 
     def save(self) -> None:
         """Write a checkpoint of the current step on rank 0, and remove old ones.
@@ -229,6 +246,7 @@ class Trainer:
         return {
             "step": progress.step,
             "config": to_yaml(self.config),
+            "statistics": progress.recalibrated == progress.step,
             **self.train_step.state(),
             "train_seconds": progress.train_seconds,
             "since_log": [*astuple(progress.since_log), progress.seconds_since_log],
@@ -250,6 +268,7 @@ class Trainer:
         self.train_step.restore(state, origin)
         progress = self.progress
         progress.step = progress.last_saved = state["step"]
+        progress.recalibrated = progress.step if state["statistics"] else None
         progress.train_seconds = state["train_seconds"]
         *window, progress.seconds_since_log = state["since_log"]
         progress.since_log = Window(*window)
