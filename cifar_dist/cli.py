@@ -69,7 +69,10 @@ def load_config(args: Sequence[str], command: str = "train", description: str = 
     own.add_argument("--print-config", "--print_config", action="store_true")
     known, rest = own.parse_known_args(args)
     entries = {} if known.config is None else read_config(known.config)
-    text = f"{description} --config FILE reads a YAML file first; --print-config prints the result and exits."
+    text = (
+        f"{description} --config FILE reads a YAML file first, or one of this project by its name; --print-config "
+        f"prints the result and exits. Example: python -m cifar_dist.{command} --config quickstart --run.name mine"
+    )
     config = parse(Config, rest, command, _configuration(entries, command), text)
     try:
         validate(config)

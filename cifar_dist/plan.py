@@ -71,7 +71,10 @@ def parse(args: Sequence[str]) -> PlanArguments:
     """The arguments; settings on the command line take precedence over those of the YAML file."""
     # cli.parse expects a value after a boolean option.
     args = ["--measure=True" if word == "--measure" else word for word in args]
-    text = "Print what a run will do, and refuse a run that cannot work. Settings of cifar_dist.train may follow."
+    text = (
+        "Print what a run will do, and refuse a run that cannot work. Settings of cifar_dist.train may follow. "
+        "Example: python -m cifar_dist.plan googlenet --nodes 2 --gpus 8"
+    )
     file = cli.parse(PlanArguments, args, "plan", description=text).config
     from_file = PlanArguments(file, settings=cli.read_yaml(file, "plan"))
     arguments = replace(cli.parse(PlanArguments, args, "plan", from_file), config=file)
