@@ -35,7 +35,7 @@ usage: cifar-dist COMMAND [ARGUMENTS]
 {commands}
 
 `cifar-dist COMMAND --help` explains a command; `python -m cifar_dist.COMMAND` is the same.
-`cifar-dist --version` prints the version, `cifar-dist --completion bash` (or zsh, fish) a script that completes words.
+`cifar-dist --version` prints the version, `cifar-dist --completion bash` (or zsh) a script that completes words.
 Example: cifar-dist train --config quickstart
 """
 
@@ -77,8 +77,8 @@ def _print_completion(shells: list[str]) -> None:
 
     from cifar_dist import options
 
-    if shells not in (["bash"], ["zsh"], ["fish"]):
-        raise UserError("--completion needs the name of a shell; valid: bash, zsh, fish.")
+    if shells not in (["bash"], ["zsh"]):
+        raise UserError("--completion needs the name of a shell; valid: bash, zsh.")
     kinds: list[Any] = []
     for name, (place, _) in COMMANDS.items():
         module, _, kind = place.partition(":")

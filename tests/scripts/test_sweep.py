@@ -1,4 +1,4 @@
-"""launch/sweep as a user runs it. That it resumes what was stopped: test_seeds.py, with launch/seeds, the same program."""
+"""launch/sweep as a user runs it. That it resumes what was stopped: test_seeds.py, with launch/seeds, the same code."""
 
 from __future__ import annotations
 
