@@ -102,7 +102,7 @@ def _over(upper: Mapping[str, Entry], lower: Mapping[str, Entry]) -> dict[str, E
 
 
 def _read_file(path: Path, named_by: str) -> bytes:
-    advice = f"The configurations of this project are in {CONFIGS}." if not named_by else ""
+    advice = f"The configurations of this project are in {CONFIGS}; their names are enough, such as googlenet."
     with explain_os_error(f"{named_by}{path}", advice), path.open("rb") as file:
         return file.read(MAX_BYTES + 1)
 

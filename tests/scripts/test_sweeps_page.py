@@ -15,7 +15,7 @@ import yaml
 from tests.support import runs
 
 pytestmark = [pytest.mark.run, pytest.mark.data]
-SHORT = runs.SMALL[2:]  # without --config, which the examples give
+SHORT = (*runs.SMALL[2:], "--train.max_steps", "4")  # without --config, which the examples give
 
 
 def block(language: str) -> str:

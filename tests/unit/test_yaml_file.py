@@ -216,7 +216,7 @@ def test_settings_come_over_those_of_the_base(files: Path, capsys: pytest.Captur
         ("c.yaml", "c.yaml, which builds on sub/b.yaml, which builds on sub/../a.yaml, which builds on "
                    "sub/../c.yaml: a circle."),
         ("../FOLDER/a.yaml", "a circle."),
-        ("none.yaml", "a.yaml, line 2: base sub/../none.yaml: No such file or directory."),
+        ("none.yaml", "a.yaml, line 2: base sub/../none.yaml: No such file or directory. The conf"),
         ("quikstart", "a.yaml, line 2: base quikstart is no configuration of this project. Did you mean quickstart?"),
         ("[googlenet]", "a.yaml, line 2: base must name a configuration"),
         ("~", "a.yaml, line 2: base must name a configuration"),
