@@ -105,6 +105,6 @@ def test_trains_scores_and_repeats(place: Path, data_dir: Path) -> None:
     both = (*small, "--train.micro_batch_size", "32", "--train.max_steps", "2")
     call(place, "python", *torchrun, "--config", "debug", "--run.name", "two", *both)
     assert runs.summary(place / "runs/two")["world_size"] == 2
-    output = call(place, "cifar-dist", "sweep", "debug", "1", "--grid", "optim.lr=0.05,0.1", "--run.name", "s", *both)
-    assert len(re.findall(r"^--optim.lr 0\.\d+ +1 ", output, flags=re.M)) == 2
+    output = call(place, "cifar-dist", "sweep", "debug", "1", "--run.name", "several", *both)
+    assert re.search(r"^seed 0 ", output, flags=re.M)
     # HERE: cifar-dist predict and cifar-dist export, when they are there.
