@@ -158,6 +158,8 @@ def validate(config: Config) -> None:
         raise UserError("data.source is empty; valid: auto, official, npm or the path of a copy.")
     if c.run.resume == Path():
         raise UserError("run.resume is empty or this folder; valid: never, auto or the path of a checkpoint.")
+    if model.weights == Path():
+        raise UserError("model.weights is empty or this folder; valid: the path of a run or of a file of weights.")
     if c.run.name is not None and (Path(c.run.name).name != c.run.name or c.run.name in ("", "..")):
         raise UserError(f"run.name is {c.run.name}; valid: a name without /.")
     if c.run.resume == "auto" and c.run.name is None and c.run.dir is None:

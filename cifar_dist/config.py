@@ -100,6 +100,11 @@ class ModelConfig:
     """Probability of zeroing a feature before the classifier, from 0 up to 1 (the paper: 0.4)."""
     merge_1x1: Literal["auto", "on", "off"] = "auto"
     """In training, compute the 1x1 convolutions on one input as one convolution. auto: as on."""
+    variant: Literal["default", "torchvision", "cadene"] = "default"
+    """Windows of the pools and epsilon of batch norm as in another implementation, for its weights."""
+    weights: Path | None = None
+    """Start from these weights: a run directory, a checkpoint, or a file of this project's export, of torchvision's
+    googlenet or of Cadene's bninception. A classifier for another number of classes is left out."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@
 #
 # Score a checkpoint on one node; the arguments go to cifar_dist.evaluate:
 #
-#   sbatch slurm/evaluate.sh --checkpoint runs/job-17/checkpoints/step-00002730.pt --json score.json
-#   sbatch --gpus-per-node=1 --cpus-per-task=8 slurm/evaluate.sh --checkpoint ...
+#   sbatch slurm/evaluate.sh runs/job-17 --json score.json
+#   sbatch --gpus-per-node=1 --cpus-per-task=8 slurm/evaluate.sh runs/job-17
 set -euo pipefail
 for word in "$@"; do
     [[ $word != --help && $word != -h ]] || { sed -n '2,/^[^#]/{s/^#$//;s/^# //;/^set /!p}' "$0"; exit; }

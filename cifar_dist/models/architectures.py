@@ -8,12 +8,13 @@ it prints 576, 576 and 1024 output channels for 4c, 4d and 4e, but the branches 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Unpack
 
 from cifar_dist.config import ModelConfig
 from cifar_dist.models.inception import KERNELS, Row, Rows
-from cifar_dist.models.layers import DEFAULT, Variant
+from cifar_dist.models.layers import CADENE, DEFAULT, TORCHVISION
 from cifar_dist.models.network import InceptionNetwork, Options
 
 V1: Rows = {
@@ -81,6 +82,10 @@ MODELS: dict[str, Callable[..., InceptionNetwork]] = {
 }
 
 
+# Without Cadene's biases before batch norm, which the converter merges into its means.
+VARIANTS = {"default": DEFAULT, "torchvision": TORCHVISION, "cadene": replace(CADENE, conv_bias=False)}
+
+
 def create_model(config: ModelConfig) -> InceptionNetwork:
     """The network of `config` on the CPU, with random weights from torch's global generator."""
     return MODELS[config.name](
@@ -90,5 +95,5 @@ def create_model(config: ModelConfig) -> InceptionNetwork:
         dropout=config.dropout,
         auxiliary=config.auxiliary,
         merge_1x1=config.merge_1x1 != "off",
-        variant=Variant(norm=config.norm),
+        variant=replace(VARIANTS[config.variant], norm=config.norm),
     )

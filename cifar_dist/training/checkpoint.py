@@ -110,8 +110,7 @@ def decode(data: bytes, origin: str) -> dict[str, Any]:
             f"{origin} has format {state['format']}; this version reads format {FORMAT}. Use "
             f"the version of cifar_dist that wrote it, or start a new run."
         )
-    state.setdefault("statistics", False)  # older files have none
-    return state
+    return {"statistics": False, "weights_sha256": None} | state  # older files have neither
 
 
 def retain(directory: Path, current: int, num_newest: int, also: Iterable[int]) -> None:

@@ -23,6 +23,7 @@ from cifar_dist.fault_tolerance import health, run_lock, signals, status
 from cifar_dist.fault_tolerance.stop_consensus import StopConsensus
 from cifar_dist.fault_tolerance.watchdog import Watchdog
 from cifar_dist.files import write_json, write_text_atomic
+from cifar_dist.models.network import without_auxiliary
 from cifar_dist.phase import SLOW_S, VERY_SLOW_S, Phase, set_phase
 from cifar_dist.tracking.curves import draw_curves
 from cifar_dist.tracking.rank_log import rank_log
@@ -31,6 +32,7 @@ from cifar_dist.training import checkpoint, debug, run_directory
 from cifar_dist.training.evaluation import bn_samples
 from cifar_dist.training.metrics import Window
 from cifar_dist.training.precision import Precision, choose_precision, set_backends
+from cifar_dist.training.start_weights import load_start_weights
 from cifar_dist.training.summary import describe, device_name, summarize
 from cifar_dist.training.train_step import TrainStep
 from cifar_dist.training.trainer import Hooks, Trainer
@@ -81,6 +83,8 @@ class Run(Hooks):
                 trainer = self._build_trainer(precision, data_dir, split)
                 if start:
                     run_and_sync_errors(world, lambda: trainer.restore(checkpoint.decode(start, origin), origin))
+                elif config.model.weights is not None:
+                    self._load_start_weights(trainer)
                 self._train_and_test(trainer, data_dir)
 
     def _open_directory(self) -> tuple[str, bytes]:
@@ -114,6 +118,14 @@ class Run(Hooks):
         fit_whitening([train_step.model, train_step.scored_model], loader, bn_samples(split, config.eval), world)
         set_phase(Phase("the start of training", limit_s=SLOW_S))
         return Trainer(config, train_step, split, loader, self.directory / "checkpoints", self)
+
+    def _load_start_weights(self, trainer: Trainer) -> None:
+        train_step = trainer.train_step
+        line, digest = load_start_weights(train_step.model, self.config.model, self.world)
+        if train_step.ema is not None:
+            train_step.ema.module.load_state_dict(without_auxiliary(train_step.model).state_dict())
+        trainer.progress.weights_sha256 = digest
+        self.log(line)
 
     def _train_and_test(self, trainer: Trainer, data_dir: Path) -> None:
         config, world = self.config, self.world

@@ -148,6 +148,7 @@ def summarize(config: Config, trainer: Trainer, test: Score, devices: list[str])
         "test_class_accuracy": test.class_accuracy,
         "test_confusion": test.confusion,
         "data_receipt": trainer.metrics.receipt.digests(),
+        "weights_sha256": progress.weights_sha256,
         "model_sha256": sha256_of_parameters(train_step.model),
     }
 

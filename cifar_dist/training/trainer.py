@@ -47,6 +47,7 @@ class Progress:
     last_validation: dict[str, float] | None = None
     validation_due: bool = False  # the run was stopped before the validation of this step
     recalibrated: int | None = None  # the step whose batch-norm statistics the model has
+    weights_sha256: str | None = None  # of the file that model.weights names
 
 
 class Hooks:
@@ -247,6 +248,7 @@ class Trainer:
             "step": progress.step,
             "config": to_yaml(self.config),
             "statistics": progress.recalibrated == progress.step,
+            "weights_sha256": progress.weights_sha256,
             **self.train_step.state(),
             "train_seconds": progress.train_seconds,
             "since_log": [*astuple(progress.since_log), progress.seconds_since_log],
@@ -269,6 +271,7 @@ class Trainer:
         progress = self.progress
         progress.step = progress.last_saved = state["step"]
         progress.recalibrated = progress.step if state["statistics"] else None
+        progress.weights_sha256 = state["weights_sha256"]
         progress.train_seconds = state["train_seconds"]
         *window, progress.seconds_since_log = state["since_log"]
         progress.since_log = Window(*window)

@@ -87,8 +87,7 @@ def test_two_nodes_read_the_samples_of_one_process(whole: Submission, data_dir: 
 
 
 def test_evaluate(running_cluster: SlurmCluster, whole: Submission, data_dir: Path, tmp_path: Path) -> None:
-    path = checkpoint.path_of(whole.directory / "checkpoints", STEPS)
-    words = ("--checkpoint", path, "--data_dir", data_dir, "--json", tmp_path / "score.json")
+    words = (whole.directory, "--data_dir", data_dir, "--json", tmp_path / "score.json")
     job = running_cluster.submit(f"--output={tmp_path}/out", "slurm/evaluate.sh", *words)
     running_cluster.wait(job)
     score = json.loads((tmp_path / "score.json").read_text())

@@ -205,7 +205,10 @@ TESTED = {
     "python -m tests.support.real_gpu equal cuda": "test_exact_sum.py; on a CPU where there is no GPU",
     "python -m cifar_dist.compare runs/mine runs/other": "test_compare.py",
     "python -m cifar_dist.train --config configs/quickstart.yaml --run.name mine --run.resume auto": "test_resume.py",
-    "python -m cifar_dist.evaluate --checkpoint runs/mine/checkpoints/step-00002730.pt": "test_world_size.py",
+    "python -m cifar_dist.evaluate runs/mine --which best": "test_evaluate.py and test_run_directory.py",
+    "python -m cifar_dist.train --config configs/quickstart.yaml --model.weights runs/mine": "test_start_weights.py",
+    "python -m cifar_dist.train --model.weights googlenet.pth --model.stem imagenet --model.branch5x5 3x3 "
+    "--model.variant torchvision": "test_start_weights.py",
     "./launch/seeds configs/quickstart.yaml 3 --run.name exp": "test_seeds.py: test_stopped_and_gone_on",
     "./launch/sweep quickstart 3 --grid optim.lr=0.1,0.2 train.epochs=2,3 --data.train_on train":
         "test_sweep.py: test_every_combination_and_one_table",
@@ -230,7 +233,7 @@ TESTED = {
         "test_slurm.py: test_array_of_seeds_ends_with_one_table",
     "sbatch --array=0-5 slurm/sweep.sh --grid grid.txt --config configs/quickstart.yaml":
         "test_slurm.py: test_array_over_a_grid",
-    "sbatch slurm/evaluate.sh --checkpoint runs/job-17/checkpoints/step-00002730.pt --json score.json":
+    "sbatch slurm/evaluate.sh runs/job-17 --json score.json":
         "test_slurm.py: test_evaluate",
     "sbatch --nodes=2 --gpus-per-node=4 slurm/container.sh --config configs/googlenet.yaml":
         "test_slurm.py: test_container; without GPUs",

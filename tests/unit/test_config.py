@@ -29,7 +29,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "model": {
         "name": "inception_v1", "stem": "cifar", "width": 1.0, "norm": "batch", "branch5x5": "paper",
-        "auxiliary": False, "dropout": 0.0, "merge_1x1": "auto",
+        "auxiliary": False, "dropout": 0.0, "merge_1x1": "auto", "variant": "default", "weights": None,
     },
     "train": {
         "device": "auto", "epochs": 100, "max_steps": None, "batch_size": 1024, "micro_batch_size": 128,
@@ -61,7 +61,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     },
     "model": {
         "name": "inception_v2", "stem": "pooled", "width": 0.25, "norm": "batch", "branch5x5": "paper",
-        "auxiliary": True, "dropout": 0.4, "merge_1x1": "on",
+        "auxiliary": True, "dropout": 0.4, "merge_1x1": "on", "variant": "cadene", "weights": Path("w.pt"),
     },
     "train": {
         "device": "cpu", "epochs": 3, "max_steps": 7, "batch_size": 96, "micro_batch_size": 32, "precision": "fp64",

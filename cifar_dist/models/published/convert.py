@@ -50,7 +50,7 @@ def from_torchvision(state_dict: StateDict) -> InceptionNetwork:
     Raises:
         ValueError: it is not one; names what does not fit.
     """
-    state_dict = _unwrapped(state_dict)
+    state_dict = unwrapped(state_dict)
     auxiliary = any(name.startswith("aux") for name in state_dict)
     return _load(_googlenet(_length(state_dict, "fc.bias"), auxiliary), state_dict, TORCHVISION_NAMES)
 
@@ -86,7 +86,7 @@ def from_cadene(state_dict: StateDict) -> InceptionNetwork:
         ValueError: it is not one; names what does not fit.
     """
     state = {}
-    for name, tensor in _unwrapped(state_dict).items():
+    for name, tensor in unwrapped(state_dict).items():
         current = f"last_linear.{name[3:]}" if name.startswith("fc.") else name
         state[current] = tensor.reshape(-1) if "_bn." in name and tensor.ndim == 2 else tensor
     for mean in [name for name in state if name.endswith("_bn.running_mean")]:
@@ -99,7 +99,7 @@ def from_cadene(state_dict: StateDict) -> InceptionNetwork:
     return _load(network, state, CADENE_NAMES)
 
 
-def _unwrapped(state: StateDict) -> StateDict:
+def unwrapped(state: StateDict) -> StateDict:
     """`state` by the names of the bare network, without module. and _orig_mod. anywhere, and without n_averaged."""
     bare: dict[str, Tensor] = {}
     for name, tensor in state.items():

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from signal import Signals
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from cifar_dist.data.loader import BetonLoader
 from cifar_dist.data.order import Split
 from cifar_dist.distributed import World
 from cifar_dist.errors import StopError
+from cifar_dist.models.architectures import create_model
 from cifar_dist.training import checkpoint, evaluation
 from cifar_dist.training.evaluation import Evaluator
 from cifar_dist.training.precision import Precision
@@ -214,6 +216,56 @@ def test_what_is_validated_and_saved_has_the_statistics_of_its_weights(
     assert scored is not None
     for name, buffer in scored.named_buffers():
         assert torch.equal(kept[name], buffer), name
+
+
+def by_hand(trainer: Trainer, state: dict[str, Any], loader: BetonLoader) -> nn.Module:
+    """The model in a checkpoint, loaded in the usual way, with statistics computed anew."""
+    model: nn.Module = create_model(trainer.config.model)
+    model.load_state_dict(state["model"])
+    samples = evaluation.bn_samples(SAMPLES, trainer.config.eval)
+    Evaluator(model, trainer.config.eval, trainer.train_step.precision, ALONE).recalibrate(loader, samples)
+    return model
+
+
+def test_every_checkpoint_has_the_statistics_of_its_weights(
+    loader: BetonLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the middle of an epoch, where reading is interrupted; what is read afterwards does not change."""
+    often = replace(FOUR_EPOCHS, train=replace(FOUR_EPOCHS.train, checkpoint_every_steps=1, keep_checkpoints=8))
+    trainer = trainer_of(Seen(1, 2, 3, 4), loader, tmp_path / "rarely", monkeypatch)
+    trainer.train()
+    expected = trainer.metrics.receipt.digests()
+    trainer = trainer_of(Seen(1, 2, 3, 4), loader, tmp_path / "often", monkeypatch, often)
+    trainer.train()
+    assert trainer.metrics.receipt.digests() == expected
+    assert checkpoint.all_steps(tmp_path / "often") == [1, 2, 3, 4, 5, 6, 7, 8]
+    for step in range(1, 9):
+        state = checkpoint.decode(checkpoint.read_verified(checkpoint.path_of(tmp_path / "often", step)), "it")
+        assert state["statistics"]
+        for name, buffer in by_hand(trainer, state, loader).named_buffers():
+            assert torch.equal(state["model"][name], buffer), (step, name)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_stopped_run_is_saved_before_its_statistics(
+    killed: bool, loader: BetonLoader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And again with them, if there is time. The first checkpoint says that it has none."""
+
+    class Stopped(Seen):
+        def stop_requested(self, last_step: bool = False) -> Signals | None:  # noqa: ARG002
+            return Signals.SIGTERM
+
+    trainer = trainer_of(Stopped(), loader, tmp_path, monkeypatch)
+    if killed:
+        monkeypatch.setattr(Evaluator, "recalibrate", Mock(side_effect=KilledError))
+    with pytest.raises(KilledError if killed else StopError):
+        trainer.train()
+    state = checkpoint.decode(checkpoint.read_verified(checkpoint.path_of(tmp_path, 1)), "it")
+    assert state["statistics"] == (not killed)
+    if not killed:
+        model = by_hand(trainer, state, loader)
+        assert all(torch.equal(state["model"][name], buffer) for name, buffer in model.named_buffers())
 
 
 NOTED = """

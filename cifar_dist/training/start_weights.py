@@ -1,0 +1,161 @@
+"""Weights that a run starts from (`model.weights`): of another run, an exported file, torchvision or Cadene."""
+
+import hashlib
+import io
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cifar_dist.cli import settings_of
+from cifar_dist.config import ModelConfig
+from cifar_dist.distributed import World, broadcast_bytes, broadcast_from_main, run_and_sync_errors
+from cifar_dist.errors import CheckpointError, UserError, one_line
+from cifar_dist.models.network import main_weights
+from cifar_dist.training import checkpoint
+from cifar_dist.training.run_directory import config_of, find_checkpoint
+
+# Settings that decide the shapes of a network, and with which torchvision's and Cadene's weights fit.
+_TORCHVISION = {"name": "inception_v1", "stem": "imagenet", "branch5x5": "3x3", "variant": "torchvision"}
+_CADENE = {"name": "inception_v2", "stem": "imagenet", "variant": "cadene"}
+_NOT_WEIGHTS = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError)
+
+
+class StartWeights(NamedTuple):
+    """A state dict by the names of this package; what `ModelConfig` it needs, so far as known; digest of the file."""
+
+    tensors: Mapping[str, Tensor]
+    settings: Mapping[str, Any]
+    sha256: str
+
+
+def load_start_weights(model: nn.Module, config: ModelConfig, world: World) -> tuple[str, str]:
+    """Copy the weights that `config.weights` names into `model`, on every rank; rank 0 reads the file.
+
+    Classifiers for another number of classes, and auxiliary classifiers that the file lacks, keep their random weights.
+
+    Returns:
+        a line for the log, and the SHA-256 of the file.
+
+    Raises:
+        UserError: on every rank; the file cannot be read, or is of another network.
+    """
+    assert config.weights is not None
+    wanted = config.weights
+    path = Path(broadcast_from_main(world, lambda: str(find_checkpoint(wanted))))
+    data = run_and_sync_errors(world, lambda: _read(path), only_if=world.is_main)
+    data = broadcast_bytes(data or b"", world)
+    weights = run_and_sync_errors(world, lambda: decode(data, path))
+    new = run_and_sync_errors(world, lambda: copy_weights(model, weights, config, path))
+    heads = f"; random: {', '.join(new)}" if new else ""
+    return f"starting from the weights in {path} (SHA-256 {weights.sha256[:16]}){heads}", weights.sha256
+
+
+def _read(path: Path) -> bytes:
+    if checkpoint.digest_path(path).exists():
+        return checkpoint.read_verified(path)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        advice = "Give a run directory, a checkpoint, or a file of weights (.pt, .pth, .safetensors)."
+        raise UserError(f"model.weights {path} cannot be read: {error.strerror}. {advice}") from None
+
+
+def decode(data: bytes, path: Path) -> StartWeights:
+    """The weights in a file of this package, of torchvision's googlenet or of Cadene's bninception.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    from cifar_dist.models.published import convert
+
+    sha256 = hashlib.sha256(data).hexdigest()
+    state = _tensors(data, path)
+    if {"format", "model", "config"} <= state.keys():
+        saved = checkpoint.decode(data, str(path))
+        config = config_of(saved["config"], str(path))
+        tensors = saved["model"] if config.optim.ema_decay is None else _bare_average(saved["ema"])
+        settings = {key.removeprefix("model."): value for key, value in settings_of(config).items() if "model." in key}
+        shaping = ("name", "stem", "width", "norm", "branch5x5", "variant")
+        return StartWeights(tensors, {key: settings[key] for key in shaping}, sha256)
+    for key in ("state_dict", "model"):  # as torchvision's references and timm save
+        if isinstance(state.get(key), dict):
+            state = state[key]
+    tensors = convert.unwrapped({name: value for name, value in state.items() if isinstance(value, Tensor)})
+    try:
+        if "conv1.conv.weight" in tensors:
+            return StartWeights(convert.from_torchvision(tensors).state_dict(), _TORCHVISION, sha256)
+        if "conv1_7x7_s2.weight" in tensors:
+            own = convert.from_cadene(tensors).state_dict()
+            own["stem.0.0.weight"] = own["stem.0.0.weight"].flip(1)  # its channels are blue, green, red
+            return StartWeights(own, _CADENE, sha256)
+    except ValueError as error:
+        raise UserError(f"model.weights {path}: {error}") from None
+    if "classifier.weight" not in tensors:
+        raise UserError(
+            f"model.weights {path} holds no weights that are known: neither of this project, nor of torchvision's "
+            f"googlenet, nor of Cadene's bninception. It has {', '.join(list(state)[:5]) or 'nothing'}."
+        )
+    return StartWeights(tensors, {}, sha256)
+
+
+def _tensors(data: bytes, path: Path) -> dict[str, Any]:
+    errors: tuple[type[Exception], ...] = _NOT_WEIGHTS
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import SafetensorError
+            from safetensors.torch import load
+
+            errors = (SafetensorError,)
+            return dict(load(data))
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except ImportError:
+        raise UserError(f"model.weights {path} needs a package: pip install 'cifar_dist[export]'") from None
+    except errors as error:
+        raise UserError(f"model.weights {path} cannot be loaded safely: {one_line(error)[:200]}") from None
+    if not isinstance(state, dict):
+        raise UserError(f"model.weights {path} holds a {type(state).__name__}, not the weights of a network by name.")
+    return state
+
+
+def _bare_average(ema: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("module."): tensor for name, tensor in ema.items() if name != "n_averaged"}
+
+
+@torch.no_grad()
+def copy_weights(model: nn.Module, weights: StartWeights, config: ModelConfig, path: Path) -> list[str]:
+    """Copy `weights` into `model`; returns the names of its tensors that stay random.
+
+    Raises:
+        CheckpointError: they are of another network.
+    """
+    other = {key: value for key, value in weights.settings.items() if getattr(config, key) != value}
+    if other:
+        needed = " ".join(f"--model.{key} {value}" for key, value in other.items())
+        raise CheckpointError(f"the weights in {path} are of another network. They need {needed}")
+    own, given = model.state_dict(), dict(weights.tensors)
+    if not any(name.startswith("auxiliary.") for name in own):
+        given = main_weights(given)
+    new = [name for name in own if _is_head(name) and (name not in given or given[name].shape != own[name].shape)]
+    kept = [name for name in own if name not in new]
+    wrong = [name for name in kept if name not in given or given[name].shape != own[name].shape]
+    wrong += [name for name in given if name not in own]
+    if wrong:
+        shown = "; ".join(_difference(name, own, given) for name in wrong[:4])
+        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise CheckpointError(f"the weights in {path} are of another network (settings model.*): {shown}{more}")
+    for name in kept:
+        own[name].copy_(given[name])
+    return new
+
+
+def _is_head(name: str) -> bool:
+    return name.startswith(("classifier.", "auxiliary."))
+
+
+def _difference(name: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    here, there = (tuple(state[name].shape) if name in state else "missing" for state in (own, given))
+    return f"{name} is {there} in the file and {here} in the network"
