@@ -63,7 +63,7 @@ def test_every_path_option_of_every_command_is_expanded(cls: type) -> None:
     without = (Config, prepare.PrepareConfig, sweep.SweepArguments, bundle.BundleConfig, lean.LeanConfig)
     assert "json" in names or cls in without
     if cls is Config:
-        assert names == ["run.dir", "run.resume", "data.dir", "data.source", "data.stage_dir"]
+        assert names == ["run.dir", "run.resume", "data.dir", "data.source", "data.stage_dir", "model.weights"]
 
 
 def test_positional_paths_are_expanded() -> None:
