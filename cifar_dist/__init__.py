@@ -1,0 +1,3 @@
+"""Distributed training of GoogLeNet on CIFAR-10."""
+
+__version__ = "0.1.0"

@@ -21,7 +21,10 @@ from cifar_dist.process import kill_process_tree, run_and_exit
 def main() -> None:
     """Measure what the command line names, or compare two results, and print tables."""
     arguments = sys.argv[1:]
-    text = "Benchmarks of this machine. `compare OLD NEW` compares two files written with --json."
+    text = (
+        "Benchmarks of this machine. `compare OLD NEW` compares two files written with --json. "
+        "Example: python -m cifar_dist.bench step --json bench.json"
+    )
     with errors.exit_on_error():
         if arguments[:1] != ["compare"]:
             _measure(cli.parse(BenchConfig, arguments, "bench", description=text))

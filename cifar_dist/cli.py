@@ -5,10 +5,13 @@ to tyro as if they had been typed, so that one set of types and messages serves 
 """
 
 import argparse
+import io
+import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import asdict, is_dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -16,12 +19,12 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
-from cifar_dist import environment, extension, options, yaml_file
+from cifar_dist import environment, extension, options
 from cifar_dist.config import NUM_TRAIN, NUM_VALIDATION, Config, Range, to_yaml
 from cifar_dist.errors import UserError, explain_os_error, is_main_process, wait_for_main_process
-from cifar_dist.files import expand_path, write_json
-from cifar_dist.suggestions import closest, refuse_unknown_options
-from cifar_dist.yaml_file import Entry, read_entries
+from cifar_dist.files import write_json
+from cifar_dist.suggestions import refuse_unknown_options
+from cifar_dist.yaml_file import Entry, read_config, read_entries
 
 T = TypeVar("T")
 OWN = ("config", "print_config")  # options that load_config answers itself
@@ -65,12 +68,20 @@ def load_config(args: Sequence[str], command: str = "train", description: str = 
     own.add_argument("--config")
     own.add_argument("--print-config", "--print_config", action="store_true")
     known, rest = own.parse_known_args(args)
-    base = Config() if known.config is None else read_yaml(Path(expand_path(known.config)), command)
-    text = f"{description} --config FILE reads a YAML file first; --print-config prints the result and exits."
-    config = parse(Config, rest, command, base, text)
-    validate(config)
-    world_size = environment.number("WORLD_SIZE", 1, least=1)
-    accumulation_steps(config.train.batch_size, config.train.micro_batch_size, world_size)
+    entries = {} if known.config is None else read_config(known.config)
+    text = (
+        f"{description} --config FILE reads a YAML file first, or one of this project by its name; --print-config "
+        f"prints the result and exits. Example: python -m cifar_dist.{command} --config quickstart --run.name mine"
+    )
+    config = parse(Config, rest, command, _configuration(entries, command), text)
+    try:
+        validate(config)
+        world_size = environment.number("WORLD_SIZE", 1, least=1)
+        accumulation_steps(config.train.batch_size, config.train.micro_batch_size, world_size)
+    except UserError as error:
+        typed = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in rest}
+        sources = [f"\n{name}: {where}" for name, where in _sources(str(error), entries).items() if name not in typed]
+        raise UserError(f"{error}{''.join(sources)}") from None
     if environment.number("TORCHELASTIC_MAX_RESTARTS", 0) and config.run.resume != "auto":
         raise UserError(
             f"run.resume is {config.run.resume}, but restarted processes resume from the last checkpoint. "
@@ -83,13 +94,13 @@ def load_config(args: Sequence[str], command: str = "train", description: str = 
     return config
 
 
-def read_yaml(path: Path, command: str = "train") -> Config:
-    """The configuration in a YAML file, see `from_yaml`.
+def read_yaml(name: str | Path, command: str = "train") -> Config:
+    """The configuration that `name` names (see `yaml_file.locate`), over its base, over the defaults.
 
     Raises:
-        UserError: also if the file cannot be read.
+        UserError: also if a file cannot be read.
     """
-    return from_yaml(yaml_file.read_file(path), str(path), command)
+    return _configuration(read_config(str(name)), command)
 
 
 def from_yaml(text: str | bytes, origin: str, command: str = "train") -> Config:
@@ -100,47 +111,33 @@ def from_yaml(text: str | bytes, origin: str, command: str = "train") -> Config:
     Raises:
         UserError: it is no YAML, or has a key or a value that no configuration has.
     """
-    words, texts = list[str](), dict[tuple[str, str], str]()
-    for section, key, entry, hint in _given(read_entries(text, origin), origin):
-        word = options.word(f"{section}.{key}", entry, hint, origin)
+    return _configuration(read_entries(text, origin), command)
+
+
+def _configuration(entries: Mapping[str, Entry], command: str) -> Config:
+    words, texts, message = list[str](), dict[tuple[str, str], str](), io.StringIO()
+    for section, key, entry, hint in options.given(entries):
+        word = options.word(f"{section}.{key}", entry, hint)
         if entry.quoted and word.lower() in options.NO_VALUE and str in get_args(hint):
             texts[section, key] = word  # which on a command line would mean None
         else:
             words.append(f"--{section}.{key}={word}")
     try:
-        config = parse(Config, words, command)
-    except UserError as error:
-        raise UserError(f"{origin}: {error}") from None
-    except SystemExit:  # after tyro's message
-        raise UserError(f"the value above comes from {origin}.") from None
+        with redirect_stderr(message):
+            config = parse(Config, words, command)
+    except SystemExit:
+        print(message.getvalue(), end="", file=sys.stderr)
+        sources = ", ".join(_sources(message.getvalue(), entries).values()) or "the file"
+        raise UserError(f"the value above comes from {sources}.") from None
     for (section, key), word in texts.items():
         config = replace(config, **{section: replace(getattr(config, section), **{key: word})})
     return config
 
 
-def _given(entries: dict[str, Entry], origin: str) -> Iterator[tuple[str, str, Entry, Any]]:
-    """Section, key, value and type of each setting."""
-    sections = get_type_hints(Config)
-    for section, content in entries.items():
-        if section not in sections:
-            raise _unknown_key(section, content, sections, origin)
-        if content.value is None:
-            continue
-        if not isinstance(content.value, dict):
-            where = f"{origin}, line {content.line}"
-            raise UserError(f"{where}: {section} must hold keys and values, not {yaml_file.told(content)}.")
-        hints = get_type_hints(sections[section])
-        for key, entry in content.value.items():
-            if key not in hints:
-                raise _unknown_key(f"{section}.{key}", entry, hints, origin)
-            yield section, key, entry, hints[key]
-
-
-def _unknown_key(name: str, entry: Entry, valid: Iterable[str], origin: str) -> UserError:
-    top, is_section = "." not in name, isinstance(entry.value, dict)
-    best = closest(name, [*(valid if top else ()), *(() if top and is_section else settings_of(Config()))])
-    hint = f" Did you mean {best}?" if best else ""
-    return UserError(f"{origin}, line {entry.line}: unknown key {name}.{hint} Valid here: {', '.join(valid)}.")
+def _sources(message: str, entries: Mapping[str, Entry]) -> dict[str, str]:
+    """File and line of each setting of a file that `message` names."""
+    given = {f"{section}.{key}": entry.where for section, key, entry, _ in options.given(entries)}
+    return {name: given[name] for name in re.findall(r"[a-z]+\.[a-z0-9_]+", message) if name in given}
 
 
 def settings_of(config: Config) -> dict[str, Any]:

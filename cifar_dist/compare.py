@@ -23,7 +23,7 @@ class CompareArguments:
 def main() -> None:
     """Print a table of the runs, and for each EQUAL, UNDECIDED or the first differences."""
     with errors.exit_on_error():
-        text = "Whether runs computed the same, to the bit."
+        text = "Whether runs computed the same, to the bit. Example: python -m cifar_dist.compare runs/mine runs/other"
         runs = cli.parse(CompareArguments, sys.argv[1:], "compare", description=text).runs
         compare.refuse(runs)
         print(f"{compare.table(runs)}\n")

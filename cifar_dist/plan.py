@@ -22,8 +22,8 @@ from cifar_dist.process import run_and_exit
 
 @dataclass(frozen=True)
 class PlanArguments:
-    config: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CONFIG")]
-    """YAML file of the run."""
+    config: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CONFIG")]
+    """YAML file of the run, or the name of a configuration of this project, such as googlenet."""
     nodes: Positive = 1
     """Number of nodes."""
     gpus: Positive = 1
@@ -71,7 +71,10 @@ def parse(args: Sequence[str]) -> PlanArguments:
     """The arguments; settings on the command line take precedence over those of the YAML file."""
     # cli.parse expects a value after a boolean option.
     args = ["--measure=True" if word == "--measure" else word for word in args]
-    text = "Print what a run will do, and refuse a run that cannot work. Settings of cifar_dist.train may follow."
+    text = (
+        "Print what a run will do, and refuse a run that cannot work. Settings of cifar_dist.train may follow. "
+        "Example: python -m cifar_dist.plan googlenet --nodes 2 --gpus 8"
+    )
     file = cli.parse(PlanArguments, args, "plan", description=text).config
     from_file = PlanArguments(file, settings=cli.read_yaml(file, "plan"))
     arguments = replace(cli.parse(PlanArguments, args, "plan", from_file), config=file)

@@ -28,7 +28,8 @@ class PrepareConfig:
 def main() -> None:
     """Prepare or verify the dataset, and print where it is."""
     with errors.exit_on_error():
-        config = cli.parse(PrepareConfig, sys.argv[1:], "prepare", description="Get, check and write CIFAR-10.")
+        text = "Get, check and write CIFAR-10. Example: python -m cifar_dist.prepare --data.source ~/cifar10.tgz"
+        config = cli.parse(PrepareConfig, sys.argv[1:], "prepare", description=text)
         from cifar_dist.data import cifar10
         from cifar_dist.data.prepare import install
 

@@ -21,19 +21,15 @@ class SeedsArguments:
     """Run directories, their summary.json, or folders of run directories."""
     json: Path | None = None
     """Also write the figures to this file."""
-    check: Path | None = None
-    """Print no table; check that existing runs have these settings (output of cifar_dist.train --print-config)."""
 
 
 def main() -> None:
     """Print the table, and write its figures."""
     with errors.exit_on_error():
-        arguments = cli.parse(SeedsArguments, sys.argv[1:], "seeds", description="Mean and spread of runs over seeds.")
+        text = "Mean and spread of runs over seeds. Example: python -m cifar_dist.seeds runs/quickstart-seeds"
+        arguments = cli.parse(SeedsArguments, sys.argv[1:], "seeds", description=text)
         if not arguments.runs:
             raise UserError("no run is given. Name run directories, or a folder of them.")
-        if arguments.check is not None:
-            finished_runs.refuse_other_settings(arguments.runs, cli.read_yaml(arguments.check))
-            return
         write_json = cli.json_writer(arguments.json)
         runs = finished_runs.read_runs(arguments.runs)
         print(seeds.table(runs))

@@ -2,11 +2,12 @@
 
 import difflib
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import tyro
 
@@ -107,23 +108,25 @@ def refuse_unknown_options(cls: type, args: Sequence[str], more: Sequence[str], 
     Raises:
         UserError: names the closest option.
     """
-    options = dict(_options(cls)) | dict.fromkeys(more, False)
+    found = [*_options(cls), *((name, False, False) for name in more)]
+    options = {name: positional for name, positional, _ in found}
     names = [name for name, positional in options.items() if not positional]
-    takes_value = False
+    many = {name for name, _, takes_many in found if takes_many}
+    values_left = 0.0  # of the last option
     for word in itertools.takewhile(lambda word: word != "--", args):
         option, equals, value = word.partition("=")
         name = option.lstrip("-+")
         if word.startswith("-") and name[:1].isalpha() and name not in ("h", "help", "inf", "nan"):
-            takes_value = not equals
+            values_left = math.inf if name in many else not equals
             if name.replace("-", "_") not in names and not name.startswith("tyro-"):
                 raise UserError(_unknown(option, options, names, command))
             continue
         is_option = equals or ("." in name and name in names)
-        if not takes_value and is_option and _WORD.fullmatch(name) and not Path(word).exists():
+        if values_left <= 0 and is_option and _WORD.fullmatch(name) and not Path(word).exists():
             best = closest(name, names)
             if best and ("." in name or _letters(name) in map(_letters, _words_for(best))):
                 raise UserError(f"{word} lacks the dashes of an option. Write --{best} {value or 'VALUE'}")
-        takes_value = False
+        values_left -= 1
 
 
 def _unknown(option: str, options: Mapping[str, bool], names: Sequence[str], command: str) -> str:
@@ -141,8 +144,8 @@ def _words_for(option: str) -> list[str]:
     return [option, option.rpartition(".")[2], *SYNONYMS.get(option, "").split()]
 
 
-def _options(cls: type, prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """The names of the options that tyro makes of a dataclass, without dashes, and whether each is positional."""
+def _options(cls: type, prefix: str = "") -> Iterator[tuple[str, bool, bool]]:
+    """The options that tyro makes of a dataclass: name without dashes, whether positional, whether of many values."""
     for key, hint in get_type_hints(cls, include_extras=True).items():
         notes: tuple[Any, ...] = getattr(hint, "__metadata__", ())
         given = [note.name for note in notes if getattr(note, "name", None) is not None]
@@ -151,4 +154,4 @@ def _options(cls: type, prefix: str = "") -> Iterator[tuple[str, bool]]:
         if is_dataclass(kind):
             yield from _options(kind, f"{prefix}{name}." if name else prefix)  # type: ignore[arg-type]
         else:
-            yield prefix + name, tyro.conf.Positional in notes
+            yield prefix + name, tyro.conf.Positional in notes, Ellipsis in get_args(hint)

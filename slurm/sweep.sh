@@ -15,8 +15,9 @@
 #   sbatch --array=0-5 slurm/sweep.sh --grid grid.txt --config configs/googlenet.yaml  two lines with 3 seeds each
 #   sbatch --array=0-2 --gpus-per-node=1 --cpus-per-task=8 slurm/sweep.sh ...          each run on a GPU
 #
-# A line of the grid's file holds settings, e.g. --optim.lr 0.1. With G lines job I trains line I modulo G with seed I
-# div G. The runs are in runs/sweep-JOBID/seed-S, or in setting-L/seed-S there, unless --run.name or --run.dir names the
+# A line of the grid's file holds settings, e.g. --optim.lr 0.1. In place of a file, --grid optim.lr=0.1,0.2
+# train.epochs=2,3 takes every combination, here 4 lines. With G lines job I trains line I modulo G with seed I div G.
+# The runs are in runs/sweep-JOBID/seed-S, or in setting-L/seed-S there, unless --run.name or --run.dir names the
 # folder. Each run stops, is requeued and resumes as with slurm/train.sh, whose variables count here, too.
 set -euo pipefail
 for word in "$@"; do

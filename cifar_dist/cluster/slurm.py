@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cifar_dist import cli
+from cifar_dist.cluster import grid
 from cifar_dist.cluster.slurm_job import Job, first_address, free_port, processes_per_node
 from cifar_dist.config import Config
 from cifar_dist.environment import optional_number
 from cifar_dist.errors import DivergedError, PeerError, StopError, UserError, exit_on_error
-from cifar_dist.files import escape_path, expand_path
+from cifar_dist.files import escape_path
 from cifar_dist.filesystem import lock
 from cifar_dist.process import run_and_exit
 from cifar_dist.reports import seeds
@@ -109,39 +110,29 @@ def _sweep(job: Job, arguments: Sequence[str]) -> int:
     array, index, size = (optional_number(f"SLURM_ARRAY_{name}") for name in ("JOB_ID", "TASK_ID", "TASK_COUNT"))
     if array is None or index is None or size is None:
         raise UserError("a sweep is a job array: sbatch --array=0-2 slurm/sweep.sh --config configs/quickstart.yaml.")
-    grid, own = _grid(arguments)
-    seed, line = divmod(index, len(grid))
-    asked = [*own, *shlex.split(grid[line]), "--run.seed", str(seed)]
+    lines, own = _grid(arguments)
+    seed, line = divmod(index, len(lines))
+    asked = [*own, *shlex.split(lines[line]), "--run.seed", str(seed)]
     config = _config(job, asked)
     cli.validate_for_table(config)
     folder = config.run.dir or Path("runs", config.run.name or f"sweep-{array}")
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} holds a run. Choose another --run.name.")
-    groups = [folder] if len(grid) == 1 else [folder / f"setting-{k}" for k in range(len(grid))]
+    groups = grid.folders(folder, lines)
     named = () if config.run.dir else ("--run.dir", escape_path(str(folder)))
     again = [f"--array={index}", "slurm/sweep.sh", *arguments, *named]
     code = _run(job, asked, config, groups[line] / f"seed-{seed}", again)
     if code == 0:
-        _report(folder, dict(zip(grid, groups, strict=True)), size)
+        _report(folder, dict(zip(lines, groups, strict=True)), size)
     return code
 
 
 def _grid(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The lines of the --grid file (without it one empty line), and the other arguments."""
+    """The lines of --grid (see `grid.settings`), and the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--grid")
+    parser.add_argument("--grid", nargs="+", default=[], action="extend")
     known, rest = parser.parse_known_args(arguments)
-    if known.grid is None:
-        return [""], rest
-    try:
-        text = Path(expand_path(known.grid)).read_text(encoding="utf-8")
-        lines = [line.strip() for line in text.splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--grid {known.grid} cannot be read: {error}.") from None
-    settings = [line for line in lines if line and not line.startswith("#")]
-    if not settings:
-        raise UserError(f"--grid {known.grid} holds no settings. Write one line per setting, e.g. --optim.lr 0.1.")
-    return settings, rest
+    return grid.settings(known.grid), rest
 
 
 def _report(folder: Path, groups: Mapping[str, Path], num_runs: int) -> None:
@@ -156,7 +147,7 @@ def _report(folder: Path, groups: Mapping[str, Path], num_runs: int) -> None:
         elif output.exists() and output.stat().st_mtime_ns >= max(written):
             print(f"sweep {folder}: all {total} runs are complete; see {output}", flush=True)
         else:
-            print(seeds.compare(groups, output), flush=True)
+            print(seeds.compare({line: [group] for line, group in groups.items()}, output), flush=True)
 
 
 def _evaluate(job: Job, arguments: Sequence[str]) -> int:

@@ -79,7 +79,8 @@ class NoArguments:
 
 def command() -> None:
     with errors.exit_on_error():
-        cli.parse(NoArguments, sys.argv[1:], "models", description="Parameter counts against the literature.")
+        text = "Parameter counts against the literature. Example: python -m cifar_dist.models"
+        cli.parse(NoArguments, sys.argv[1:], "models", description=text)
     raise SystemExit(main())
 
 

@@ -86,13 +86,13 @@ def table(runs: Sequence[FinishedRun]) -> str:
     return "\n".join([*_heading(runs), "", *aligned(rows), "", note])
 
 
-def compare(groups: Mapping[str, Path], output: Path) -> str:
+def compare(groups: Mapping[str, Sequence[Path]], output: Path) -> str:
     """The table of a sweep, whose figures are also written to `output`; with one group the table of its seeds.
 
     Args:
-        groups: folder of runs by the settings that these runs have in common.
+        groups: runs, or folders of runs, by the settings that these runs have in common.
     """
-    found = {name: read_runs([folder]) for name, folder in groups.items()}
+    found = {name: read_runs(paths) for name, paths in groups.items()}
     reports = {name: report(runs) for name, runs in found.items()}
     write_json(output, next(iter(reports.values())) if len(reports) == 1 else {"settings": reports})
     if len(found) == 1:

@@ -112,7 +112,8 @@ def _stored_mode() -> str:
 def _run_id(run_dir: Path) -> str:
     path = run_dir / "wandb_id.txt"
     if not path.exists():
-        write_text_atomic(path, secrets.token_hex(4) + "\n")
+        given = os.environ.get("WANDB_RUN_ID")  # of the agent of a sweep
+        write_text_atomic(path, (given or secrets.token_hex(4)) + "\n")
     run_id = path.read_text(errors="replace").strip()
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", run_id):
         raise UserError(f"{path} holds no W&B run id: {run_id[:80]!r}. Delete it for a new W&B run.")

@@ -1,4 +1,4 @@
-# Sourced by rehearse, seeds, measure and prove: a long command as a job in a process group of its own, so that it is
+# Sourced by rehearse, measure and prove: a long command as a job in a process group of its own, so that it is
 # stopped once, by the script, however that is stopped.
 child='' group=''  # group=-: all of the job is told of a stop, not its first process alone
 job_log=''  # the file to which the job prints; empty: as the script

@@ -89,7 +89,9 @@ def test_no_home_and_no_name(home: str | None, data_dir: Path) -> None:
     """A user without an entry in /etc/passwd, as in containers, and the default of track.wandb."""
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(runs.REPOSITORY)}
     environment |= {} if home is None else {"HOME": home}
-    user = ["setpriv", "--reuid", "54321", "--regid", "54321", "--clear-groups"]
+    # It may read, as the environment may lie in the home folder of root.
+    may_read = ("--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search")
+    user = ["setpriv", "--reuid", "54321", "--regid", "54321", "--clear-groups", *may_read]
     with tempfile.TemporaryDirectory() as folder:  # pytest's folders are for their owner alone
         Path(folder).chmod(0o777)
         run_dir = Path(folder, "run")

@@ -120,8 +120,9 @@ def test_machines_without_an_address() -> None:
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("seeds", ("c.yaml", "2", "--run.dir=~/x"), "~/x holds a run."),
-        ("seeds", ("c.yaml", "2", "--run.dir", "${MY_PLACE}/$$/../x"), "x holds a run."),
+        ("seeds", ("debug", "2", "--run.dir=~/x"), "{home}/x holds a run."),
+        ("seeds", ("debug", "2", "--run.dir", "${MY_PLACE}/$$/../x"), "x holds a run."),
+        ("sweep", ("debug", "--grid", "$NOT_SET/x"), "there is no environment variable NOT_SET"),
         ("seeds", ("c.yaml", "2", "--run.dir", "$NOT_SET/x"), "there is no environment variable NOT_SET"),
         ("rehearse", ("c.yaml", "--world-size", "2", "--run.dir=~nobody-such/x"), "there is no user nobody-such"),
         ("measure", ("--configs", "~/no $MY_NAME.yaml"), "there is no configuration {home}/no a b.yaml"),
@@ -179,7 +180,7 @@ def readme_commands(*names: str) -> list[str]:
     return [
         line.split("#")[0].strip()
         for line in lines
-        if re.match(r"\./|\.venv/|python |torchrun |sbatch |[A-Z_]+=|git |source ", line)
+        if re.match(r"\./|\.venv/|python |torchrun |sbatch |[A-Z_]+=|git |source |pip |cifar-dist ", line)
     ]
 
 
@@ -210,6 +211,15 @@ TESTED = {
     "python -m cifar_dist.train --model.weights googlenet.pth --model.stem imagenet --model.branch5x5 3x3 "
     "--model.variant torchvision": "test_start_weights.py",
     "./launch/seeds configs/quickstart.yaml 3 --run.name exp": "test_seeds.py: test_stopped_and_gone_on",
+    "./launch/sweep quickstart 3 --grid optim.lr=0.1,0.2 train.epochs=2,3 --data.train_on train":
+        "test_sweep.py: test_every_combination_and_one_table",
+    "./launch/sweep quickstart --grid grid.txt --data.train_on train": "test_grid.py: test_a_line_of_a_file_each",
+    "pip install .": "test_package.py, with uv, and with the dependencies of the environment at work",
+    "cifar-dist --help": "test_commands.py: test_overview",
+    "cifar-dist train --config quickstart --run.name mine": "test_package.py, with --config debug",
+    "cifar-dist evaluate runs/mine": "test_package.py",
+    "cifar-dist --completion bash >~/.local/share/bash-completion/completions/cifar-dist":
+        "test_commands.py: test_completion_in_bash",
     "python -m cifar_dist.seeds runs/exp --json exp.json": "test_seeds.py: test_table_and_json",
     "python -m cifar_dist.bench all --json bench.json": "test_bench.py: test_all",
     "python -m cifar_dist.bench compare old.json new.json": "test_bench.py: test_step",

@@ -253,7 +253,7 @@ def machine() -> Iterator[BareMachine]:
         lend_cache(home / "cache")
         bare = BareMachine(home)
         bare.repository.mkdir()
-        for part in ("launch", "cifar_dist"):
+        for part in ("launch", "cifar_dist", "configs"):
             shutil.copytree(runs.REPOSITORY / part, bare.repository / part)
         for part in ("pyproject.toml", "uv.lock", "README.md", "tests/support/ffcv_round_trip.py"):
             shutil.copy(runs.REPOSITORY / part, bare.repository)

@@ -189,7 +189,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["optim: {lr: fast}", "model: {stem: mine}", "train: {epochs: 1.5}"])
 def test_value_of_a_wrong_type_names_the_file(tmp_path: Path, value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match=r"the value above comes from .*config\.yaml\."):
+    with pytest.raises(UserError, match=r"the value above comes from .*config\.yaml, line 1\."):
         cli.load_config(written(tmp_path, value))
     assert value.split()[-1].rstrip("}") in capsys.readouterr().err
 
@@ -248,6 +248,7 @@ def test_print_config_is_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_configs_load(path: Path) -> None:
     config = asdict(cli.load_config(["--config", str(path)]))
+    assert config == asdict(cli.load_config(["--config", path.stem]))
     sections = yaml.safe_load(path.read_text())
     assert {name: {key: config[name][key] for key in keys} for name, keys in sections.items()} == sections
     assert path.name != "googlenet.yaml" or config == asdict(Config())  # it states the defaults

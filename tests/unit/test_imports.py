@@ -41,7 +41,7 @@ EXCEPTIONS = {
 MAX_LINES, MIN_CORE_LINES = 300, 60
 CONSTANTS = {"cifar_dist.data.cifar10"}  # may be shorter
 # Ceilings in lines; an issue that adds to the core may raise one, with the reason in its commit.
-MAX_PACKAGE, MAX_CORE, MAX_TRAINER_MODULES, MAX_TRAINER_LINES = 12_915, 4_178, 31, 4_383
+MAX_PACKAGE, MAX_CORE, MAX_TRAINER_MODULES, MAX_TRAINER_LINES = 13_373, 4_178, 31, 4_383
 # Calls that change or query the process or the machine; an import must not make them.
 UNDOES_FFCV = "torch.set_num_threads"  # importing ffcv sets torch to one thread
 NOT_AT_IMPORT = (
@@ -88,7 +88,7 @@ def test_module(module: str) -> None:
     assert lines(module) <= MAX_LINES
     allowed = UNDOES_FFCV if module.startswith("cifar_dist.data.") else ""
     assert [call for call in calls_at_import(source) if call.startswith(NOT_AT_IMPORT) and call != allowed] == []
-    if MODULES[module].name == "__init__.py":
+    if MODULES[module].name == "__init__.py" and module != "cifar_dist":  # which has the version
         assert source == "", "no re-exports"
 
 

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from cifar_dist import cli, compare, evaluate, plan, prepare, seeds
+from cifar_dist import cli, compare, evaluate, plan, prepare, seeds, sweep
 from cifar_dist.benchmarks.settings import BenchConfig, CompareConfig
 from cifar_dist.cluster import slurm
 from cifar_dist.config import Config, to_plain, to_yaml
@@ -22,8 +22,8 @@ from tests.support import runs
 
 COMMANDS: dict[type, list[str]] = {  # with the words that each needs
     Config: [], evaluate.EvaluateArguments: ["--checkpoint", "c"], prepare.PrepareConfig: [], BenchConfig: ["all"],
-    plan.PlanArguments: ["configs/quickstart.yaml"], seeds.SeedsArguments: ["r"], bundle.BundleConfig:
-    ["--ffcv-wheel", "w"], lean.LeanConfig: ["--ffcv-wheel", "w"],
+    plan.PlanArguments: ["configs/quickstart.yaml"], sweep.SweepArguments: ["quickstart"],
+    seeds.SeedsArguments: ["r"], bundle.BundleConfig: ["--ffcv-wheel", "w"], lean.LeanConfig: ["--ffcv-wheel", "w"],
 }  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def path_options(cls: type, prefix: str = "") -> Iterator[str]:
 
 
 def value(settings: Any, option: str) -> Any:
-    if isinstance(settings, plan.PlanArguments) and "." in option:
+    if isinstance(settings, plan.PlanArguments | sweep.SweepArguments) and "." in option:
         settings = settings.settings
     if isinstance(settings, BenchConfig):
         option = option.replace(".", "_")
@@ -56,13 +56,14 @@ def value(settings: Any, option: str) -> Any:
 
 @pytest.mark.parametrize("cls", COMMANDS, ids=lambda cls: cls.__name__)
 def test_every_path_option_of_every_command_is_expanded(cls: type) -> None:
-    names = [name for name in path_options(cls) if name not in ("config", "runs")]
+    names = [name for name in path_options(cls) if name not in ("config", "run", "runs")]
     words = [part for name in names for part in (f"--{name}", "~/${SCRATCH}$$")]
     settings: Any = cli.parse(cls, [*COMMANDS[cls], *words], "x")
     assert {name: str(value(settings, name)) for name in names} == dict.fromkeys(names, "/my $HOME/scratch/~/$x$")
-    assert "json" in names or cls in (Config, prepare.PrepareConfig, bundle.BundleConfig, lean.LeanConfig)
+    without = (Config, prepare.PrepareConfig, sweep.SweepArguments, bundle.BundleConfig, lean.LeanConfig)
+    assert "json" in names or cls in without
     if cls is Config:
-        assert names == ["run.dir", "run.resume", "data.dir", "data.source", "data.stage_dir"]
+        assert names == ["run.dir", "run.resume", "data.dir", "data.source", "data.stage_dir", "model.weights"]
 
 
 def test_positional_paths_are_expanded() -> None:

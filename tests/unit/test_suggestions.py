@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cifar_dist import cli, compare, evaluate, plan, prepare, seeds
+from cifar_dist import cli, compare, evaluate, plan, prepare, seeds, sweep
 from cifar_dist.benchmarks.settings import BenchConfig, CompareConfig
 from cifar_dist.config import Config
 from cifar_dist.errors import UserError
@@ -116,7 +116,7 @@ def test_values_are_no_options() -> None:
         (plan.PlanArguments, ["c.yaml", "--num_gpus", "8"], "Did you mean --gpus?"),
         (plan.PlanArguments, ["--config", "c.yaml"], "Give CONFIG without --config."),
         (seeds.SeedsArguments, ["a", "--output", "x"], "Did you mean --json?"),
-        (seeds.SeedsArguments, ["a", "--foo", "x"], "Valid: --json, --check."),
+        (seeds.SeedsArguments, ["a", "--foo", "x"], "Valid: --json."),
         (bundle.BundleConfig, ["--output", "x"], "Did you mean --out?"),
         (bundle.BundleConfig, ["--wheel", "x"], "Did you mean --ffcv_wheel?"),
         (compare.CompareArguments, ["a", "b", "--json", "x"], "there is no option --json."),
@@ -164,3 +164,11 @@ def test_one_screen_and_exit_code_2(module: str) -> None:
     assert result.returncode == 2
     assert result.stderr.startswith("error: there is no option --learning_rate.")
     assert (len(result.stderr.splitlines()), result.stdout) == (2, "")
+
+
+def test_words_of_an_option_of_many_values_need_no_dashes() -> None:
+    words = ["quickstart", "--grid", "optim.lr=0.1,0.2", "train.epochs=2", "--optim.momentum", "0.8"]
+    arguments = cli.parse(sweep.SweepArguments, words, "sweep")
+    assert arguments.grid == ("optim.lr=0.1,0.2", "train.epochs=2")
+    with pytest.raises(UserError, match="epochs=2 lacks the dashes of an option"):
+        cli.parse(sweep.SweepArguments, [*words, "epochs=2"], "sweep")

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from cifar_dist.cli import from_yaml, parse, read_yaml, settings_of
+from cifar_dist.cli import from_yaml, load_config, parse, read_yaml, settings_of
 from cifar_dist.config import Config, to_plain, to_yaml
 from cifar_dist.errors import UserError
 from cifar_dist.yaml_file import read_entries
@@ -184,3 +184,86 @@ def test_odd_texts_come_back_from_config_yaml() -> None:
 def test_reading_a_file_stops_at_the_limit() -> None:
     with pytest.raises(UserError, match="/dev/zero has more than 100,000 bytes"):
         read_yaml(Path("/dev/zero"))
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with c.yaml over sub/b.yaml over a.yaml over quickstart.yaml."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.yaml").write_text("base: quickstart\noptim:\n  lr: 0.3\n  momentum: 0.8\ntrain: {epochs: 5}\n")
+    (tmp_path / "sub/b.yaml").write_text("base: ${PLACE}/a.yaml\n\noptim: {lr: 0.4}\neval:\n")
+    (tmp_path / "c.yaml").write_text("train: {epochs: 6}\noptim:\nbase: sub/b.yaml\neval: {tta: none}\n")
+    monkeypatch.setenv("PLACE", "..")  # from sub/b.yaml
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_settings_come_over_those_of_the_base(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = settings_of(read_yaml("quickstart")) | {
+        "optim.lr": 0.4, "optim.momentum": 0.8, "train.epochs": 6, "eval.tta": "none",
+    }  # fmt: skip
+    assert settings_of(read_yaml(files / "c.yaml")) == expected
+    with pytest.raises(SystemExit):
+        load_config(["--config", "c.yaml", "--optim.lr", "0.5", "--print-config"])
+    printed = capsys.readouterr().out
+    assert "base" not in printed
+    assert settings_of(from_yaml(printed, "printed")) == expected | {"optim.lr": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("c.yaml", "c.yaml, which builds on sub/b.yaml, which builds on sub/../a.yaml, which builds on "
+                   "sub/../c.yaml: a circle."),
+        ("../FOLDER/a.yaml", "a circle."),
+        ("none.yaml", "a.yaml, line 2: base sub/../none.yaml: No such file or directory. The conf"),
+        ("quikstart", "a.yaml, line 2: base quikstart is no configuration of this project. Did you mean quickstart?"),
+        ("[googlenet]", "a.yaml, line 2: base must name a configuration"),
+        ("~", "a.yaml, line 2: base must name a configuration"),
+        ("{run: 1}", "a.yaml, line 2: base must name a configuration"),
+        ("$NOT_SET/a.yaml", "there is no environment variable NOT_SET"),
+    ],
+)  # fmt: skip
+def test_a_base_that_there_is_not(base: str, message: str, files: Path) -> None:
+    (files / "a.yaml").write_text(f"\nbase: {base}\n".replace("FOLDER", files.name))
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        read_yaml("c.yaml")
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim:\n  lrr: 0.1\n", "a.yaml, line 2: unknown key optim.lrr. Did you mean optim.lr?"),
+        ("optim: 5\n", "a.yaml, line 1: optim must hold keys and values, not '5'"),
+        ("train: [5]\n", "a.yaml, line 1: train must hold keys and values, not a list"),
+        ("\n\ntrain: {threads: [1]}\n", "a.yaml, line 3: train.threads must be a single value"),
+        ("optim:\n  momentum: fast\n", "the value above comes from sub/../a.yaml, line 2."),
+        ("data: {dir: $NOT_SET/x}\n", "a.yaml, line 1: data.dir: there is no environment variable NOT_SET"),
+        ("train:\n  threads: 0\n", "train.threads is 0; valid: 1 or more.\ntrain.threads: sub/../a.yaml, line 2"),
+        ("train:\n  batch_size: 100\n  epochs: 0\n  micro_batch_size: 64\n",
+         "train.batch_size: sub/../a.yaml, line 2\ntrain.micro_batch_size: sub/../a.yaml, line 4"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_in_a_base_is_named_with_its_file_and_line(text: str, message: str, files: Path) -> None:
+    (files / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_config(["--config", "c.yaml"])
+
+
+def test_what_the_command_line_sets_comes_from_no_file(files: Path) -> None:
+    (files / "a.yaml").write_text("train: {threads: 2}")
+    with pytest.raises(UserError) as caught:
+        load_config(["--config", "a.yaml", "--train.threads=0"])
+    assert str(caught.value) == "train.threads is 0; valid: 1 or more."
+
+
+def test_a_word_is_a_configuration_of_the_project_and_a_path_is_a_file(files: Path) -> None:
+    (files / "debug").write_text("run: {seed: 5}")
+    (files / "debug.yaml").write_text("run: {seed: 6}")
+    assert load_config(["--config", "debug"]).data.subset == 512
+    assert load_config(["--config", "./debug"]).run.seed == 5
+    assert load_config(["--config", "debug.yaml"]).run.seed == 6
+    with pytest.raises(UserError, match=r"debgu is no configuration of this project\. Did you mean debug\?") as caught:
+        load_config(["--config", "debgu"])
+    assert "Valid: cpu-84, debug, googlenet" in str(caught.value)

@@ -288,7 +288,7 @@ def test_wrong_arguments_are_refused_without_importing_torch(arguments: tuple[st
 
 def test_command_line_over_file_over_defaults() -> None:
     arguments = parse(["--gpus", "2", CONFIG, "--train.epochs", "3", "--measure", "--nodes=4"])
-    assert (arguments.nodes, arguments.gpus, arguments.measure, arguments.config) == (4, 2, True, Path(CONFIG))
+    assert (arguments.nodes, arguments.gpus, arguments.measure, arguments.config) == (4, 2, True, CONFIG)
     assert (arguments.settings.train.epochs, arguments.settings.train.batch_size) == (3, 128)
     assert arguments.settings.optim.momentum == 0.9
     assert not parse([CONFIG]).measure

@@ -16,7 +16,8 @@ import yaml
 
 from cifar_dist import seeds as command
 from cifar_dist.config import Config, EvalConfig, to_yaml
-from cifar_dist.reports.finished_runs import FIGURES
+from cifar_dist.errors import UserError
+from cifar_dist.reports.finished_runs import FIGURES, refuse_other_settings
 from cifar_dist.reports.seeds import Spread, spread
 from cifar_dist.training.checkpoint import all_steps
 from tests.scripts.test_launch import TINY, start
@@ -256,21 +257,16 @@ def test_a_seed_counts_once(
     assert "both have seed 0" in refusal(monkeypatch, capsys, tmp_path / "a", tmp_path / "b")
 
 
-def test_check_refuses_directories_with_other_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = tmp_path / "asked.yaml"
-    asked.write_text(to_yaml(CONFIG))
+def test_directories_with_other_settings_are_refused(tmp_path: Path) -> None:
     finished, begun = leave_run(tmp_path, 0), leave_run(tmp_path, 1)
     (begun / "summary.json").unlink()
-    directories = (finished, begun, tmp_path / "seed-2")
-    call(monkeypatch, *directories, "--check", asked)
-    assert capsys.readouterr().out == ""
-    asked.write_text(to_yaml(replace(CONFIG, eval=replace(CONFIG.eval, test_subset=500))))
-    assert "eval.test_subset is for trials" in refusal(monkeypatch, capsys, tmp_path / "seed-2", "--check", asked)
-    asked.write_text(to_yaml(replace(CONFIG, eval=replace(CONFIG.eval, tta="none"))))
+    refuse_other_settings((finished, begun, tmp_path / "seed-2"), CONFIG)
+    with pytest.raises(UserError, match=r"eval\.test_subset is for trials"):
+        refuse_other_settings([tmp_path / "seed-2"], replace(CONFIG, eval=replace(CONFIG.eval, test_subset=500)))
+    other = replace(CONFIG, eval=replace(CONFIG.eval, tta="none"))
     for directory in (finished, begun):
-        assert "eval.tta: flip and none" in refusal(monkeypatch, capsys, directory, "--check", asked)
+        with pytest.raises(UserError, match=r"eval\.tta: flip and none"):
+            refuse_other_settings([directory], other)
 
 
 def test_json_that_cannot_be_written(
@@ -293,13 +289,14 @@ def test_no_torch_is_imported() -> None:
     ("arguments", "part"),
     [
         (("configs/quickstart.yaml",), "launch/seeds CONFIG N"),
-        (("configs/quickstart.yaml", "0"), "number of seeds is 0"),
-        (("configs/quickstart.yaml", "two"), "number of seeds is two"),
-        (("--run.name", "x"), "first argument is the configuration"),
+        (("configs/quickstart.yaml", "0"), "seeds is 0; valid: 1 to 9999"),
+        (("configs/quickstart.yaml", "two"), "'two' is no whole number"),
+        (("--run.name", "x"), "CONFIG"),
         (("configs/quickstart.yaml", "2", "--run.seed", "4"), "--first-seed"),
-        (("configs/quickstart.yaml", "2", "--first-seed=-1"), "--first-seed is -1"),
+        (("configs/quickstart.yaml", "2", "--first-seed=-1"), "first_seed is -1; valid: 0 to"),
+        (("configs/quickstart.yaml", "2", "--run.resume=never"), "--run.resume is set for each run"),
         (("configs/quickstart.yaml", "2", "--run.name", "a/b"), "a name without /"),
-        (("configs/quickstart.yaml", "2", "--run.name"), "--run.name needs a value"),
+        (("configs/quickstart.yaml", "2", "--run.name"), "--run.name"),
         (("configs/nowhere.yaml", "2"), "nowhere.yaml"),
         (("configs/quickstart.yaml", "2", "--optim.lrr", "1"), "optim.lr"),
     ],

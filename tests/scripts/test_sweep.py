@@ -1,0 +1,77 @@
+"""launch/sweep as a user runs it. That it resumes what was stopped: test_seeds.py, with launch/seeds, the same code."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cifar_dist.training.checkpoint import all_steps
+from tests.scripts.test_launch import TINY, start
+from tests.support import runs
+
+pytestmark = pytest.mark.run
+LINES = ["--optim.lr 0.1", "--optim.lr 0.2"]
+
+
+def sweep(data_dir: Path, folder: Path, *more: str) -> subprocess.Popen[str]:
+    places = ("--data.dir", data_dir, "--run.dir", folder)
+    arguments = ("quickstart", "--grid", "optim.lr=0.1,0.2", *TINY[2:], *more)
+    return start("sweep", *arguments, *places, cpu=runs.ON_ONE_CPU[-1], NPROC_PER_NODE="1")
+
+
+@pytest.mark.data
+def test_every_combination_and_one_table(data_dir: Path, tmp_path: Path) -> None:
+    """Repeated, it trains nothing; with other settings it is refused."""
+    folder = tmp_path / "my sweep"
+    output = runs.finish(sweep(data_dir, folder))
+    assert f"sweep: run 2 of 2, seed 0, {LINES[1]}, in {folder}/setting-1/seed-0" in output
+    assert len(re.findall(r"^--optim.lr 0.\d +1 +", output, flags=re.M)) == 2
+
+    summaries = [runs.summary(folder / f"setting-{k}/seed-0") for k in (0, 1)]
+    assert summaries[0]["model_sha256"] != summaries[1]["model_sha256"]
+    assert [(s["steps"], s["test_n"]) for s in summaries] == [(2, 10_000)] * 2
+    figures = json.loads((folder / "seeds.json").read_text())["settings"]
+    assert list(figures) == LINES
+    assert [figures[line]["config"]["optim.lr"] for line in LINES] == [0.1, 0.2]
+    assert [figures[line]["test_accuracy"]["mean"] for line in LINES] == [s["test_accuracy"] for s in summaries]
+    own = yaml.safe_load((folder / "setting-1/seed-0/config.yaml").read_text())
+    assert own["run"]["name"] == "quickstart-sweep-setting-1-seed-0"
+
+    again = runs.finish(sweep(data_dir, folder))
+    assert [f"sweep: seed 0, {line} is complete" in again for line in LINES] == [True, True]
+    assert again.splitlines()[-5:] == output.splitlines()[-5:]
+    refused = runs.finish(sweep(data_dir, folder, "--optim.momentum", "0.5"), expected=2)
+    assert "optim.momentum: 0.9 and 0.5" in refused
+
+
+@pytest.mark.slow
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 75), (signal.SIGTERM, 143)]
+)
+def test_stop_signals(number: signal.Signals, code: int, data_dir: Path, tmp_path: Path) -> None:
+    process = sweep(data_dir, tmp_path, "--train.max_steps", "500", "--train.checkpoint_every_steps", "1")
+    while not all_steps(tmp_path / "setting-0/seed-0/checkpoints"):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert "sweep: stopped; the same command resumes from here" in runs.finish(process, expected=code)
+    assert runs.children_with(str(tmp_path)) == []
+    assert json.loads((tmp_path / "setting-0/seed-0/status.json").read_text())["status"] == "stopped"
+
+
+@pytest.mark.data
+def test_a_run_that_fails_ends_the_sweep(data_dir: Path, tmp_path: Path) -> None:
+    """With its exit code, before the next run."""
+    (tmp_path / "setting-0").mkdir()
+    (tmp_path / "setting-0/seed-0").write_text("a file where the run directory goes")
+    output = runs.finish(sweep(data_dir, tmp_path), expected=2)
+    assert "setting-0/seed-0 ended with exit code 2. Repeat the command" in output
+    assert "run 2 of 2" not in output
