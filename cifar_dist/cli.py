@@ -16,7 +16,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
-from cifar_dist import environment, options, yaml_file
+from cifar_dist import environment, extension, options, yaml_file
 from cifar_dist.config import NUM_TRAIN, NUM_VALIDATION, Config, Range, to_yaml
 from cifar_dist.errors import UserError, explain_os_error, is_main_process, wait_for_main_process
 from cifar_dist.files import expand_path, write_json
@@ -157,6 +157,7 @@ def validate(config: Config) -> None:
     """
     c, model = config, config.model
     validate_ranges(c)
+    extension.check_names(c)
     if c.data.source == Path():
         raise UserError("data.source is empty; valid: auto, official, npm or the path of a copy.")
     if c.run.resume == Path():
@@ -174,7 +175,7 @@ def validate(config: Config) -> None:
             "augment.low_resolution_share is above 0, but auxiliary classifiers need images of one size. Use "
             "augment.low_resolution_share 0, or model.auxiliary False."
         )
-    if model.name != "inception_v1":
+    if model.name in ("inception_v2", "inception_v2_slim"):
         if model.norm == "none":
             raise UserError("model.norm is none, but Inception V2 is built on batch norm; use batch, or inception_v1.")
         if model.branch5x5 != "paper":

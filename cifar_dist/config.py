@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
+import tyro
 import yaml
 
 from cifar_dist.files import escape_path
@@ -20,6 +21,11 @@ Device = Literal["auto", "cpu", "cuda"]
 Source = Literal["auto", "official", "npm"] | Path
 PrecisionName = Literal["bf16", "fp16", "fp32", "fp64"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
+NetworkName = Literal["inception_v1", "inception_v2", "inception_v2_slim"]
+OptimizerName = Literal["muon", "sgd"]
+# Beside these names, MODULE:NAME names own code (see `extension`).
+NETWORKS: tuple[str, ...] = get_args(NetworkName)
+OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,8 @@ class RunConfig:
     the bit need it."""
     stall_timeout_s: Annotated[int, Range(min=0, max=500)] = 300  # 100 s below distributed.TIMEOUT_S, to report first
     """Seconds without progress after which a run names the stalled rank and exits. 0: never."""
+    hooks: Annotated[str | None, tyro.conf.arg(metavar="{None}|MODULE:NAME")] = None
+    """Own class of callbacks (docs/extending.md)."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +90,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    name: Literal["inception_v1", "inception_v2", "inception_v2_slim"] = "inception_v1"
+    name: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(NETWORKS)}}}|MODULE:NAME")] = "inception_v1"
     """Network. inception_v1: GoogLeNet (arXiv 1409.4842); inception_v2: BN-Inception (arXiv 1502.03167) with the
-    branches of its table; inception_v2_slim: with those of TF-slim, whose 4c and 4d project the pool to 96."""
+    branches of its table; inception_v2_slim: with those of TF-slim, whose 4c and 4d project the pool to 96.
+    MODULE:NAME: an own network (docs/extending.md)."""
     stem: Literal["cifar", "pooled", "strided", "whiten", "imagenet"] = "cifar"
     """First layers. cifar: 3x3 at 32x32; pooled: 3x3, max-pool, 1x1, 3x3; strided: one 3x3 of stride 2; whiten: fixed
     4x4 filters of stride 2 that whiten patches, then 1x1 (arXiv 2404.00498); imagenet: the papers', for 224x224."""
@@ -105,6 +114,11 @@ class ModelConfig:
     weights: Path | None = None
     """Start from these weights: a run directory, a checkpoint, or a file of this project's export, of torchvision's
     googlenet or of Cadene's bninception. A classifier for another number of classes is left out."""
+
+    @property
+    def title(self) -> str:
+        """For people. Whether own code uses stem and width, only it knows."""
+        return f"{self.name}, {self.stem} stem, width {self.width:g}" if self.name in NETWORKS else self.name
 
 
 @dataclass(frozen=True)
@@ -152,8 +166,9 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: Literal["muon", "sgd"] = "muon"
-    """muon: Muon for filters (kellerjordan.github.io/posts/muon), SGD for everything else."""
+    name: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(OPTIMIZERS)}}}|MODULE:NAME")] = "muon"
+    """muon: Muon for filters (kellerjordan.github.io/posts/muon), SGD for everything else. MODULE:NAME: an own
+    optimizer (docs/extending.md)."""
     lr: Annotated[float, Range(above=0, below=1e6)] = 0.05
     """Peak learning rate of SGD for a global batch of 128, scaled by batch_size / 128 (arXiv 1706.02677)."""
     muon_lr: Annotated[float, Range(above=0, below=1e3)] = 0.1
@@ -192,6 +207,8 @@ class AugmentConfig:
     low_resolution_share: Fraction = 0.0
     """Fraction of all steps, the first ones, with images resized to 24x24 (progressive resizing, arXiv 2104.00298), at
     little more than half the cost: 56 % of the pixels."""
+    extra: Annotated[str | None, tyro.conf.arg(metavar="{None}|MODULE:NAME")] = None
+    """Own augmentation, after the others (docs/extending.md)."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +243,8 @@ class DebugConfig:
     """Anomaly detection of torch.autograd (slow): names the forward operation that produced a NaN."""
     overfit_steps: NotNegative = 0
     """Before training, fit one micro-batch for at most this many steps; fail unless accuracy on it exceeds 95 %."""
+    profile: NotNegative = 0
+    """Record this many steps by torch.profiler, in profile/ of the run directory: a trace and a table per rank."""
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,8 @@ SYNONYMS = {
     "track.wandb": "use_wandb report_to log_wandb wandb_mode logger",
     "track.project": "wandb_project project_name",
     "debug.anomaly": "detect_anomaly",
+    "debug.profile": "profiler torch_profiler profile_steps",
+    "run.hooks": "callbacks callback hook",
     "data": "dataset datamodule",
     "model": "network arch architecture",
     "train": "trainer training",

@@ -38,7 +38,7 @@ class BareStep:
         self.images = images.to(precision.inputs).to(memory_format=order)
         self.labels = torch.arange(num_images, device=device) % NUM_CLASSES
         sgd: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
-        self.optimizer = torch.optim.SGD(self.model.parameters(), **sgd)
+        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), **sgd)
 
     def __call__(self, accumulation: int = 1, exchange: bool = True) -> None:
         """Do one step on the batch, `accumulation` times in a row; DDP exchanges gradients the last time, if at all."""

@@ -6,13 +6,16 @@ any batch. The mixing function is lowbias32 (Chris Wellons, "Hash prospector").
 
 import functools
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cifar_dist import extension
 from cifar_dist.config import AugmentConfig
 from cifar_dist.data import cifar10
+from cifar_dist.errors import UserError
 from cifar_dist.hashing import derive
 
 # For pixels from 0 to 255.
@@ -25,6 +28,45 @@ _M1, _M2 = 0x7FEB352D, 0x846CA68B - (1 << 32)
 # Indices of a sample's random words; x and y are adjacent.
 _FLIP, _SHIFT, _CUT = 0, slice(1, 3), slice(3, 5)
 NUM_WORDS = 5
+_FIRST_OWN_WORD = 64  # of an own augmentation; leaves room for words of built-in ones
+
+
+@runtime_checkable
+class Augmentation(Protocol):
+    """What `augment.extra` names: a class of these objects, created without arguments on every rank.
+
+    `num_words`: of random words that each sample has in each epoch.
+    """
+
+    num_words: int
+
+    def __call__(self, images: Tensor, words: Tensor) -> Tensor:
+        """Augment a micro-batch after the built-in augmentations, by `words` alone, which may be changed in place.
+
+        Shapes: normalised images (N, 3, S, S), in float32 or the dtype of train.precision, to the same shape. S is 32,
+        or 24 with augment.low_resolution_share.
+        words: (N, num_words) int64, uniform from 0 to 2**32 - 1. Must not wait for the device. It may be compiled.
+        """
+
+
+def own_augmentation(reference: str | None) -> Augmentation | None:
+    """The augmentation that `augment.extra` refers to, tried on black images.
+
+    Raises:
+        UserError: it cannot be created, or returns something else than images.
+    """
+    if reference is None:
+        return None
+    extra: Augmentation = extension.create("augment.extra", reference, Augmentation)  # type: ignore[type-abstract]
+    given = f"augment.extra is {reference}"
+    if not isinstance(extra.num_words, int) or extra.num_words < 0:
+        raise UserError(f"{given}, whose num_words is {extra.num_words!r}; valid: a whole number, 0 or more.")
+    images, words = torch.zeros(2, 3, 32, 32), torch.zeros(2, extra.num_words, dtype=torch.int64)
+    with extension.explained(f"{given}, but a call with images (2, 3, 32, 32)"):
+        output = extra(images.contiguous(memory_format=torch.channels_last), words)
+    if not isinstance(output, Tensor) or output.shape != images.shape:
+        raise UserError(f"{given}, which does not return images of the shape that it gets.")
+    return extra
 
 
 def mix32(x: Tensor) -> Tensor:
@@ -46,14 +88,15 @@ def epoch_keys(seed: int, epoch: int, device: torch.device | str = "cpu") -> Ten
     return torch.stack([torch.full((), value, dtype=torch.int64, device=device) for value in values])
 
 
-def random_words(indices: Tensor, keys: Tensor) -> Tensor:
-    """Random words of the samples `indices` (N,) int64: (K, N, NUM_WORDS) int64, below 2**32.
+def random_words(indices: Tensor, keys: Tensor, first: int = 0, num: int = NUM_WORDS) -> Tensor:
+    """Random words `first` to `first + num - 1` of the samples `indices` (N,) int64: (K, N, num) int64, below 2**32.
 
     Args:
         keys: (K, 2) int64, the low and high 32 bits of each key.
     """
     base = mix32(mix32(indices ^ keys[:, :1]) ^ keys[:, 1:])
-    counters = torch.arange(1, NUM_WORDS + 1, device=indices.device) * 0x3C6EF372  # any constant that sets words apart
+    # Any constant would do that sets words apart.
+    counters = torch.arange(first + 1, first + num + 1, device=indices.device) * 0x3C6EF372
     return mix32((base[..., None] + counters) & _MASK32)
 
 
@@ -95,11 +138,22 @@ def sample_params(indices: Tensor, keys: Tensor, config: AugmentConfig, size: in
 
 
 def augment_batch(
-    images: Tensor, indices: Tensor, keys: Tensor, config: AugmentConfig, dtype: torch.dtype, image_size: int | None
+    images: Tensor,
+    indices: Tensor,
+    keys: Tensor,
+    config: AugmentConfig,
+    dtype: torch.dtype,
+    image_size: int | None,
+    extra: Augmentation | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw and `apply` the augmentation of the samples `indices`, and return it with their `receipt_words`."""
     params = sample_params(indices, keys, config)
-    return apply(images, params, config.cutout, dtype, image_size), receipt_words(indices, params)
+    output = apply(images, params, config.cutout, dtype, image_size)
+    if extra is None:
+        return output, receipt_words(indices, params)
+    words = random_words(indices, keys[:2].view(1, 2), _FIRST_OWN_WORD, extra.num_words)[0]
+    receipt = receipt_words(indices, params, words)
+    return extra(output, words).to(dtype, memory_format=torch.channels_last), receipt
 
 
 def apply(
@@ -185,13 +239,17 @@ def _fill_statistics(device: torch.device, dtype: torch.dtype, width: int) -> tu
 _cached_statistics = functools.cache(_fill_statistics)
 
 
-def receipt_words(indices: Tensor, params: AugmentParams) -> Tensor:
+def receipt_words(indices: Tensor, params: AugmentParams, words: Tensor | None = None) -> Tensor:
     """Four sums over samples, (4,) int64, of hashes of (index, params): they do not depend on the order of samples.
 
     Each hash has 32 bits, so the sums of a whole epoch are exact, and those of all ranks can be added.
+
+    Args:
+        words: of an own augmentation, (N, W); they are hashed, too.
     """
     state = mix32(indices ^ 0x5BD1E995)
-    for column in params.columns().unbind(dim=1):
+    columns = params.columns() if words is None else torch.cat((params.columns(), words), dim=1)
+    for column in columns.unbind(dim=1):
         state = mix32(state ^ mix32((column + 0x3C6EF372) & _MASK32))
     return torch.stack([mix32(state ^ salt).sum() for salt in (1, 2, 3, 4)])
 

@@ -16,7 +16,7 @@ from cifar_dist.errors import CheckpointError, UserError
 from cifar_dist.files import read_json
 from cifar_dist.inference.images import Picture, to_uint8
 from cifar_dist.models.architectures import create_model
-from cifar_dist.models.network import main_weights
+from cifar_dist.models.network import main_weights, without_auxiliary
 from cifar_dist.training import checkpoint
 from cifar_dist.training.evaluation import further_views
 from cifar_dist.training.optim import Ema
@@ -167,7 +167,7 @@ def load(run_or_checkpoint: str | Path, which: str | int = "last", device: Devic
             f"  python -m cifar_dist.evaluate {path} --write_statistics True"
         )
     config = config_of(state["config"], str(path))
-    network: nn.Module = create_model(replace(config.model, auxiliary=False))  # auxiliary heads only help training
+    network = without_auxiliary(create_model(replace(config.model, auxiliary=False)))  # they only help training
     if config.optim.ema_decay is None:
         checkpoint.load_weights(network, main_weights(state["model"]), str(path))
     else:

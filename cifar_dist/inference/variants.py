@@ -80,14 +80,18 @@ def _folded(network: nn.Module) -> nn.Module:
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 layers[k] = fuse_conv_bn_eval(conv, norm)
                 del layers[k + 1]
-    if not _norms(network):
-        return network
-    from torch.fx.experimental.optimization import fuse  # for networks without nn.Sequential, which it can trace
+    if _norms(network):  # of a network that is no nn.Sequential
+        from torch.fx.experimental.optimization import fuse
 
-    try:
-        return fuse(network)
-    except Exception as error:
-        raise ValueError(f"fold_batch_norm: torch.fx cannot trace the network: {error}") from error
+        for norm in _norms(network):
+            norm.__class__ = nn.BatchNorm2d  # the same in eval mode, and torch.fx knows it
+        try:
+            network = fuse(network)
+        except Exception as error:
+            raise ValueError(f"fold_batch_norm: torch.fx cannot trace the network: {error}") from error
+    if _norms(network):
+        raise ValueError("fold_batch_norm: not every batch norm of the network follows a convolution")
+    return network
 
 
 def _norms(network: nn.Module) -> list[nn.Module]:

@@ -12,10 +12,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Unpack
 
-from cifar_dist.config import ModelConfig
+from torch import nn
+
+from cifar_dist.config import NUM_CLASSES, ModelConfig
 from cifar_dist.models.inception import KERNELS, Row, Rows
 from cifar_dist.models.layers import CADENE, DEFAULT, TORCHVISION
 from cifar_dist.models.network import InceptionNetwork, Options
+from cifar_dist.models.own import Network, own_network
 
 V1: Rows = {
     "3a": Row(64, 96, 128, 16, 32, 32),
@@ -86,13 +89,23 @@ MODELS: dict[str, Callable[..., InceptionNetwork]] = {
 VARIANTS = {"default": DEFAULT, "torchvision": TORCHVISION, "cadene": replace(CADENE, conv_bias=False)}
 
 
-def create_model(config: ModelConfig) -> InceptionNetwork:
-    """The network of `config` on the CPU, with random weights from torch's global generator."""
+def create_model(config: ModelConfig, num_classes: int = NUM_CLASSES) -> nn.Module:
+    """The network of `config` on the CPU, with random weights from torch's global generator.
+
+    Raises:
+        UserError: it is an own network that cannot be used.
+    """
+    build: Network = built_in_network if config.name in MODELS else own_network
+    return build(config, num_classes)
+
+
+def built_in_network(config: ModelConfig, num_classes: int) -> InceptionNetwork:
     return MODELS[config.name](
         config.branch5x5,
         stem=config.stem,
         width=config.width,
         dropout=config.dropout,
+        num_classes=num_classes,
         auxiliary=config.auxiliary,
         merge_1x1=config.merge_1x1 != "off",
         variant=replace(VARIANTS[config.variant], norm=config.norm),

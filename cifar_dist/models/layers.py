@@ -47,16 +47,13 @@ def scaled(channels: int, width: float) -> int:
     return max(8, round(channels * width / 8) * 8)
 
 
-class BatchNorm2d(nn.BatchNorm2d):
-    """Batch norm (arXiv 1502.03167) without running averages in training.
+class WithoutAverages(nn.modules.batchnorm._BatchNorm):
+    """Batch norm (arXiv 1502.03167) without running averages in training, for any number of dimensions.
 
     Running averages would differ between ranks, and at a high learning rate they are a poor estimate. The statistics
     are computed before each evaluation instead, by `torch.optim.swa_utils.update_bn`, which sets `momentum` to None
     while it runs.
     """
-
-    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
-        super().__init__(num_features, eps=eps, momentum=0.0)
 
     @property
     def recalibrating(self) -> bool:
@@ -67,6 +64,11 @@ class BatchNorm2d(nn.BatchNorm2d):
         if self.training and not self.recalibrating:
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
         return super().forward(x)
+
+
+class BatchNorm2d(WithoutAverages, nn.BatchNorm2d):
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__(num_features, eps=eps, momentum=0.0)
 
 
 class ConvNormAct(nn.Sequential):

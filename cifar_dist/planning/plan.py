@@ -15,7 +15,7 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from cifar_dist.cli import accumulation_steps
-from cifar_dist.config import NUM_CLASSES, NUM_TRAIN, Config, to_yaml
+from cifar_dist.config import NUM_CLASSES, NUM_TRAIN, OPTIMIZERS, Config, to_yaml
 from cifar_dist.data.cifar10 import BETON_FILES
 from cifar_dist.data.loader import Batch
 from cifar_dist.data.order import Order, split
@@ -83,7 +83,7 @@ def make_plan(config: Config, nodes: int, gpus: int) -> Figures:
         "epochs": len(steps) / order.steps_per_epoch,
         "samples_dropped_per_epoch": order.dropped_per_epoch,
         "low_resolution_steps": schedule.low_resolution_steps,
-        "learning_rate": _learning_rates(schedule, train_step.optimizer),
+        "learning_rate": _learning_rates(schedule, train_step.optimizer, config.optim.name not in OPTIMIZERS),
         "checkpoints_written": written,
         "checkpoints_kept": kept,
         "checkpoint_bytes": size,
@@ -101,12 +101,21 @@ def _precision(config: Config) -> Precision:
     return Precision(choose_precision(wanted, torch.device("cuda" if on_gpu else "cpu")).name, "cpu")
 
 
-def _learning_rates(schedule: Schedule, optimizer: torch.optim.Optimizer) -> dict[str, Figures]:
-    """Rates of the parameter groups at the first step, at the peak, halfway from there to the end, and at the end."""
+def _learning_rates(schedule: Schedule, optimizer: torch.optim.Optimizer, own: bool) -> dict[str, Figures]:
+    """Rates of the parameter groups at the first step, at the peak, halfway from there to the end, and at the end.
+
+    Of an `own` optimizer: each rate once.
+    """
     fractions = [schedule.step(number).lr_fraction for number in range(schedule.total_steps)]
     last, peak = len(fractions) - 1, fractions.index(max(fractions))
-    groups = zip(("SGD", "SGD (norm scales)", "SGD (biases)", "Muon"), optimizer.param_groups, strict=False)
-    peaks = {name: group["peak_lr"] for name, group in groups if group["params"]}
+    groups = optimizer.param_groups
+    if own:
+        kind = type(optimizer).__name__
+        rates = dict.fromkeys(group["peak_lr"] for group in groups)  # there may be a group for each parameter
+        peaks = {f"{kind} {k}" if len(rates) > 1 else kind: rate for k, rate in enumerate(rates, 1)}
+    else:
+        names = ("SGD", "SGD (norm scales)", "SGD (biases)", "Muon")
+        peaks = {name: group["peak_lr"] for name, group in zip(names, groups, strict=False) if group["params"]}
     points = {"start": 0, "peak": peak, "halfway": (peak + last) // 2, "end": last}
     return {
         point: {"step": k + 1, **{name: peak_lr * fractions[k] for name, peak_lr in peaks.items()}}

@@ -11,7 +11,7 @@ from cifar_dist.planning.plan import Figures, Findings, TrainingTime, clock
 def page(config: Config, plan: Figures, time: TrainingTime | None, findings: Findings) -> str:
     """The plan without the refusals."""
     model, low, memory = config.model, plan["low_resolution_steps"], time and time.peak_memory_bytes
-    network = f"{model.name}, {model.stem} stem, width {model.width:g}: {plan['params']:,} parameters"
+    network = f"{model.title}: {plan['params']:,} parameters"
     devices = "{world_size} = {nodes} x {gpus} (nodes x devices); batch of {batch_size} = "
     devices += "{micro_batch_size} x {world_size} x {accumulation} (micro-batch x devices x accumulation)"
     steps = "{steps:,} in all = {epochs:g} epochs of {steps_per_epoch}; "

@@ -87,6 +87,7 @@ class Evaluator:
         with reproducible(world.device):
             batches = self._batches(loader, samples)
             for chunk, batch in zip(range(world.rank, num_chunks, world.size), batches, strict=True):
+                torch.manual_seed(chunk)  # of the dropout of own networks before a batch norm
                 with self.precision.autocast():
                     update_bn([normalize(batch.images, self.precision.inputs)], self.model)
                 table[chunk] = torch.cat([x for norm in norms for x in _statistics(norm)])

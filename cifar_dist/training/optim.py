@@ -1,29 +1,66 @@
 """Optimizer with its parameter groups, and the moving average of the weights."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from cifar_dist.config import LR_BATCH_SIZE, OptimConfig
+from cifar_dist import extension
+from cifar_dist.config import LR_BATCH_SIZE, OPTIMIZERS, OptimConfig
+from cifar_dist.errors import UserError
 from cifar_dist.training.muon import MuonSGD
+
+
+class OptimizerFunction(Protocol):
+    """What `optim.name` names: a function."""
+
+    def __call__(self, model: nn.Module, config: OptimConfig, batch_size: int) -> torch.optim.Optimizer:
+        """An optimizer of all parameters of `model` that require gradients.
+
+        The learning rate that each group has at first is its peak, which the schedule multiplies. `batch_size` is the
+        global one. The settings in `config` may be used or not; `grad_clip`, `ema_decay`, `schedule`, `warmup_share`,
+        `label_smoothing` and `norm_scales` apply to every optimizer.
+        """
 
 
 def freeze_bn_scales(model: nn.Module) -> None:
     """Exclude the scales of all batch norms from training. Call before the optimizer is built."""
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
             module.weight.requires_grad_(False)
 
 
 def build_optimizer(
     model: nn.Module, config: OptimConfig, batch_size: int, muon_dtype: torch.dtype = torch.float32
-) -> torch.optim.SGD:
+) -> torch.optim.Optimizer:
+    """The optimizer that `config.name` names, each group with its peak learning rate as `peak_lr`.
+
+    Raises:
+        UserError: it is an own one that cannot be used, or Muon for a network without filters.
+    """
+    if config.name in OPTIMIZERS:
+        return _built_in(model, config, batch_size, muon_dtype)
+    optimizer: torch.optim.Optimizer = extension.create(
+        "optim.name", config.name, torch.optim.Optimizer, model, config, batch_size
+    )
+    given = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in given]
+    if missing:
+        raise UserError(
+            f"optim.name is {config.name}, whose optimizer leaves out {len(missing)} parameters of the network, such "
+            f"as {missing[0]}. Give it all that require gradients."
+        )
+    for group in optimizer.param_groups:
+        group.setdefault("peak_lr", float(group["lr"]))
+    return optimizer
+
+
+def _built_in(model: nn.Module, config: OptimConfig, batch_size: int, muon_dtype: torch.dtype) -> torch.optim.SGD:
     """Fused SGD with Nesterov momentum, or with `optim.name` muon, Muon for filters and SGD for the rest.
 
-    Groups: filters and matrices (with weight decay), norm scales, biases, and Muon's filters. Each group has its peak
-    learning rate as `peak_lr`; Muon iterates in `muon_dtype`.
+    Groups: filters and matrices (with weight decay), norm scales, biases, and Muon's filters. Muon iterates in
+    `muon_dtype`.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     muon = config.name == "muon"
@@ -39,6 +76,10 @@ def build_optimizer(
     ]
     defaults: dict[str, Any] = {"lr": 0.0, "momentum": config.momentum, "nesterov": True, "fused": True}
     optimizer: torch.optim.SGD
+    if muon and not filters:
+        raise UserError(
+            "optim.name is muon, but no trained parameter of the network has 4 dimensions. Use optim.name sgd."
+        )
     if muon:
         # MuonSGD writes its update into .grad; without momentum, SGD then subtracts lr times it.
         plain_sgd = {"weight_decay": 0.0, "momentum": 0.0, "nesterov": False}

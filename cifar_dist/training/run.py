@@ -4,7 +4,7 @@ The only module that connects training with fault tolerance and tracking.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cifar_dist import extension
 from cifar_dist.config import NUM_TEST, Config, to_plain, to_yaml
 from cifar_dist.data.dataset import prepared_folder, read_split, scored_samples
 from cifar_dist.data.loader import BetonLoader
@@ -32,6 +33,7 @@ from cifar_dist.training import checkpoint, debug, run_directory
 from cifar_dist.training.evaluation import bn_samples
 from cifar_dist.training.metrics import Window
 from cifar_dist.training.precision import Precision, choose_precision, set_backends
+from cifar_dist.training.profiling import profiler
 from cifar_dist.training.start_weights import load_start_weights
 from cifar_dist.training.summary import describe, device_name, summarize
 from cifar_dist.training.train_step import TrainStep
@@ -55,6 +57,8 @@ class Run(Hooks):
         self._stop = StopConsensus(world)
         self._tracking_error: UserError | None = None
         self._compared_step = 0
+        self._own_hooks = Hooks()
+        self._profile_step: Callable[[], None] = lambda: None
 
     def execute(self) -> None:
         """Do the whole run.
@@ -65,6 +69,8 @@ class Run(Hooks):
         """
         config, world = self.config, self.world
         with Watchdog(world, config.run.stall_timeout_s, self._stop.connection_error) as watch:
+            set_phase(Phase("importing own code", limit_s=SLOW_S))
+            run_and_sync_errors(world, self._import_own_code)
             set_phase(Phase("preparing or verifying the dataset", limit_s=VERY_SLOW_S))
             precision = run_and_sync_errors(world, lambda: choose_precision(config.train.precision, world.device))
             set_backends(config.train, config.run.deterministic, world.device)
@@ -86,6 +92,16 @@ class Run(Hooks):
                 elif config.model.weights is not None:
                     self._load_start_weights(trainer)
                 self._train_and_test(trainer, data_dir)
+
+    def _import_own_code(self) -> None:
+        extension.import_all(self.config)
+        name = self.config.run.hooks
+        if name is None:
+            return
+        self._own_hooks = extension.create("run.hooks", name, Hooks)
+        for method in ("stop_requested", "before_write"):
+            if getattr(type(self._own_hooks), method) is not getattr(Hooks, method):
+                raise UserError(f"run.hooks is {name}, which has {method}, but a run calls only its own. Leave it out.")
 
     def _open_directory(self) -> tuple[str, bytes]:
         """Open the run directory. Name and bytes of the checkpoint to resume from, on every rank; empty: none."""
@@ -114,7 +130,7 @@ class Run(Hooks):
         config, world = self.config, self.world
         open_loader = partial(BetonLoader, data_dir / "train.beton", world.device, config.data.num_workers)
         loader = self.stack.enter_context(run_and_sync_errors(world, open_loader))
-        train_step = TrainStep(config, world, precision)
+        train_step: TrainStep = run_and_sync_errors(world, lambda: TrainStep(config, world, precision))
         fit_whitening([train_step.model, train_step.scored_model], loader, bn_samples(split, config.eval), world)
         set_phase(Phase("the start of training", limit_s=SLOW_S))
         return Trainer(config, train_step, split, loader, self.directory / "checkpoints", self)
@@ -142,7 +158,9 @@ class Run(Hooks):
         run_and_sync_errors(world, lambda: self._start_tracking(trainer), only_if=world.is_main)
         if trainer.progress.step < trainer.schedule.total_steps:
             trainer.train_step.prepare()  # before signals are deferred, so that one ends the run while it compiles
-        with signals.deferred():
+        steps_left, folder = trainer.schedule.total_steps - trainer.progress.step, self.directory / "profile"
+        profiled = profiler(config.debug.profile, steps_left, folder, world, self.log)
+        with signals.deferred(), profiled as self._profile_step:
             trainer.train()
         set_phase(Phase("the final test", limit_s=SLOW_S))
         with trainer.loader.for_file(data_dir / "test.beton") as loader:
@@ -157,6 +175,7 @@ class Run(Hooks):
             f"test accuracy {test.accuracy:.2%} on {test.n}{part} images; "
             f"{trainer.progress.train_seconds:.0f} s of training; see {summary} and curves.png"
         )
+        self._own_hooks.after_run(results)
 
     def _start_tracking(self, trainer: Trainer) -> None:
         self.before_write()
@@ -198,10 +217,16 @@ class Run(Hooks):
                 # after the same step, where before_write raises this error on rank 0 before anything is written.
                 self._tracking_error = error
                 signals.request()
+        self._own_hooks.log_metrics(step, {name: value for name, value in metrics.items() if value is not None})
+
+    def before_training(self, trainer: Trainer) -> None:
+        self._own_hooks.before_training(trainer)
 
     def after_step(self, step: int) -> None:
         if self.tracker is not None:
             self.tracker.progress(step)
+        self._profile_step()
+        self._own_hooks.after_step(step)
 
     def stop_requested(self, last_step: bool = False) -> Signals | None:
         return self._stop.agreed_signal(last_step)
@@ -213,8 +238,10 @@ class Run(Hooks):
         # Ranks are compared before every save, too, so a checkpoint that was resumed from has been compared.
         if every and progress.step - max(self._compared_step, progress.last_saved or 0) >= every:
             self._compare_ranks(trainer)
+        self._own_hooks.check_window(trainer, window)
 
     def before_save(self, trainer: Trainer) -> None:
+        self._own_hooks.before_save(trainer)
         # First, since the next check is local, and after this one all ranks decide alike.
         state = self._compare_ranks(trainer)
         health.refuse_nonfinite(state, trainer.progress.step, trainer.progress.last_saved)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cifar_dist import extension
 from cifar_dist.cli import from_yaml, settings_of
 from cifar_dist.config import Config
 from cifar_dist.errors import CheckpointError, UserError
@@ -24,7 +25,8 @@ def path_of(config: Config) -> Path:
         return config.run.dir
     if config.run.name is not None:
         return Path("runs") / config.run.name
-    return _unused(Path("runs") / f"{config.model.name}-seed{config.run.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
+    name = config.model.name.replace(":", ".")  # a colon separates paths in lists, and hosts from paths
+    return _unused(Path("runs") / f"{name}-seed{config.run.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def _unused(path: Path) -> Path:
@@ -159,9 +161,11 @@ def config_of(text: str, origin: str) -> Config:
         CheckpointError: this version cannot read it.
     """
     try:
-        return from_yaml(text, origin)
+        config = from_yaml(text, origin)
+        extension.check_names(config)  # a name of a later version
     except UserError as error:
         raise CheckpointError(f"{origin} has a configuration that this version cannot use: {error}") from None
+    return config
 
 
 def _decode_own(data: bytes, config: Config, path: Path) -> dict[str, Any]:

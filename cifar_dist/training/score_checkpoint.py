@@ -10,14 +10,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
-from cifar_dist.config import NUM_TEST, PrecisionName
+from cifar_dist.config import NUM_TEST, ModelConfig, PrecisionName
 from cifar_dist.data.dataset import prepared_folder, read_split
 from cifar_dist.data.loader import BetonLoader
 from cifar_dist.distributed import World, broadcast_bytes, broadcast_from_main, run_and_sync_errors
 from cifar_dist.errors import UserError
 from cifar_dist.models.architectures import create_model
-from cifar_dist.models.network import main_weights
+from cifar_dist.models.network import main_weights, without_auxiliary
 from cifar_dist.training import checkpoint
 from cifar_dist.training.evaluation import Evaluator, bn_samples
 from cifar_dist.training.optim import Ema
@@ -61,7 +62,7 @@ def score_checkpoint(request: Request, world: World) -> dict[str, Any]:
     precision = run_and_sync_errors(world, lambda: choose_precision(wanted, world.device))
     set_backends(config.train, config.run.deterministic, world.device)
     # Auxiliary heads only help training.
-    model = create_model(replace(config.model, auxiliary=False)).to(world.device, precision.parameters)
+    model = run_and_sync_errors(world, lambda: _network(config.model, str(path))).to(world.device, precision.parameters)
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last)
     ema = None if config.optim.ema_decay is None else Ema(model, config.optim.ema_decay)
@@ -92,6 +93,18 @@ def score_checkpoint(request: Request, world: World) -> dict[str, Any]:
         "precision": precision.name,
         "world_size": world.size,
     }
+
+
+def _network(config: ModelConfig, origin: str) -> nn.Module:
+    """The network of a checkpoint, without auxiliary heads.
+
+    Raises:
+        UserError: it is an own network that cannot be imported or used.
+    """
+    try:
+        return without_auxiliary(create_model(replace(config, auxiliary=False)))
+    except UserError as error:
+        raise UserError(f"{origin} needs its network: {error}") from None
 
 
 def _write_again(path: Path, state: dict[str, Any], log: Callable[[str], None]) -> None:

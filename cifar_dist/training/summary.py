@@ -162,7 +162,7 @@ def describe(config: Config, trainer: Trainer, devices: list[str], directory: Pa
         used, available = trainer.world.local_size * config.train.threads, num_processors()
         kinds += f" ({used} of {available} processors per node, see train.threads)" if used < available else ""
     return (
-        f"{config.model.name} ({config.model.stem} stem, width {config.model.width:g}), "
+        f"{config.model.title}: "
         f"{num_parameters(train_step.scored_model):,} parameters, {train_step.precision.name}, on {kinds}\n"
         f"{len(order.samples):,} training samples in {schedule.steps_per_epoch} steps of {config.train.batch_size} "
         f"({config.train.micro_batch_size} x {trainer.world.size} x {train_step.accumulation} accumulated); "

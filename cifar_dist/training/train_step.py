@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cifar_dist.config import Config
+from cifar_dist.config import NETWORKS, Config
 from cifar_dist.data import augment
 from cifar_dist.data.loader import Batch
 from cifar_dist.distributed import World, data_parallel, run_and_sync_errors
@@ -60,6 +60,10 @@ class TrainStep:
             None if config.optim.ema_decay is None else optim.Ema(self._without_auxiliary, config.optim.ema_decay)
         )
         self._compiled = is_compiled(config.train.compile, world.device.type)
+        self._extra = augment.own_augmentation(config.augment.extra)
+        # Whether a forward pass, or own code, may draw random numbers of torch. Auxiliary heads have dropout.
+        own = config.model.name not in NETWORKS or self._extra is not None
+        self._draws = own or config.model.dropout > 0 or config.model.auxiliary
         self._augment = augment.augment_batch
         if self._compiled:
             self._augment = compile_for_training(augment.augment_batch)
@@ -148,11 +152,11 @@ class TrainStep:
     def _forward_backward(self, step: Step, k: int, epoch: int, batch: Batch, metrics: Metrics) -> None:
         """Forward and backward of micro-batch `k` of this step; the last one exchanges the gradients."""
         config, last = self.config, k == self.accumulation - 1
-        images, receipt = self._inputs(batch, epoch, step.image_size)
-        if config.model.dropout or config.model.auxiliary:
-            # By the position in the global batch, so equal for any number of ranks. Auxiliary heads have dropout, too.
+        if self._draws:
+            # By the position in the global batch, so equal for any number of ranks.
             position = self.world.rank * self.accumulation + k
             torch.manual_seed(derive(config.run.seed, "dropout", step.number, position))
+        images, receipt = self._inputs(batch, epoch, step.image_size)
         exact_sum = self._exact_sum
         if exact_sum is not None:
             exact_sum.last = last
@@ -168,7 +172,13 @@ class TrainStep:
         if self._keys is None or self._keys[0] != epoch:
             self._keys = epoch, augment.epoch_keys(self.config.run.seed, epoch, self.world.device)
         images, receipt = self._augment(
-            batch.images, batch.indices, self._keys[1], self.config.augment, self.precision.inputs, image_size
+            batch.images,
+            batch.indices,
+            self._keys[1],
+            self.config.augment,
+            self.precision.inputs,
+            image_size,
+            self._extra,
         )
         return images if self.config.train.channels_last else images.contiguous(), receipt
 

@@ -51,7 +51,15 @@ class Progress:
 
 
 class Hooks:
-    """Callbacks of the training loop; they do nothing by default. `Run` (training/run.py) overrides them."""
+    """Callbacks of the training loop, which do nothing by default.
+
+    `Run` (training/run.py) overrides them, and calls those of `run.hooks` beside its own, but for `stop_requested` and
+    `before_write`. Every rank calls each hook at the same point, so hooks may exchange data between ranks. Random
+    numbers that they draw do not change a run.
+    """
+
+    def before_training(self, trainer: "Trainer") -> None:
+        """Called before the first step of this start of the run, which may be a resumed one."""
 
     def after_step(self, step: int) -> None:
         """Called after each step; `step` steps are done. Must not wait for the device."""
@@ -74,6 +82,9 @@ class Hooks:
 
     def before_write(self) -> None:
         """Raise on rank 0 if it must not write in the run directory."""
+
+    def after_run(self, results: dict[str, Any]) -> None:
+        """Called last, with the values of summary.json, which is written."""
 
 
 class Trainer:
@@ -115,6 +126,7 @@ class Trainer:
             self._validate_and_save_if_due()
         if progress.step < schedule.total_steps:
             self.train_step.prepare()
+        self.hooks.before_training(self)
         batches, started = self._batches(), time.perf_counter()
         while progress.step < schedule.total_steps:
             current.step = progress.step + 1

@@ -171,9 +171,10 @@ def test_output_that_nobody_reads_does_not_end_a_script(closed: str, tmp_path: P
     assert (tmp_path / "file").read_text() == "c\n"
 
 
-def readme_commands() -> list[str]:
-    """All indented command lines of the README and the pages in docs/."""
+def readme_commands(*names: str) -> list[str]:
+    """All indented command lines of the README and the pages in docs/, or of the pages of these `names`."""
     pages = [runs.REPOSITORY / "README.md", *sorted((runs.REPOSITORY / "docs").glob("*.md"))]
+    pages = [page for page in pages if not names or page.name in names]
     lines = [line for page in pages for line in re.findall(r"^    (.+)$", page.read_text(), flags=re.M)]
     return [
         line.split("#")[0].strip()
@@ -243,6 +244,7 @@ TESTED = {
     **dict.fromkeys(
         (f"./launch/measure --part {part}" for part in range(1, 5)), "test_versions.py, from a lean bundle on a CPU"
     ),
+    **dict.fromkeys(readme_commands("extending.md"), "test_extending_page.py, as printed"),
     "./launch/measure": "test_bundle.py: test_measures_without_network; test_measure.py",
     "./launch/measure --bench none --configs configs/cpu-84.yaml": "test_measure.py",
 }  # fmt: skip

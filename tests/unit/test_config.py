@@ -23,6 +23,7 @@ REPOSITORY = Path(__file__).parents[2]
 DEFAULTS: dict[str, dict[str, Any]] = {
     "run": {
         "name": None, "dir": None, "seed": 0, "resume": "never", "deterministic": False, "stall_timeout_s": 300,
+        "hooks": None,
     },
     "data": {
         "dir": Path("data"), "source": "auto", "stage_dir": None, "subset": None, "train_on": "train", "num_workers": 1,
@@ -43,17 +44,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "schedule": "linear", "warmup_share": 0.2, "label_smoothing": 0.1, "grad_clip": None,
         "ema_decay": None,
     },
-    "augment": {"flip": "alternating", "translate": 4, "cutout": 8, "low_resolution_share": 0.0},
+    "augment": {"flip": "alternating", "translate": 4, "cutout": 8, "low_resolution_share": 0.0, "extra": None},
     "eval": {"every_epochs": 5, "batch_size": 500, "bn_samples": 5_000, "test_subset": None, "tta": "six"},
     "track": {"wandb": "auto", "project": "cifar_dist"},
-    "debug": {"inspect": False, "anomaly": False, "overfit_steps": 0},
+    "debug": {"inspect": False, "anomaly": False, "overfit_steps": 0, "profile": 0},
 }  # fmt: skip
 
 # Another value for every key, all valid together.
 OTHERS: dict[str, dict[str, Any]] = {
     "run": {
         "name": "on", "dir": Path("/tmp/a b"), "seed": 2**63 - 1, "resume": "auto", "deterministic": True,
-        "stall_timeout_s": 0,
+        "stall_timeout_s": 0, "hooks": "my_module:MyHooks",
     },
     "data": {
         "dir": Path("/d"), "source": "npm", "stage_dir": Path("/s"), "subset": 1000, "train_on": "all",
@@ -75,10 +76,10 @@ OTHERS: dict[str, dict[str, Any]] = {
         "schedule": "cosine", "warmup_share": 1.0, "label_smoothing": 0.0, "grad_clip": 1.5,
         "ema_decay": 0.999,
     },
-    "augment": {"flip": "none", "translate": 0, "cutout": 5, "low_resolution_share": 0.0},
+    "augment": {"flip": "none", "translate": 0, "cutout": 5, "low_resolution_share": 0.0, "extra": "my_module:Mine"},
     "eval": {"every_epochs": 0, "batch_size": 1, "bn_samples": 2, "test_subset": 500, "tta": "none"},
     "track": {"wandb": "offline", "project": "größer"},
-    "debug": {"inspect": True, "anomaly": True, "overfit_steps": 5},
+    "debug": {"inspect": True, "anomaly": True, "overfit_steps": 5, "profile": 3},
 }  # fmt: skip
 
 
@@ -287,6 +288,7 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "eval.bn_samples": ([2, 50_000], [1, 50_001]),
     "eval.test_subset": ([1, 10_000, None], [0, 10_001]),
     "debug.overfit_steps": ([0], [-1]),
+    "debug.profile": ([0], [-1]),
 }
 
 

@@ -16,8 +16,8 @@ import pytest
 from tests.support.sizes import MODULES, PACKAGE, SIDE_ROOMS, closure, core, imported, in_room, lines, total
 
 GROUND = {
-    "config", "cli", "errors", "distributed", "environment", "files", "filesystem", "hashing", "network", "options",
-    "phase", "process", "suggestions", "yaml_file",
+    "config", "cli", "errors", "distributed", "environment", "extension", "files", "filesystem", "hashing", "network",
+    "options", "phase", "process", "suggestions", "yaml_file",
 }  # fmt: skip
 PARTS = {"ground", "data", "models", "tracking"}
 ALLOWED = {
@@ -43,7 +43,7 @@ EXCEPTIONS = {
 MAX_LINES, MIN_CORE_LINES = 300, 60
 CONSTANTS = {"cifar_dist.data.cifar10"}  # may be shorter
 # Ceilings in lines; an issue that adds to the core may raise one, with the reason in its commit.
-MAX_PACKAGE, MAX_CORE, MAX_TRAINER_MODULES, MAX_TRAINER_LINES = 13_724, 3_830, 29, 3_997
+MAX_PACKAGE, MAX_CORE, MAX_TRAINER_MODULES, MAX_TRAINER_LINES = 14_236, 4_179, 31, 4_384
 # Calls that change or query the process or the machine; an import must not make them.
 UNDOES_FFCV = "torch.set_num_threads"  # importing ffcv sets torch to one thread
 NOT_AT_IMPORT = (

@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 from cifar_dist.config import AugmentConfig
 from cifar_dist.data import augment
 from cifar_dist.data.prepare.collection import Cifar10
+from cifar_dist.errors import UserError
 from cifar_dist.hashing import derive
 
 CUTOUT = AugmentConfig(flip="random", translate=4, cutout=12)
@@ -39,9 +40,10 @@ def mix32(x: int) -> int:
     return x ^ x >> 16
 
 
-def plain_words(index: int, key: int) -> list[int]:
+def plain_words(index: int, key: int, first: int = 0, num: int = 5) -> list[int]:
     base = mix32(mix32(index ^ key & 0xFFFFFFFF) ^ key >> 32)
-    return [mix32(base + counter * 0x3C6EF372 & 0xFFFFFFFF) for counter in range(1, 6)]
+    counters = range(first + 1, first + num + 1)
+    return [mix32(base + counter * 0x3C6EF372 & 0xFFFFFFFF) for counter in counters]
 
 
 @pytest.mark.parametrize("flip", ["none", "random", "alternating"])
@@ -234,3 +236,71 @@ def test_receipt_changes_with_every_sample_and_parameter() -> None:
     params = augment.sample_params(indices, augment.epoch_keys(0, 0), CUTOUT)
     params.shift_x[3] += 1
     assert (augment.receipt_words(indices, params) != whole).all()
+
+
+class Brighten:
+    """Adds to each image its first word, as a fraction; keeps the words that it gets in `seen`."""
+
+    num_words = 3
+
+    def __init__(self) -> None:
+        self.seen = torch.empty(0)
+
+    def __call__(self, images: Tensor, words: Tensor) -> Tensor:
+        self.seen = words.clone()
+        return images + (words[:, 0] / 2**32).to(images.dtype)[:, None, None, None]
+
+
+class Smaller(Brighten):
+    def __call__(self, images: Tensor, words: Tensor) -> Tensor:  # noqa: ARG002
+        return images[:, :, 1:]
+
+
+class Negative(Brighten):
+    num_words = -1
+
+
+class NoWords:
+    def __call__(self, images: Tensor, words: Tensor) -> Tensor:  # noqa: ARG002
+        return images
+
+
+def test_own_augmentation_has_words_of_its_own(images: Tensor) -> None:
+    """Of seed, epoch and sample; the draws of the others stay. The receipt tells whether and how it was on."""
+    extra = augment.own_augmentation(f"{__name__}:Brighten")
+    assert isinstance(extra, Brighten)
+    indices, keys = torch.arange(500) * 90, augment.epoch_keys(7, 3)
+    plain, without = augment.augment_batch(images, indices, keys, CUTOUT, torch.float32, None)
+    bright, receipt = augment.augment_batch(images, indices, keys, CUTOUT, torch.float32, None, extra)
+    expected = [plain_words(int(index), derive(7, "augment", 3), 64, 3) for index in indices]
+    assert extra.seen.tolist() == expected
+    assert torch.equal(bright, plain + torch.tensor([words[0] / 2**32 for words in expected])[:, None, None, None])
+    extra.num_words = 2
+    assert len({tuple(receipt.tolist()), tuple(without.tolist()), tuple(
+        augment.augment_batch(images, indices, keys, CUTOUT, torch.float32, None, extra)[1].tolist()
+    )}) == 3  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_own_augmentation_is_compiled(images: Tensor, dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(augment.augment_batch, backend="eager", fullgraph=True, dynamic=False)
+    batch = images, torch.arange(500), augment.epoch_keys(7, 3), CUTOUT, dtype, 24, Brighten()
+    output, receipt = compiled(*batch)
+    assert output.dtype == dtype
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    assert all(map(torch.equal, (output, receipt), augment.augment_batch(*batch)))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Smaller", "which does not return images of the shape that it gets"),
+        ("Negative", "whose num_words is -1; valid: a whole number, 0 or more"),
+        ("NoWords", "which returned an object of type NoWords instead of one of type Augmentation"),
+        ("Brihgten", "Did you mean .*:Brighten"),
+    ],
+)
+def test_unusable_own_augmentations(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        augment.own_augmentation(f"{__name__}:{name}")

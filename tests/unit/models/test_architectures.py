@@ -17,7 +17,7 @@ from cifar_dist.models.architectures import (
     V1,
     V2,
     V2_SLIM,
-    create_model,
+    built_in_network,
     inception_v1,
     inception_v2,
     inception_v2_slim,
@@ -40,7 +40,7 @@ WITHOUT_NORM = Variant(norm="none")
 
 
 def quarter(**settings: object) -> InceptionNetwork:
-    return create_model(replace(ModelConfig(stem="strided", width=0.25), **settings))  # type: ignore[arg-type]
+    return built_in_network(replace(ModelConfig(stem="strided", width=0.25), **settings), 10)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("stem", STEMS)

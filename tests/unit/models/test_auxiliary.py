@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from cifar_dist.config import ModelConfig
-from cifar_dist.models.architectures import MODELS, create_model
+from cifar_dist.models.architectures import MODELS, built_in_network
 from cifar_dist.models.layers import DEFAULT, TORCHVISION, Variant
 from cifar_dist.models.network import AUXILIARY_WEIGHT, AuxiliaryHead, InceptionNetwork, Logits, without_auxiliary
 
 
 def small(name: str = "inception_v1", auxiliary: bool = True, stem: str = "strided") -> InceptionNetwork:
     torch.manual_seed(3)
-    return create_model(ModelConfig(name=name, stem=stem, width=0.125, auxiliary=auxiliary))  # type: ignore[arg-type]
+    config = ModelConfig(name=name, stem=stem, width=0.125, auxiliary=auxiliary)  # type: ignore[arg-type]
+    return built_in_network(config, 10)
 
 
 @pytest.mark.parametrize("name", MODELS)

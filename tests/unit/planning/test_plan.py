@@ -132,6 +132,16 @@ def test_without_validation() -> None:
     assert [peak[name] for name in ("SGD", "SGD (biases)", "Muon")] == pytest.approx([0.1, 3.2, 0.03])
 
 
+def test_own_network_and_optimizer() -> None:
+    own = ("--model.name", "tests.unit.models.test_own:plain", "--optim.name", "tests.unit.training.test_optim:adamw")
+    config = load_config(["--config", CONFIG, *own])
+    found = make_plan(config, 1, 1)
+    assert found["params"] == (27 + 1 + 2) * 8 + (8 * 64 + 1) * 10
+    peak = found["learning_rate"]["peak"]
+    assert (peak["AdamW 1"], peak["AdamW 2"]) == pytest.approx((1e-3, config.optim.lr * config.train.batch_size / 128))
+    assert "tests.unit.models.test_own:plain: 5,370 parameters" in page(config, found, None, Findings())
+
+
 @pytest.mark.parametrize(("settings", "points"), [
     ((), {"start": 1, "peak": 5, "halfway": 14, "end": 24}),
     (("--optim.warmup_share", "1"), {"start": 1, "peak": 24, "halfway": 24, "end": 24}),

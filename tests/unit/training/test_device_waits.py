@@ -82,7 +82,8 @@ READS: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.parametrize("read", READS)
 def test_a_wait_in_a_step_is_seen(read: str, loader: BetonLoader, tmp_path: Path) -> None:
     trainer = trainer_of(replace(SMALL, train=replace(SMALL.train, max_steps=2)), loader, tmp_path)
-    trainer.train_step.model.classifier.register_forward_hook(lambda *arguments: (READS[read](arguments[2]), None)[1])
+    classifier = trainer.train_step.model.get_submodule("classifier")
+    classifier.register_forward_hook(lambda *arguments: (READS[read](arguments[2]), None)[1])
     assert Counter(wait.place for wait in waits_of(trainer))["a forward or backward pass"] >= 2
 
 

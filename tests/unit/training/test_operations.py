@@ -173,7 +173,7 @@ def test_activations_stay_as_they_are(key: str, side: int | None, batches: dict[
 
 
 def modules(train_step: TrainStep) -> list[Inception]:
-    return [block for block in train_step.model.blocks.values() if isinstance(block, Inception)]
+    return [module for module in train_step.model.modules() if isinstance(module, Inception)]
 
 
 def known_copies(train_step: TrainStep) -> int:
@@ -197,7 +197,7 @@ def test_a_violation_is_seen(violation: str, batches: dict[int, Batch]) -> None:
     def hook(*arguments: Any) -> Tensor:
         return VIOLATIONS[violation](arguments[2])
 
-    bad.model.blocks["4a"].register_forward_hook(hook)
+    bad.model.get_submodule("blocks.4a").register_forward_hook(hook)
     before, after = counted(good, batches[12]), counted(bad, batches[12])
     assert after.by_place["a forward or backward pass"] > before.by_place["a forward or backward pass"]
     assert bool(after.not_channels_last) == (violation == "planes")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from cifar_dist.config import OptimConfig
+from cifar_dist.errors import UserError
 from cifar_dist.models.architectures import inception_v1
 from cifar_dist.training import optim
 from cifar_dist.training.precision import Precision
@@ -84,3 +87,39 @@ def test_ema_follows_the_weights() -> None:
     first = 0.9
     second = 2 / 11 * first + 9 / 11 * 2
     assert average.item() == pytest.approx(0.2 * second + 0.8 * 4)
+
+
+def adamw(model: nn.Module, config: OptimConfig, batch_size: int) -> torch.optim.Optimizer:
+    """Two groups; the peak rate of the second is that of a global batch of 128."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": trained[:1]},
+        {"params": trained[1:], "lr": config.lr * batch_size / 128},
+    ]
+    return torch.optim.AdamW(groups, lr=1e-3)
+
+
+def half(model: nn.Module, *_: object) -> torch.optim.Optimizer:
+    return torch.optim.SGD(list(model.parameters())[:1], lr=0.1)
+
+
+def test_own_optimizer() -> None:
+    layer = nn.Conv2d(3, 4, 3)
+    optimizer = optim.build_optimizer(layer, OptimConfig(name=f"{__name__}:adamw", lr=0.1), 256)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert [group["peak_lr"] for group in optimizer.param_groups] == [1e-3, 0.2]
+    with pytest.raises(UserError, match="leaves out 1 parameters of the network, such as bias"):
+        optim.build_optimizer(layer, OptimConfig(name=f"{__name__}:half"), 256)
+    layer.bias.requires_grad_(False)  # type: ignore[union-attr]
+    optim.build_optimizer(layer, OptimConfig(name=f"{__name__}:half"), 256)
+
+
+def test_muon_needs_filters() -> None:
+    with pytest.raises(UserError, match=r"no trained parameter .* has 4 dimensions. Use optim.name sgd"):
+        optim.build_optimizer(nn.Linear(3, 4), OptimConfig(name="muon"), 128)
+
+
+def test_fixed_scales_of_a_norm_without_them() -> None:
+    layers = nn.Sequential(nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3))
+    optim.freeze_bn_scales(layers)
+    assert [name for name, p in layers.named_parameters() if p.requires_grad] == ["1.bias"]

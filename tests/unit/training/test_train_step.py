@@ -61,8 +61,16 @@ def parameters(train_step: TrainStep) -> Iterator[torch.Tensor]:
 SMALL_FIRST = replace(TINY, augment=AugmentConfig(low_resolution_share=0.5))
 MUON = replace(TINY, model=replace(TINY.model, auxiliary=True), optim=OptimConfig(name="muon", muon_lr=0.01))
 
+# Own code; one layer of the network has dropout before its batch norm.
+OWN = replace(
+    TINY,
+    model=ModelConfig(name="tests.unit.models.test_own:plain", dropout=0.2),
+    optim=OptimConfig(name="tests.unit.training.test_optim:adamw"),
+    augment=AugmentConfig(extra="tests.unit.data.test_augment:Brighten"),
+)
 
-@pytest.mark.parametrize("config", [TINY, MUON], ids=["sgd", "muon and auxiliary heads"])
+
+@pytest.mark.parametrize("config", [TINY, MUON, OWN], ids=["sgd", "muon and auxiliary heads", "own"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32", "fp64"])
 def test_every_number_format_trains(config: Config, precision: PrecisionName, batches: list[tuple[int, Batch]]) -> None:
     reference = train_step_of(replace(config, train=replace(config.train, precision="fp64")))
@@ -75,7 +83,9 @@ def test_every_number_format_trains(config: Config, precision: PrecisionName, ba
     assert all(p.isfinite().all() for p in train_step.model.parameters())
 
 
-@pytest.mark.parametrize("config", [MUON, SMALL_FIRST], ids=["muon and auxiliary heads", "sgd and two sizes"])
+@pytest.mark.parametrize(
+    "config", [MUON, SMALL_FIRST, OWN], ids=["muon and auxiliary heads", "sgd and two sizes", "own"]
+)
 def test_tracing_for_compilation_changes_nothing(
     config: Config, batches: list[tuple[int, Batch]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +141,9 @@ def test_label_smoothing_by_hand(smoothing: float, batches: list[tuple[int, Batc
         optim=replace(TINY.optim, label_smoothing=smoothing),
     )
     train_step, seen = train_step_of(config), []
-    train_step.model.classifier.register_forward_hook(lambda *arguments: seen.append(arguments[2].detach()))
+    train_step.model.get_submodule("classifier").register_forward_hook(
+        lambda *arguments: seen.append(arguments[2].detach())
+    )
     metrics = Metrics(ALONE)
     train_step.run(Step(0, 0.0), iter(batches), metrics)
     log_shares = torch.cat(seen).log_softmax(dim=1)
@@ -141,7 +153,7 @@ def test_label_smoothing_by_hand(smoothing: float, batches: list[tuple[int, Batc
     assert metrics.window().loss == pytest.approx(-(targets * log_shares).sum(dim=1).mean().item(), rel=1e-8)
 
 
-@pytest.mark.parametrize("config", [TINY, MUON], ids=["sgd", "muon and auxiliary heads"])
+@pytest.mark.parametrize("config", [TINY, MUON, OWN], ids=["sgd", "muon and auxiliary heads", "own"])
 def test_a_restored_step_goes_on_with_the_momentum(config: Config, batches: list[tuple[int, Batch]]) -> None:
     """Bit by bit, from the bytes of a checkpoint."""
     config = replace(config, optim=replace(config.optim, ema_decay=0.5))
