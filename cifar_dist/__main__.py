@@ -21,6 +21,8 @@ from cifar_dist.process import run_and_exit
 COMMANDS = {
     "train": ("config:Config", "train a network, on one device or under torchrun"),
     "evaluate": ("evaluate:EvaluateArguments", "score a run or a checkpoint"),
+    "predict": ("predict:PredictArguments", "classify pictures with a trained model"),
+    "export": ("export:ExportArguments", "write a trained model as safetensors, ONNX and torch.export"),
     "prepare": ("prepare:PrepareConfig", "get CIFAR-10, check it and write it as .beton files"),
     "plan": ("plan:PlanArguments", "print what a run will do, or why it cannot work"),
     "sweep": ("sweep:SweepArguments", "train with several seeds, or over a grid of settings"),

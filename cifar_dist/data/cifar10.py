@@ -17,6 +17,7 @@ class BetonFile:
     sha256: str
 
 
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")  # by label
 FFCV_VERSION = "1.0.2"
 TRAIN, TEST = "train.beton", "test.beton"
 # What FFCV writes from the official images, in their order, with one worker: always the same bytes.

@@ -129,7 +129,7 @@ class Evaluator:
             with self.precision.autocast():
                 logits = self.model(images).to(dtype)
                 mean = logits
-                for view, weight in _further_views(images, tta):
+                for view, weight in further_views(images, tta):
                     mean = mean + weight * self.model(view).to(dtype)
             loss = F.cross_entropy(logits, batch.labels)
             units += torch.stack((loss_units(loss, len(batch.labels)), (~(loss < MAX_LOSS)).long()))
@@ -161,7 +161,7 @@ def _statistics(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
     return norm.running_mean, norm.running_var
 
 
-def _further_views(images: Tensor, tta: str) -> Iterator[tuple[Tensor, float]]:
+def further_views(images: Tensor, tta: str) -> Iterator[tuple[Tensor, float]]:
     """Pairs (view, weight) beside the images themselves, whose weight is 1. images and views: (N, 3, H, W)."""
     if tta == "none":
         return

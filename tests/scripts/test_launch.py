@@ -206,6 +206,12 @@ TESTED = {
     "python -m tests.support.real_gpu equal cuda": "test_exact_sum.py; on a CPU where there is no GPU",
     "python -m cifar_dist.compare runs/mine runs/other": "test_compare.py",
     "python -m cifar_dist.train --config configs/quickstart.yaml --run.name mine --run.resume auto": "test_resume.py",
+    "python -m cifar_dist.predict runs/mine cat.jpg": "test_inference.py: test_predict_a_folder",
+    "python -m cifar_dist.predict runs/mine folder --top_k 1 --tta flip --format jsonl":
+        "test_inference.py: test_predict_a_folder, test_small_batches_and_views",
+    "python -m cifar_dist.export runs/mine --format all": "test_inference.py: exported",
+    "python -m cifar_dist.export runs/mine --format onnx --fold_batch_norm True --merge_1x1 True --uint8_input True":
+        "test_formats.py: test_files_compute_what_the_network_computes",
     "python -m cifar_dist.evaluate runs/mine --which best": "test_evaluate.py and test_run_directory.py",
     "python -m cifar_dist.train --config configs/quickstart.yaml --model.weights runs/mine": "test_start_weights.py",
     "python -m cifar_dist.train --model.weights googlenet.pth --model.stem imagenet --model.branch5x5 3x3 "

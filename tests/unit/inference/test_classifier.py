@@ -1,0 +1,75 @@
+"""How a model is made of a checkpoint, and what it says of its scores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import cifar_dist
+from cifar_dist.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig, to_yaml
+from cifar_dist.inference.classifier import Origin
+from cifar_dist.models.architectures import create_model
+from cifar_dist.training import checkpoint
+from cifar_dist.training.optim import Ema
+
+NOISE = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+SMALL = Config(model=ModelConfig(width=0.0625, auxiliary=True), train=TrainConfig(device="cpu"))
+
+
+def saved(folder: Path, config: Config) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint of random weights, and those that a loaded model should have."""
+    torch.manual_seed(0)
+    model = create_model(config.model)
+    state: dict[str, Any] = {"config": to_yaml(config), "statistics": True, "model": model.state_dict()}
+    state |= {"last_validation": None, "validation_due": False}
+    expected = {name: value for name, value in model.state_dict().items() if not name.startswith("auxiliary.")}
+    if config.optim.ema_decay is not None:
+        ema = Ema(create_model(replace(config.model, auxiliary=False)), config.optim.ema_decay)
+        state["ema"], expected = ema.state_dict(), ema.module.state_dict()
+    return checkpoint.write(folder, 5, checkpoint.encode(5, state)), expected
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_weights_are_those_that_are_scored(tmp_path: Path, ema_decay: float | None) -> None:
+    """Without auxiliary classifiers; the moving average, if there is one."""
+    path, expected = saved(tmp_path, replace(SMALL, optim=OptimConfig(ema_decay=ema_decay)))
+    found = cifar_dist.load(path, device="cpu").network.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16", torch.float32), ("fp32", torch.float32), ("fp64", torch.float64)]
+)
+def test_bits_do_not_depend_on_the_batch(tmp_path: Path, precision: Any, dtype: torch.dtype) -> None:
+    path, _ = saved(tmp_path, replace(SMALL, train=replace(SMALL.train, precision=precision)))
+    model = cifar_dist.load(path, device="cpu")
+    images = model.preprocess(list(NOISE))
+    assert images.dtype == dtype
+    whole = model(images)
+    assert whole.dtype == dtype
+    assert model.precision.name == precision
+    for size in (1, 3, 17):
+        assert torch.equal(torch.cat([model(part) for part in torch.split(images, size)]), whole)
+    assert model(images[:0]).shape == (0, 10)
+    assert model.predict([]) == []
+
+
+def test_a_validation_counts_for_its_own_step_only(tmp_path: Path) -> None:
+    data = DataConfig(subset=1920)  # 60 steps of 32
+    train = TrainConfig(batch_size=32, micro_batch_size=16, epochs=3)
+    config = Config(data=data, train=train, eval=EvalConfig(every_epochs=2))
+    validation = {"val/accuracy": 0.5, "val/loss": 1.0, "val/n": 5000}
+
+    def scores(step: int, config: Config = config, due: bool = False) -> dict[str, float]:
+        state = {"step": step, "last_validation": validation, "validation_due": due}
+        return Origin(tmp_path / "step.pt", state, config).scores()
+
+    assert scores(120) == scores(180) == validation
+    assert scores(60) == scores(121) == scores(120, due=True) == {}
+    assert scores(120, replace(config, data=replace(data, train_on="all"))) == {}
