@@ -37,8 +37,9 @@ OPTIONS = ("--config", str(runs.REPOSITORY / "configs/quickstart.yaml"), "--data
     ("name", "precision"),
     [
         ("inception_v1", "auto"),  # bf16, or fp32 on processors for which bf16 takes minutes
-        *(pytest.param(*values, marks=pytest.mark.slow) for values in
-          (("inception_v1", "fp32"), ("inception_v2", "auto"), ("inception_v2", "fp32"))),
+        pytest.param("inception_v2", "auto", marks=pytest.mark.slow),
+        *(pytest.param(name, "fp32", marks=(pytest.mark.slow, pytest.mark.long)) for name in
+          ("inception_v1", "inception_v2")),
     ],
 )  # fmt: skip
 def test_all_of_512_images_are_learned(name: str, precision: str, data_dir: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cifar_dist import __version__
 from cifar_dist.__main__ import COMMANDS
@@ -107,4 +108,12 @@ def test_trains_scores_and_repeats(place: Path, data_dir: Path) -> None:
     assert runs.summary(place / "runs/two")["world_size"] == 2
     output = call(place, "cifar-dist", "sweep", "debug", "1", "--run.name", "several", *both)
     assert re.search(r"^seed 0 ", output, flags=re.M)
-    # HERE: cifar-dist predict and cifar-dist export, when they are there.
+    Image.new("RGB", (40, 30), "navy").save(place / "navy.png")
+    output = call(place, "cifar-dist", "predict", "runs/mine", "navy.png", "--format", "jsonl")
+    assert [len(json.loads(line)["predictions"]) for line in output.splitlines() if line.startswith("{")] == [3]
+    call(place, "cifar-dist", "export", "runs/mine", "--format", "safetensors")
+    assert {path.name for path in (place / "runs/mine/export").iterdir()} >= {
+        "model.safetensors",
+        "model.py",
+        "README.md",
+    }

@@ -67,7 +67,7 @@ def wheel(pytestconfig: pytest.Config) -> Path:
     return made_wheel(pytestconfig)
 
 
-@pytest.mark.parametrize("name", ["lowest", "of GPU images"])
+@pytest.mark.parametrize("name", [pytest.param("lowest", marks=pytest.mark.long), "of GPU images"])
 def test_other_versions(name: str, wheel: Path, data_dir: Path, tmp_path: Path) -> None:
     """The tests of what depends on torch, and a run of two processes."""
     python = python_of(name, tmp_path, wheel)
@@ -84,6 +84,7 @@ def test_other_versions(name: str, wheel: Path, data_dir: Path, tmp_path: Path) 
     assert runs.summary(tmp_path / "run")["versions"]["torch"].startswith("2.11.")
 
 
+@pytest.mark.long
 def test_measuring_from_a_lean_bundle(wheel: Path, tmp_path: Path) -> None:
     need_a_checkout()
     script("bundle", "--lean", "--out", tmp_path / "made", "--ffcv-wheel", wheel)

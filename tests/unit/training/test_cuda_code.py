@@ -53,7 +53,10 @@ def test_each_kind_of_module() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("name", "stem"), WHOLE)
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [("inception_v1", "pooled"), *(pytest.param(*key, marks=pytest.mark.long) for key in list(WHOLE)[1:])],
+)
 def test_whole_networks(name: str, stem: str) -> None:
     """Every kernel is compiled for an H100, too."""
     found = costs(name, stem, "1", "--cubins")
