@@ -53,7 +53,6 @@ def model_card(model: Classifier, settings: dict[str, Any], measured: Measured, 
 
 def _metadata(model: Classifier, measured: Measured) -> dict[str, Any]:
     metadata: dict[str, Any] = {
-        "license": "mit",
         "tags": ["cifar10", "googlenet", "inception", "pytorch"],
         "datasets": ["cifar10"],
         "metrics": ["accuracy"],
@@ -211,4 +210,4 @@ def _changed(config: Config) -> str:
 _LIMITS = """## Limits
 
 Trained on 32 x 32 pictures of ten classes: any other picture gets one of these classes, too. Probabilities are not
-calibrated."""
+calibrated. This card names no license: choose one before you publish the files."""
