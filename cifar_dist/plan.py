@@ -21,7 +21,7 @@ from cifar_dist.process import run_and_exit
 
 
 @dataclass(frozen=True)
-class PlanArguments:
+class OwnArguments:
     config: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CONFIG")]
     """YAML file of the run, or the name of a configuration of this project, such as googlenet."""
     nodes: Positive = 1
@@ -37,6 +37,10 @@ class PlanArguments:
     """Measure training speed, and on a GPU memory, with some steps on a device of this machine."""
     json: Path | None = None
     """Also write the figures to this file."""
+
+
+@dataclass(frozen=True)
+class PlanArguments(OwnArguments):
     settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
@@ -72,10 +76,13 @@ def parse(args: Sequence[str]) -> PlanArguments:
     # cli.parse expects a value after a boolean option.
     args = ["--measure=True" if word == "--measure" else word for word in args]
     text = (
-        "Print what a run will do, and refuse a run that cannot work. Settings of cifar_dist.train may follow. "
+        "Print what a run will do, and refuse a run that cannot work. All settings of cifar_dist.train may follow; "
+        "`python -m cifar_dist.train --help` lists them. "
         "Example: python -m cifar_dist.plan googlenet --nodes 2 --gpus 8"
     )
-    file = cli.parse(PlanArguments, args, "plan", description=text).config
+    if {"-h", "--help"} & {*args}:
+        cli.parse(OwnArguments, ["--help"], "plan", description=text)  # without 200 lines of settings
+    file = cli.parse(PlanArguments, args, "plan").config
     from_file = PlanArguments(file, settings=cli.read_yaml(file, "plan"))
     arguments = replace(cli.parse(PlanArguments, args, "plan", from_file), config=file)
     cli.validate(arguments.settings)  # first, since it names these without "settings."

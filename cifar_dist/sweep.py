@@ -19,7 +19,7 @@ from cifar_dist.process import run_and_exit
 
 
 @dataclass(frozen=True)
-class SweepArguments:
+class OwnArguments:
     config: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CONFIG")]
     """YAML file, or the name of a configuration of this project, such as quickstart."""
     seeds: Annotated[tyro.conf.Positional[int], tyro.conf.arg(metavar="N"), Range(min=1, max=9999)] = 1
@@ -28,6 +28,10 @@ class SweepArguments:
     """The first of the seeds."""
     grid: tuple[str, ...] = ()
     """NAME=VALUE,VALUE ... for every combination, or a file with a line of settings each."""
+
+
+@dataclass(frozen=True)
+class SweepArguments(OwnArguments):
     settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
@@ -48,10 +52,13 @@ def parse(args: Sequence[str]) -> SweepArguments:
         if {f"--{name}"} & {word.partition("=")[0] for word in args}:
             raise UserError(f"--{name} is set for each run of a sweep; --first-seed K chooses other seeds.")
     text = (
-        "Train with several seeds or over a grid, one run after another. Settings of cifar_dist.train may follow. "
+        "Train with several seeds or over a grid, one run after another. All settings of cifar_dist.train may follow; "
+        "`python -m cifar_dist.train --help` lists them. "
         "Example: python -m cifar_dist.sweep quickstart 3 --grid optim.lr=0.1,0.2 --data.train_on train"
     )
-    name = cli.parse(SweepArguments, args, "sweep", description=text).config
+    if {"-h", "--help"} & {*args}:
+        cli.parse(OwnArguments, ["--help"], "sweep", description=text)  # without 200 lines of settings
+    name = cli.parse(SweepArguments, args, "sweep").config
     from_file = SweepArguments(name, settings=cli.read_yaml(name, "sweep"))
     arguments = replace(cli.parse(SweepArguments, args, "sweep", from_file), config=name)
     cli.validate(arguments.settings)  # first, since it names these without "settings."

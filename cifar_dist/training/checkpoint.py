@@ -93,7 +93,7 @@ def read_verified(path: Path, need_digest: bool = True) -> bytes:
 
 
 def decode(data: bytes, origin: str) -> dict[str, Any]:
-    """The state in a checkpoint's bytes, on the CPU. Executes no code from it.
+    """The state in a checkpoint's bytes, on the CPU. Executes no code in it.
 
     Raises:
         CheckpointError: it is not a checkpoint of this project.

@@ -66,6 +66,10 @@ class Evaluator:
     precision: Precision
     world: World
 
+    @property
+    def norms(self) -> list[nn.modules.batchnorm._BatchNorm]:
+        return [module for module in self.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
     @torch.no_grad()
     def recalibrate(self, loader: BetonLoader, samples: Indices) -> None:
         """Set all batch-norm statistics to their mean over chunks of training samples without augmentation.
@@ -76,7 +80,7 @@ class Evaluator:
         Args:
             samples: indices (N,). A last chunk that is not full is dropped, unless it is the only one.
         """
-        norms = [module for module in self.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        norms = self.norms
         if not norms:
             return
         world, chunk_size = self.world, self.config.batch_size

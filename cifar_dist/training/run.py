@@ -34,10 +34,10 @@ from cifar_dist.training.evaluation import bn_samples
 from cifar_dist.training.metrics import Window
 from cifar_dist.training.precision import Precision, choose_precision, set_backends
 from cifar_dist.training.profiling import profiler
-from cifar_dist.training.start_weights import load_start_weights
 from cifar_dist.training.summary import describe, device_name, summarize
 from cifar_dist.training.train_step import TrainStep
 from cifar_dist.training.trainer import Hooks, Trainer
+from cifar_dist.training.weights import load_start_weights
 from cifar_dist.training.whitening import fit_whitening
 
 logger = logging.getLogger("cifar_dist")

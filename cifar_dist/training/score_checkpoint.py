@@ -10,20 +10,18 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 
-from cifar_dist.config import NUM_TEST, ModelConfig, PrecisionName
+from cifar_dist.config import NUM_TEST, Config, PrecisionName
 from cifar_dist.data.dataset import prepared_folder, read_split
 from cifar_dist.data.loader import BetonLoader
 from cifar_dist.distributed import World, broadcast_bytes, broadcast_from_main, run_and_sync_errors
 from cifar_dist.errors import UserError
-from cifar_dist.models.architectures import create_model
-from cifar_dist.models.network import main_weights, without_auxiliary
 from cifar_dist.training import checkpoint
 from cifar_dist.training.evaluation import Evaluator, bn_samples
-from cifar_dist.training.optim import Ema
 from cifar_dist.training.precision import choose_precision, set_backends
 from cifar_dist.training.run_directory import config_of, find_checkpoint
+from cifar_dist.training.weights import scored_network
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,9 @@ def score_checkpoint(request: Request, world: World) -> dict[str, Any]:
     data = broadcast_bytes(data or b"", world)
     state = run_and_sync_errors(world, lambda: checkpoint.decode(data, str(path)))
     config = run_and_sync_errors(world, lambda: config_of(state["config"], str(path)))
+    own_name = checkpoint.path_of(path.parent, state["step"])
+    if request.write_statistics and path != own_name:
+        raise UserError(f"{path} is not named {own_name.name}, as runs name it. Rename it.", printed_elsewhere=True)
     if request.split == "validation" and config.data.train_on == "all":
         text = f"{path} was trained on all 50,000 images (data.train_on all): no validation split."
         raise UserError(text, printed_elsewhere=True)
@@ -61,24 +62,22 @@ def score_checkpoint(request: Request, world: World) -> dict[str, Any]:
     wanted = request.precision or config.train.precision
     precision = run_and_sync_errors(world, lambda: choose_precision(wanted, world.device))
     set_backends(config.train, config.run.deterministic, world.device)
-    # Auxiliary heads only help training.
-    model = run_and_sync_errors(world, lambda: _network(config.model, str(path))).to(world.device, precision.parameters)
+    network = run_and_sync_errors(world, lambda: scored_network(state, config, str(path)))
+    network.to(world.device, precision.parameters)
     if config.train.channels_last:
-        model.to(memory_format=torch.channels_last)
-    ema = None if config.optim.ema_decay is None else Ema(model, config.optim.ema_decay)
-    target, weights = (model, main_weights(state["model"])) if ema is None else (ema, state["ema"])
-    run_and_sync_errors(world, lambda: checkpoint.load_weights(target, weights, str(path)))
-    evaluator = Evaluator(model if ema is None else ema.module, config.eval, precision, world)
+        network.to(memory_format=torch.channels_last)
+    evaluator = Evaluator(network, config.eval, precision, world)
     test = request.split == "test"
     name, scored = ("test.beton", np.arange(NUM_TEST)) if test else ("train.beton", samples.validation)
     with BetonLoader(folder / "train.beton", world.device) as loader, loader.for_file(folder / name) as images:
         if request.write_statistics or not state["statistics"]:
+            if world.is_main:
+                log(f"computing batch-norm statistics from {config.eval.bn_samples:,} training images")
             evaluator.recalibrate(loader, bn_samples(samples, config.eval))
         result = evaluator.score(images, scored, config.eval.tta)
     if request.write_statistics:
-        state |= {"statistics": True, "ema": ema.state_dict()} if ema else {"statistics": True}
-        state["model"] |= {} if ema else model.state_dict()
-        run_and_sync_errors(world, lambda: _write_again(path, state, log), only_if=world.is_main)
+        new = network.state_dict()
+        run_and_sync_errors(world, lambda: _write_again(path, state, config, new, log), only_if=world.is_main)
     return {
         "checkpoint": str(path),
         "step": state["step"],
@@ -95,18 +94,13 @@ def score_checkpoint(request: Request, world: World) -> dict[str, Any]:
     }
 
 
-def _network(config: ModelConfig, origin: str) -> nn.Module:
-    """The network of a checkpoint, without auxiliary heads.
-
-    Raises:
-        UserError: it is an own network that cannot be imported or used.
-    """
-    try:
-        return without_auxiliary(create_model(replace(config, auxiliary=False)))
-    except UserError as error:
-        raise UserError(f"{origin} needs its network: {error}") from None
-
-
-def _write_again(path: Path, state: dict[str, Any], log: Callable[[str], None]) -> None:
-    written = checkpoint.write(path.parent, state["step"], checkpoint.encode(state["step"], state))
-    log(f"written with batch-norm statistics: {written}")
+def _write_again(
+    path: Path, state: dict[str, Any], config: Config, scored: dict[str, Tensor], log: Callable[[str], None]
+) -> None:
+    """Write the checkpoint `path` again, with the statistics in the state dict `scored`."""
+    if config.optim.ema_decay is None:
+        state["model"] |= scored
+    else:
+        state["ema"] |= {f"module.{name}": tensor for name, tensor in scored.items()}
+    checkpoint.write(path.parent, state["step"], checkpoint.encode(state["step"], state | {"statistics": True}))
+    log(f"written with batch-norm statistics: {path}")

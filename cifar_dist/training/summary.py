@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from cifar_dist import __version__
 from cifar_dist.cli import command_line
 from cifar_dist.config import Config
 from cifar_dist.environment import num_processors
@@ -38,9 +39,9 @@ def device_name(device: torch.device) -> str:
 
 def versions() -> dict[str, str | None]:
     """Of Python, CUDA and the libraries that decide speed and results; None: not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("cifar_dist", "torch", "torchvision", "ffcv", "numba", "numpy", "wandb"):
-        found[name] = None  # of cifar_dist in a clone
+    found: dict[str, str | None] = {"python": platform.python_version(), "cifar_dist": __version__}
+    for name in ("torch", "torchvision", "ffcv", "numba", "numpy", "wandb"):
+        found[name] = None
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found | {"cuda": torch.version.cuda}

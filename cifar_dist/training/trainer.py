@@ -15,7 +15,7 @@ from cifar_dist.config import Config, to_yaml
 from cifar_dist.data.loader import Batch, BetonLoader
 from cifar_dist.data.order import Order, Split
 from cifar_dist.distributed import run_and_sync_errors
-from cifar_dist.errors import CheckpointError, StopError
+from cifar_dist.errors import CheckpointError, StopError, one_line
 from cifar_dist.phase import SLOW_S, Phase, current, process_age_s, seconds_by_phase, set_phase
 from cifar_dist.training import checkpoint
 from cifar_dist.training.evaluation import Evaluator, bn_samples
@@ -225,10 +225,17 @@ class Trainer:
         self.progress.recalibrated = self.progress.step
 
     def _save_stopped(self) -> None:
-        """Save at once, as the process may soon be killed; then again, with the statistics that `load` needs."""
+        """Save at once, as the process may soon be killed; then again, with batch-norm statistics."""
+        if not self.evaluator.norms:
+            self._recalibrate()
         self.save()
-        self._recalibrate()
-        self.save()
+        if not self.evaluator.norms:
+            return
+        try:
+            self._recalibrate()
+            self.save()
+        except Exception as error:  # noqa: BLE001 - the step is saved, so this is a stop, not a failure
+            logger.warning("no batch-norm statistics were saved: %s: %s", type(error).__name__, one_line(error))
 
     def save(self) -> None:
         """Write a checkpoint of the current step on rank 0, and remove old ones.

@@ -96,6 +96,7 @@ def test_run_stopped_repeatedly_ends_with_the_same_bits(two_ranks: Path, data_di
     output, step = stop(data_dir, run_dir, signal.SIGKILL, "one rank", 6)
     assert "was killed by SIGKILL" in output
     assert step == before
+    runs.assert_loads_as_evaluated(run_dir, data_dir)
 
     output = runs.finish(launch(*OPTIONS, "--data.dir", data_dir, "--run.dir", run_dir))
     assert f"step-{before:08d}.pt" in output
@@ -134,6 +135,7 @@ def test_stopped_where_a_validation_is_due(data_dir: Path, tmp_path: Path) -> No
     runs.run(1, *options, "--run.dir", run_dir)
     assert validations(run_dir) == validations(tmp_path / "whole")
     assert runs.summary(run_dir)["model_sha256"] == runs.summary(tmp_path / "whole")["model_sha256"]
+    runs.assert_loads_as_evaluated(run_dir, data_dir, "best")
 
 
 @pytest.mark.parametrize(

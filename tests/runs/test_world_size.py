@@ -44,10 +44,10 @@ def results(run_dir: Path) -> dict[str, Any]:
     [
         ("v1 bf16", (1, 2, 3)),
         # The more processes share the processors, the slower they are; the same code runs on each.
-        pytest.param("v1 bf16", (1, 4, 6, 8), marks=pytest.mark.slow),
+        pytest.param("v1 bf16", (1, 4, 6, 8), marks=LONG),
         pytest.param("v2 fp32", (1, 2, 3, 4, 6, 8), marks=LONG),
         pytest.param("v2 fp64", (1, 2, 3), marks=pytest.mark.slow),
-        pytest.param("v1 fp16", (1, 2, 3), marks=pytest.mark.slow),
+        pytest.param("v1 fp16", (1, 2, 3), marks=LONG),
         pytest.param("v1 compiled", (1, 2), marks=LONG),
     ],
 )
@@ -102,3 +102,4 @@ def test_evaluate_counts_are_equal_for_any_world_size(ema_decay: str, data_dir: 
     assert results[1]["confusion"] == results[3]["confusion"]
     # The score that the run itself ended with, from the same weights.
     assert results[1]["confusion"] == runs.summary(run_dir)["test_confusion"]
+    runs.assert_loads_as_evaluated(run_dir, data_dir)

@@ -214,9 +214,9 @@ TESTED = {
     "python -m cifar_dist.export runs/mine --format onnx --fold_batch_norm True --merge_1x1 True --uint8_input True":
         "test_formats.py: test_files_compute_what_the_network_computes",
     "python -m cifar_dist.evaluate runs/mine --which best": "test_evaluate.py and test_run_directory.py",
-    "python -m cifar_dist.train --config configs/quickstart.yaml --model.weights runs/mine": "test_start_weights.py",
+    "python -m cifar_dist.train --config configs/quickstart.yaml --model.weights runs/mine": "test_weights.py",
     "python -m cifar_dist.train --model.weights googlenet.pth --model.stem imagenet --model.branch5x5 3x3 "
-    "--model.variant torchvision": "test_start_weights.py",
+    "--model.variant torchvision": "test_weights.py",
     "./launch/seeds configs/quickstart.yaml 3 --run.name exp": "test_seeds.py: test_stopped_and_gone_on",
     "./launch/sweep quickstart 3 --grid optim.lr=0.1,0.2 train.epochs=2,3 --data.train_on train":
         "test_sweep.py: test_every_combination_and_one_table",

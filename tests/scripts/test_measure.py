@@ -80,6 +80,7 @@ def test_the_speed_presets_need_a_gpu(data_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.data
 def test_a_part_that_takes_too_long_is_repeated(data_dir: Path, tmp_path: Path) -> None:
     """The run that was going on is stopped by its own signal, so it has saved; what came before is kept."""

@@ -92,6 +92,7 @@ def test_every_python_loads_the_extension(wheel: Path, tmp_path: Path, version: 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_built_again_it_has_the_same_bytes(wheel: Path, copied: Path) -> None:
     again = Path(build(where=copied).splitlines()[-1])
     assert again.parent == copied / "dist"

@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 
+import cifar_dist
+from cifar_dist.data import cifar10
+from cifar_dist.data.prepare import beton
 from cifar_dist.process import kill_process_tree
 
 REPOSITORY = Path(__file__).parents[2]
@@ -46,6 +49,20 @@ TWO_RANKS = (
 _WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 CPUS = [str(cpu) for cpu in sorted(os.sched_getaffinity(0))]
 ON_ONE_CPU = ("taskset", "-c", CPUS[_WORKER % len(CPUS)])
+
+
+@torch.inference_mode()
+def assert_loads_as_evaluated(path: Path, data_dir: Path, which: str | int = "last") -> None:
+    """The loaded model classifies the test images as `evaluate` says, in other batches."""
+    figures = finish(start(1, path, "--which", str(which), "--data_dir", data_dir, module="evaluate"))
+    expected = json.loads(figures[figures.index("{\n") :])["confusion"]
+    model = cifar_dist.load(path, which, "cpu")
+    images, labels = beton.read_arrays(data_dir / cifar10.TEST)
+    found = torch.zeros(10, 10, dtype=torch.int64)
+    for part, right in zip(*(torch.split(torch.from_numpy(x), 400) for x in (images, labels)), strict=True):
+        answers = model(model.preprocess(part.permute(0, 3, 1, 2))).argmax(1)
+        found += torch.bincount(10 * right + answers, minlength=100).view(10, 10)
+    assert found.tolist() == expected
 
 
 def command(world_size: int, module: str = "train") -> list[str]:

@@ -11,7 +11,7 @@ SIDE_ROOMS = ("cifar_dist.data.prepare", "cifar_dist.models.published")
 CORE = ("cifar_dist.config", "cifar_dist.distributed", "cifar_dist.data", "cifar_dist.models", "cifar_dist.training")
 BESIDE = (
     *SIDE_ROOMS, "cifar_dist.models.__main__", "cifar_dist.training.debug", "cifar_dist.training.score_checkpoint",
-    "cifar_dist.training.start_weights", "cifar_dist.training.summary", "cifar_dist.training.whitening",
+    "cifar_dist.training.weights", "cifar_dist.training.summary", "cifar_dist.training.whitening",
 )  # fmt: skip
 MODULES = {
     ".".join(["cifar_dist", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__"): path

@@ -1,9 +1,10 @@
-"""Weights that a run starts from (`model.weights`): of another run, an exported file, torchvision or Cadene."""
+"""Networks and weights from files: the scored network of a checkpoint, and the weights that a run starts from."""
 
 import hashlib
 import io
 import pickle
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from cifar_dist.cli import settings_of
-from cifar_dist.config import ModelConfig
+from cifar_dist.config import Config, ModelConfig
 from cifar_dist.distributed import World, broadcast_bytes, broadcast_from_main, run_and_sync_errors
 from cifar_dist.errors import CheckpointError, UserError, one_line
-from cifar_dist.models.network import main_weights
+from cifar_dist.models.architectures import create_model
+from cifar_dist.models.network import main_weights, without_auxiliary
 from cifar_dist.training import checkpoint
 from cifar_dist.training.run_directory import config_of, find_checkpoint
 
@@ -30,6 +32,30 @@ class StartWeights(NamedTuple):
     tensors: Mapping[str, Tensor]
     settings: Mapping[str, Any]
     sha256: str
+
+
+def scored_network(state: Mapping[str, Any], config: Config, origin: str) -> nn.Module:
+    """The network of a checkpoint as it is scored: the moving average if there is one, without auxiliary heads.
+
+    On the CPU, in the dtype of the checkpoint. Torch's random numbers stay as they were.
+
+    Raises:
+        UserError: its own network cannot be imported, or the weights are of another one.
+    """
+    with torch.random.fork_rng(devices=[]):
+        try:
+            network = without_auxiliary(create_model(replace(config.model, auxiliary=False)))
+        except UserError as error:
+            raise UserError(f"{origin} needs its network: {error}") from None
+    network.to(next(tensor.dtype for tensor in state["model"].values() if tensor.is_floating_point()))
+    checkpoint.load_weights(network, _scored_weights(state, config), origin)
+    return network
+
+
+def _scored_weights(state: Mapping[str, Any], config: Config) -> dict[str, Tensor]:
+    if config.optim.ema_decay is None:
+        return main_weights(state["model"])
+    return {name.removeprefix("module."): tensor for name, tensor in state["ema"].items() if name != "n_averaged"}
 
 
 def load_start_weights(model: nn.Module, config: ModelConfig, world: World) -> tuple[str, str]:
@@ -77,7 +103,7 @@ def decode(data: bytes, path: Path) -> StartWeights:
     if {"format", "model", "config"} <= state.keys():
         saved = checkpoint.decode(data, str(path))
         config = config_of(saved["config"], str(path))
-        tensors = saved["model"] if config.optim.ema_decay is None else _bare_average(saved["ema"])
+        tensors = saved["model"] if config.optim.ema_decay is None else _scored_weights(saved, config)
         settings = {key.removeprefix("model."): value for key, value in settings_of(config).items() if "model." in key}
         shaping = ("name", "stem", "width", "norm", "branch5x5", "variant")
         return StartWeights(tensors, {key: settings[key] for key in shaping}, sha256)
@@ -116,10 +142,6 @@ def _tensors(data: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise UserError(f"model.weights {path} holds a {type(state).__name__}, not the weights of a network by name.")
     return state
-
-
-def _bare_average(ema: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("module."): tensor for name, tensor in ema.items() if name != "n_averaged"}
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from cifar_dist.errors import UserError
 from cifar_dist.models.architectures import create_model
 from cifar_dist.training import checkpoint
 from cifar_dist.training.optim import Ema
-from cifar_dist.training.start_weights import copy_weights, decode
+from cifar_dist.training.weights import copy_weights, decode
 from tests.support import runs
 from tests.unit.models.test_convert import cadene_state, googlenet
 
