@@ -22,8 +22,10 @@ from tests.support import runs
 
 # Asserted numbers are those of CPUs, also on a machine with GPUs. Child processes inherit this.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# A shell starts what it puts in the background with Ctrl-C ignored, and child processes inherit that too.
+# What a shell puts in the background, and nohup starts, ignores these signals, and child processes inherit that, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+for _number in (signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(_number, signal.SIG_DFL)
 REPOSITORY = Path(__file__).parents[1]
 # Every process that a test starts inherits it, so that those left at the end are found.
 SESSION = "CIFAR_DIST_TEST_SESSION"
