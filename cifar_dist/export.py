@@ -1,6 +1,7 @@
 """Export a trained model: `python -m cifar_dist.export runs/NAME`.
 
-The exit code is 0 if all files were written, 1 if one failed its check, and 2 if the arguments are wrong.
+The exit code is 0 if all files were written, 1 if a format could not be written or failed its check, and 2 if the
+arguments are wrong.
 """
 
 import sys

@@ -3,6 +3,7 @@
 The exit code is 0 if all files were read, 1 if some were not, and 2 if nothing could be done.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,8 +55,7 @@ def _predict(arguments: PredictArguments) -> int:
 
     if not arguments.images:
         raise UserError("no picture is given, e.g. python -m cifar_dist.predict runs/mine cat.jpg")
-    # A name that exists is meant as it is, with any ~ or $ in it: a shell may have found it by a pattern.
-    files, skipped = find([name if Path(name).exists() else expand_path(name) for name in arguments.images])
+    files, skipped = find([_path(name) for name in arguments.images])
     with quick_imports():
         from cifar_dist.inference.classifier import load
         from cifar_dist.inference.prediction import json_lines, predict_files, some, table
@@ -75,6 +75,14 @@ def _predict(arguments: PredictArguments) -> int:
     for line in lines:
         print(line)
     return _exit_code(files, bad)
+
+
+def _path(name: str) -> str:
+    """`name` with ~ and $ expanded, unless there is such a file: a shell may have found it by a pattern."""
+    try:
+        return name if os.path.exists(name) else expand_path(name)  # noqa: PTH110 - Path raises for some names
+    except UserError:  # no such variable or user; the file is then named as missing, and the others are read
+        return name
 
 
 def _exit_code(files: Sequence[str], bad: Sequence[str]) -> int:

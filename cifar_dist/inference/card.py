@@ -7,17 +7,19 @@ from typing import Any
 import yaml
 
 from cifar_dist.cli import settings_of
-from cifar_dist.config import NUM_TEST, Config, to_plain
+from cifar_dist.config import NETWORKS, NUM_TEST, Config, to_plain
 from cifar_dist.files import sha256_of_file
 from cifar_dist.inference.classifier import Classifier
 from cifar_dist.training.summary import versions
 
 # Where files lie and how a run is watched: no part of the model.
-_LOCAL = ("run.dir", "run.name", "run.resume", "data.dir", "data.source", "data.stage_dir", "track.", "debug.")
+_LOCAL = (
+    "run.dir", "run.name", "run.resume", "data.dir", "data.source", "data.stage_dir", "model.weights", "track.",
+    "debug.",
+)  # fmt: skip
 _FILES = {
     "model.safetensors": "weights in fp32; needs torch and safetensors",
     "model.py": "the network for model.safetensors",
-    "config.json": "architecture, classes, mean and standard deviation of the pixels",
     "model.onnx": "ONNX, any batch size; needs onnxruntime",
     "model.pt2": "torch.export, any batch size; needs torch",
 }
@@ -36,14 +38,14 @@ class Measured:
     checks: dict[str, str]
 
 
-def model_card(model: Classifier, settings: dict[str, Any], measured: Measured, folder: Path) -> str:
-    """The text of README.md for the files in `folder`."""
+def model_card(model: Classifier, settings: dict[str, Any], measured: Measured, files: dict[str, Path]) -> str:
+    """The text of README.md. `files`: by name, where each of them lies now."""
     parts = [
         f"---\n{yaml.safe_dump(_metadata(model, measured), sort_keys=False)}---",
         f"# {settings['model_type']} for CIFAR-10",
         f"{_introduction(model)}\n\n## Scores\n\n{_scores(model, measured)}",
-        f"## Files\n\n{_files(folder, measured)}",
-        f"## Use\n\n{_use(folder, settings)}",
+        f"## Files\n\n{_files(files, measured)}",
+        f"## Use\n\n{_use(files, settings)}",
         f"## Input\n\n{_input(settings)}",
         f"## Training\n\n{_training(model, settings)}",
         _LIMITS,
@@ -52,8 +54,9 @@ def model_card(model: Classifier, settings: dict[str, Any], measured: Measured, 
 
 
 def _metadata(model: Classifier, measured: Measured) -> dict[str, Any]:
+    family = ("googlenet", "inception") if model.config.model.name in NETWORKS else ()
     metadata: dict[str, Any] = {
-        "tags": ["cifar10", "googlenet", "inception", "pytorch"],
+        "tags": ["cifar10", *family, "pytorch"],
         "datasets": ["cifar10"],
         "metrics": ["accuracy"],
         "pipeline_tag": "image-classification",
@@ -72,15 +75,12 @@ def _metadata(model: Classifier, measured: Measured) -> dict[str, Any]:
 
 
 def _introduction(model: Classifier) -> str:
-    config = model.config.model
-    return (
-        f"Trained with cifar_dist; {config.stem} stem, width {config.width:g}, step {model.origin.step}. Classes: "
-        f"{', '.join(model.classes)}."
-    )
+    title, step = model.config.model.title, model.origin.step
+    return f"Trained with cifar_dist; {title}, step {step}. Classes: {', '.join(model.classes)}."
 
 
 def _scores(model: Classifier, measured: Measured) -> str:
-    rows = list[tuple[str, str, str, str]]()
+    rows, precision = list[tuple[str, str, str, str]](), model.origin.state["precision"]
     if measured.accuracy is not None:
         rows.append(("these files", "fp32", f"{measured.accuracy:.2%}", f"{NUM_TEST:,} test images"))
     for split, told in (("test", "test"), ("val", "validation")):
@@ -88,24 +88,24 @@ def _scores(model: Classifier, measured: Measured) -> str:
             value = model.scores.get(f"{split}/{key}")
             if value is not None:
                 n = int(model.scores[f"{split}/n"])
-                rows.append((f"the run{views}", model.precision.name, f"{value:.2%}", f"{n:,} {told} images"))
+                rows.append((f"the run{views}", precision, f"{value:.2%}", f"{n:,} {told} images"))
     if not rows:
         return "Not measured: the test images were not there, and the run did not score this step."
     lines = [f"| {' | '.join(row)} |" for row in (("what", "precision", "accuracy", "n"), ("---",) * 4, *rows)]
     return "\n".join(lines)
 
 
-def _files(folder: Path, measured: Measured) -> str:
+def _files(files: dict[str, Path], measured: Measured) -> str:
     lines = ["| file | what it is | bytes | SHA-256 |", "| --- | --- | --- | --- |"]
     for name, told in _FILES.items():
-        path = folder / name
-        if path.exists():
-            lines.append(f"| {name} | {told} | {path.stat().st_size:,} | {sha256_of_file(path)} |")
+        if name in files:
+            lines.append(f"| {name} | {told} | {files[name].stat().st_size:,} | {sha256_of_file(files[name])} |")
+    lines.append("| config.json | architecture, classes, mean and standard deviation of the pixels, SHA-256 | | |")
     checks = [f"- {format_}: {text}." for format_, text in measured.checks.items()]
     return "\n".join([*lines, "", "Checked at the export, all in fp32 on a CPU:", "", *checks])
 
 
-def _use(folder: Path, settings: dict[str, Any]) -> str:
+def _use(files: dict[str, Path], settings: dict[str, Any]) -> str:
     """An example for each file, which runs in the folder of the files."""
     raw = settings["uint8_input"]
     numpy_constants = 'mean, std = (np.float32(config[key]).reshape(3, 1, 1) for key in ("mean", "std"))\n'
@@ -137,9 +137,9 @@ def _use(folder: Path, settings: dict[str, Any]) -> str:
         f'```python\nimport json\n{imports}\nconfig = json.load(open("config.json"))\n{constants}{code}'
         'print([config["classes"][k] for k in logits.argmax(1).tolist()])\n```'
         for name, (imports, constants, code) in examples.items()
-        if (folder / name).exists()
+        if name in files
     ]
-    if (folder / "model.safetensors").exists() and "rows" not in settings:
+    if "model.safetensors" in files and "rows" not in settings:
         blocks.append(
             "model.safetensors has no model.py, as the network is not one of cifar_dist's. It is the state dict of "
             "that network, after `cifar_dist.inference.variants.prepare`."
@@ -162,18 +162,25 @@ def _input(settings: dict[str, Any]) -> str:
 
 
 def _training(model: Classifier, settings: dict[str, Any]) -> str:
-    origin, summary = model.origin, model.origin.summary()
+    origin, summary = model.origin, model.origin.summary
+    unseen, weights = "No test image was used in training.", ""
     lines = [f"- model_sha256: {settings['model_sha256']} (the trained parameters, as in the run's summary.json)"]
     if summary:
         lines.append(f"- commit of cifar_dist: {summary['git_commit']}; trained with {_told(summary['versions'])}")
         lines.append(
             f"- {', '.join(summary['device_names'])}; {summary['world_size']} processes, {summary['precision']}"
         )
+    if model.config.model.weights is not None:
+        unseen = (
+            "The run used no test image in training; what the weights it started from were trained on is not known."
+        )
+        weights, digest = " --model.weights FILE", origin.state["weights_sha256"] or "unknown"
+        lines.append(f"- started from the weights in a FILE with the SHA-256 {digest}")
     lines.append(f"- exported with {_told(versions())}")
     score = f"python -m cifar_dist.evaluate RUN --which {origin.step}"
     return "\n".join(
         [
-            "Dataset: CIFAR-10 (Krizhevsky 2009). No test image was used in training.",
+            f"Dataset: CIFAR-10 (Krizhevsky 2009). {unseen}",
             "",
             *lines,
             "",
@@ -182,7 +189,7 @@ def _training(model: Classifier, settings: dict[str, Any]) -> str:
             "",
             f"```yaml\n{_changed(model.config)}```",
             "",
-            "    python -m cifar_dist.train --config train.yaml --run.name mine",
+            f"    python -m cifar_dist.train --config train.yaml --run.name mine{weights}",
             "",
             "To measure the scores of the run directory RUN again, in the run's precision and in that of these files:",
             "",

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,10 @@ from cifar_dist.training.schedule import Schedule
 from cifar_dist.training.summary import sha256_of_parameters
 
 TTA = {"none": 1, "flip": 2, "six": 4}  # sum of the weights of the views
+KEPT = ("step", "precision", "weights_sha256", "last_validation", "validation_due")  # of a checkpoint, by `Origin`
+# In fp32 oneDNN rounds otherwise in small batches than in large ones. With torch 2.15 on a Xeon with AVX-512 and AMX,
+# logits of inception_v1 and inception_v2 in batches of 1 to 15 differ from those in one of 64 (at width 0.0625 in
+# batches of 1 and 2), those in 16 to 63 do not. Another CPU, or another torch, may differ by rounding all the same.
 _EXACT_BATCH = 16
 
 
@@ -48,9 +53,18 @@ class Classifier(nn.Module):
         self.network = network.to(device, precision.parameters)
         if origin.config.train.channels_last:
             self.network.to(memory_format=torch.channels_last)
-        self.origin, self.precision, self.device = origin, precision, device
+        self.origin, self.precision = origin, precision
         self.classes, self.config, self.scores = CLASSES, origin.config, origin.scores()
         self.eval().requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters, so of images and logits, too."""
+        return next(self.network.parameters()).dtype
 
     def preprocess(self, pictures: Picture | Sequence[Picture]) -> Tensor:
         """Normalised images (N, 3, 32, 32) on the device, of one picture or a list; docs/models.md has the rules.
@@ -58,20 +72,22 @@ class Classifier(nn.Module):
         Raises:
             ImageError: a picture cannot be used.
         """
-        return normalize(to_uint8(pictures).to(self.device), self.precision.parameters)
+        return normalize(to_uint8(pictures).to(self.device), self.dtype)
 
     def forward(self, images: Tensor) -> Tensor:
-        n = len(images)
+        n, device, dtype = len(images), self.device, self.dtype
         if not n:
-            return torch.zeros(0, len(self.classes), dtype=self.precision.parameters, device=self.device)
-        images = images.to(self.device, self.precision.inputs)
-        if self.device.type == "cpu" and self.precision.inputs == self.precision.parameters:
-            # In fp32 oneDNN rounds otherwise in small batches than in large ones.
+            return torch.zeros(0, len(self.classes), dtype=dtype, device=device)
+        # After double() or half() nothing is cast: that is another precision than the run's.
+        inputs = self.precision.inputs if dtype == self.precision.parameters else dtype
+        images = images.to(device, inputs)
+        if device.type == "cpu" and inputs == dtype:
             images = torch.cat((images, images.new_zeros(-n % _EXACT_BATCH, *images.shape[1:])))
         images = images.contiguous(memory_format=torch.channels_last)
-        with reproducible(self.device), _tf32(self.config.train.tf32), self.precision.autocast():
+        autocast = torch.autocast(device.type, inputs, enabled=inputs != dtype)
+        with reproducible(device), _tf32(self.config.train.tf32), autocast:
             logits: Tensor = self.network(images)
-        return logits[:n].to(self.precision.parameters)
+        return logits[:n].to(dtype)
 
     @torch.inference_mode()
     def predict(
@@ -105,11 +121,14 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Origin:
-    """The checkpoint that a model was loaded from."""
+    """The checkpoint that a model was loaded from, without its tensors."""
 
     path: Path
     state: dict[str, Any]
+    """The entries `KEPT`."""
     config: Config
+    model_sha256: str
+    """Of the trained parameters, as in summary.json."""
 
     @property
     def step(self) -> int:
@@ -121,16 +140,11 @@ class Origin:
         folder = self.path.parent
         return folder.parent if folder.name == "checkpoints" else folder
 
-    def model_sha256(self) -> str:
-        """The digest of the trained parameters, as in summary.json."""
-        model = create_model(self.config.model)
-        checkpoint.load_weights(model, self.state["model"], str(self.path))
-        return sha256_of_parameters(model)
-
+    @cached_property
     def summary(self) -> dict[str, Any]:
         """summary.json of the run, if the checkpoint is its final one; else empty."""
         found = read_json(self.directory / "summary.json")
-        same = found.get("steps") == self.step and found.get("model_sha256") == self.model_sha256()
+        same = found.get("steps") == self.step and found.get("model_sha256") == self.model_sha256
         return found if same else {}
 
     def scores(self) -> dict[str, float]:
@@ -144,13 +158,16 @@ class Origin:
         due = data.train_on == "train" and schedule.should_validate(self.step) and not self.state["validation_due"]
         scores = dict(validation) if due and validation else {}
         keys = ("test_accuracy", "test_accuracy_tta", "test_n", "test_loss")
-        found = self.summary()
+        found = self.summary
         tested = {key.replace("_", "/", 1): found[key] for key in keys if found.get(key) is not None}
         return scores | tested
 
 
 def load(run_or_checkpoint: str | Path, which: str | int = "last", device: Device = "auto") -> Classifier:
     """The trained model of a run directory or of a step-*.pt file, ready to classify.
+
+    A checkpoint that names an own network (module:name) imports that module, which runs its code. If it comes from
+    others, look at model.name in its config.yaml first.
 
     Args:
         which: of a run directory: last, best (by validation accuracy) or a step.
@@ -175,7 +192,14 @@ def load(run_or_checkpoint: str | Path, which: str | int = "last", device: Devic
         checkpoint.load_weights(ema, state["ema"], str(path))
         network = ema.module
     target = _device(device)
-    return Classifier(network, Origin(path, state, config), choose_precision(config.train.precision, target), target)
+    origin = Origin(path, {key: state[key] for key in KEPT}, config, _model_sha256(path, state, config))
+    return Classifier(network, origin, choose_precision(config.train.precision, target), target)
+
+
+def _model_sha256(path: Path, state: dict[str, Any], config: Config) -> str:
+    model = create_model(config.model).to(Precision(state["precision"], "cpu").parameters)
+    checkpoint.load_weights(model, state["model"], str(path))
+    return sha256_of_parameters(model)
 
 
 def _device(wanted: str) -> torch.device:

@@ -1,6 +1,8 @@
 """Writes a trained network as files that need no cifar_dist, and checks them: `python -m cifar_dist.export`."""
 
 import copy
+import hashlib
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from cifar_dist.data import augment, cifar10
 from cifar_dist.data.prepare.beton import read_arrays
 from cifar_dist.errors import UserError, explain_os_error, one_line
-from cifar_dist.files import read_json, sha256_of_file, write_bytes_atomic
+from cifar_dist.files import read_json, sha256_of_file, to_json, write_bytes_atomic
 from cifar_dist.inference import formats
 from cifar_dist.inference.card import Measured, model_card
 from cifar_dist.inference.classifier import Classifier, load
@@ -29,7 +31,7 @@ TABLES = {
 }
 WRITTEN_BY = "cifar_dist.export"
 NUM_CHECKED, MAX_DIFFERENCE = 1_000, 1e-4
-CARD = "README.md"
+CARD, CONFIG = "README.md", "config.json"
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Samples(NamedTuple):
 
 
 def export(request: Request, log: Callable[[str], None]) -> list[str]:
-    """Write the files, check them, and put them into the folder, the model card last. Returns what failed.
+    """Write the files, check them, and put them into the folder. Returns what failed.
 
     Raises:
         UserError: the checkpoint, an option or the folder cannot be used, or a package is missing.
@@ -72,8 +74,8 @@ def export(request: Request, log: Callable[[str], None]) -> list[str]:
     out = request.out or model.origin.directory / "export"
     network = copy.deepcopy(model.network).float().to(memory_format=torch.contiguous_format)
     settings = _settings(model, network, request.options)
-    earlier = _earlier(out, settings)
     with explain_os_error(f"the folder {out} cannot be written", "Choose another --out."):
+        earlier = _earlier(out)
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
     try:
@@ -83,27 +85,30 @@ def export(request: Request, log: Callable[[str], None]) -> list[str]:
         raise UserError(one_line(error)) from None
     samples = _samples(request.data_dir or model.config.data.dir)
     accuracy = _accuracy(exported, samples, request.options.uint8_input, log)
-    checks, failures = dict[str, str](), list[str]()
-    with tempfile.TemporaryDirectory(prefix="cifar_dist-export-") as name:
+    checks, failures, new = dict[str, str](), list[str](), dict[str, Path]()
+    temporary = explain_os_error("temporary files cannot be written", "Set TMPDIR to another folder.")
+    with temporary, tempfile.TemporaryDirectory(prefix="cifar_dist-export-") as name:
         for format_ in request.formats:
             folder = Path(name, format_)
-            folder.mkdir()
             try:
+                folder.mkdir()
                 formats.write(format_, folder, exported, settings)
                 checks[format_] = check(format_, folder, network, samples, plain)
-                log(f"{format_}: {checks[format_]}")
+                new |= {file.name: file for file in sorted(folder.iterdir()) if file.name in formats.FILES[format_]}
             except CheckError as error:
                 failures.append(f"{format_} is not written: {error}")
-        with explain_os_error(f"the folder {out} cannot be written", "Choose another --out."):
-            for format_ in checks:
-                for file in sorted(Path(name, format_).iterdir()):
-                    write_bytes_atomic(out / file.name, file.read_bytes())
-            for path in earlier if checks else ():
-                _remove_unless_new(path, checks, log)
-            if checks:
-                measured = Measured(accuracy, samples.told, checks)
-                write_bytes_atomic(out / CARD, model_card(model, settings, measured, out).encode())
-                log(f"written to {out}: {', '.join(sorted(path.name for path in _ours(out)))}")
+            except Exception as error:  # noqa: BLE001 - the exporters raise errors of many types
+                failures.append(f"{format_} is not written: {type(error).__name__}: {one_line(error)}")
+            else:
+                log(f"{format_}: {checks[format_]}")
+        if checks:
+            del new[CONFIG]  # `_put` writes one for all formats
+            same = _is_of(out, settings)
+            kept = {path.name: path for path in earlier if same and path.name not in (*new, CARD)}
+            card, measured = Path(name, CARD), Measured(accuracy, samples.told, checks)
+            card.write_text(model_card(model, settings, measured, new | kept), encoding="utf-8")
+            with explain_os_error(f"the folder {out} cannot be written", "Choose another --out."):
+                _put(out, earlier, {**new, **kept, CARD: card}, settings, log)
     return failures
 
 
@@ -119,7 +124,7 @@ def check(format_: str, folder: Path, network: nn.Module, samples: Samples, plai
     """
     images = samples.images[:NUM_CHECKED]
     normalized = augment.normalize(images, torch.float32)
-    given = images if read_json(folder / "config.json")["uint8_input"] else normalized.contiguous()
+    given = images if read_json(folder / CONFIG)["uint8_input"] else normalized.contiguous()
     with torch.inference_mode():
         expected = torch.cat([network(batch) for batch in torch.split(normalized, 200)])
     try:
@@ -152,7 +157,8 @@ def _settings(model: Classifier, network: nn.Module, options: Options) -> dict[s
     return {
         "written_by": WRITTEN_BY,
         "model_type": config.name,
-        "model_sha256": model.origin.model_sha256(),
+        "model_sha256": model.origin.model_sha256,
+        "network_sha256": _digest(network),
         "step": model.origin.step,
         "classes": model.classes,
         "mean": augment.MEAN,
@@ -185,27 +191,59 @@ def _accuracy(model: nn.Module, samples: Samples, uint8_input: bool, log: Callab
     return correct / len(samples.labels)
 
 
-def _ours(out: Path) -> list[Path]:
-    """The files in `out` with names of an export."""
-    names = {CARD, *(name for files in formats.FILES.values() for name in files)}
-    return [path for path in (out / name for name in sorted(names)) if path.exists()]
-
-
-def _earlier(out: Path, settings: dict[str, Any]) -> list[Path]:
-    """The files in `out` of an earlier export of another model, or with other options.
+def _earlier(out: Path) -> list[Path]:
+    """The files in `out` that an earlier export wrote, but for config.json.
 
     Raises:
-        UserError: there are files of such names that no export wrote.
+        UserError: there are files of such names that config.json does not list with their SHA-256.
     """
-    found, before = _ours(out), read_json(out / "config.json")
-    if found and before.get("written_by") != WRITTEN_BY:
-        names = ", ".join(path.name for path in found)
-        raise UserError(f"{out} holds {names}, which no export wrote. Choose another --out.")
-    keys = ("model_sha256", "step", *asdict(Options()))
-    return [] if all(before.get(key) == settings[key] for key in keys) else found
+    before, found = read_json(out / CONFIG), list[Path]()
+    ours = before.get("written_by") == WRITTEN_BY
+    listed, others = before.get("files", {}) if ours else {}, list[str]()
+    for name in sorted({CARD, *(name for files in formats.FILES.values() for name in files)}):
+        path = out / name
+        if name in listed and path.is_file() and sha256_of_file(path) == listed[name]:
+            found.append(path)
+        elif (path.exists() or path.is_symlink()) and not (name == CONFIG and ours):
+            others.append(name)
+    if others:
+        raise UserError(
+            f"{out} holds {', '.join(others)}, which no export wrote, or which changed since. Choose another --out."
+        )
+    return found
 
 
-def _remove_unless_new(path: Path, checks: dict[str, str], log: Callable[[str], None]) -> None:
-    if path.name != CARD and not any(path.name in formats.FILES[format_] for format_ in checks):
-        path.unlink()
-        log(f"removed {path}, of an earlier export of another model or with other options")
+def _is_of(out: Path, settings: dict[str, Any]) -> bool:
+    """Whether the earlier files in `out` are of the same model, with the same options."""
+    before = read_json(out / CONFIG)
+    before.pop("files", None)
+    same: bool = before == json.loads(to_json(settings))
+    return same
+
+
+def _put(
+    out: Path, earlier: list[Path], files: dict[str, Path], settings: dict[str, Any], log: Callable[[str], None]
+) -> None:
+    """Replace the `earlier` files in `out` by `files`, some of which may be there already.
+
+    Whenever it is interrupted, the files in `out` are of one model, and config.json lists them.
+    """
+    for path in earlier:
+        if files.get(path.name) != path:
+            path.unlink()
+        if path.name not in files:
+            log(f"removed {path}, of an earlier export of another model or with other options")
+    listed = {name: sha256_of_file(path) for name, path in files.items()}
+    write_bytes_atomic(out / CONFIG, to_json({**settings, "files": listed}).encode())
+    for name, path in files.items():
+        if path.parent != out:
+            write_bytes_atomic(out / name, path.read_bytes())
+    log(f"written to {out}: {', '.join(sorted([CONFIG, *files]))}")
+
+
+def _digest(network: nn.Module) -> str:
+    """SHA-256 over the parameters and buffers: of a moving average another than the trained parameters'."""
+    digest = hashlib.sha256()
+    for value in (*network.parameters(), *network.buffers()):
+        digest.update(value.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -55,7 +55,8 @@ def _write_safetensors(folder: Path, model: nn.Module, settings: Settings) -> No
     from safetensors.torch import save_file
 
     inner = model.network if isinstance(model, variants.FromUint8) else model
-    weights = {name: value.contiguous() for name, value in inner.state_dict().items()}
+    # Copies, as safetensors refuses tensors that share memory.
+    weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in inner.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     if "rows" in settings:
         (folder / "model.py").write_text(source(), encoding="utf-8")

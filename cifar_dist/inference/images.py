@@ -143,7 +143,7 @@ def find(names: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     files, skipped = list[str](), list[str]()
     for name in names:
-        if not Path(name).is_dir():
+        if not os.path.isdir(name):  # noqa: PTH112 - Path raises for some names
             files.append(name)
             continue
         for folder, subfolders, inside in os.walk(name, onerror=lambda error: files.append(error.filename)):

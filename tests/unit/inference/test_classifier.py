@@ -16,6 +16,7 @@ from cifar_dist.inference.classifier import Origin
 from cifar_dist.models.architectures import create_model
 from cifar_dist.training import checkpoint
 from cifar_dist.training.optim import Ema
+from cifar_dist.training.summary import sha256_of_parameters
 
 NOISE = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
 SMALL = Config(model=ModelConfig(width=0.0625, auxiliary=True), train=TrainConfig(device="cpu"))
@@ -26,7 +27,7 @@ def saved(folder: Path, config: Config) -> tuple[Path, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     model = create_model(config.model)
     state: dict[str, Any] = {"config": to_yaml(config), "statistics": True, "model": model.state_dict()}
-    state |= {"last_validation": None, "validation_due": False}
+    state |= {"last_validation": None, "validation_due": False, "precision": config.train.precision}
     expected = {name: value for name, value in model.state_dict().items() if not name.startswith("auxiliary.")}
     if config.optim.ema_decay is not None:
         ema = Ema(create_model(replace(config.model, auxiliary=False)), config.optim.ema_decay)
@@ -60,6 +61,32 @@ def test_bits_do_not_depend_on_the_batch(tmp_path: Path, precision: Any, dtype: 
     assert model.predict([]) == []
 
 
+def test_the_digest_of_a_run_in_fp64(tmp_path: Path) -> None:
+    config = replace(SMALL, train=replace(SMALL.train, precision="fp64"))
+    path, _ = saved(tmp_path, config)
+    state = checkpoint.decode(path.read_bytes(), "")
+    network = create_model(config.model).double()
+    network.load_state_dict(state["model"])
+    for parameter in network.parameters():
+        parameter.data *= 1 + 1e-12  # which fp32 does not hold
+    checkpoint.write(tmp_path, 5, checkpoint.encode(5, state | {"model": network.state_dict()}))
+    assert cifar_dist.load(path, device="cpu").origin.model_sha256 == sha256_of_parameters(network)
+
+
+def test_a_model_that_was_moved(tmp_path: Path) -> None:
+    """To another precision or device, by torch's own methods."""
+    path, _ = saved(tmp_path, replace(SMALL, train=replace(SMALL.train, precision="bf16")))
+    model = cifar_dist.load(path, device="cpu")
+    expected = model(model.preprocess(list(NOISE)))
+    images = model.double().preprocess(list(NOISE))
+    assert images.dtype == model(images).dtype == model(images[:0]).dtype == torch.float64
+    torch.testing.assert_close(model(images).float(), expected, rtol=0.1, atol=0.1)
+    assert model.predict(NOISE[0])[0][0].name in model.classes
+    assert torch.equal(model.float()(images), expected), "as the run again"
+    assert model.to("meta").device.type == "meta"
+    assert model.preprocess(list(NOISE)).device.type == model(images[:0]).device.type == "meta"
+
+
 def test_a_validation_counts_for_its_own_step_only(tmp_path: Path) -> None:
     data = DataConfig(subset=1920)  # 60 steps of 32
     train = TrainConfig(batch_size=32, micro_batch_size=16, epochs=3)
@@ -68,7 +95,7 @@ def test_a_validation_counts_for_its_own_step_only(tmp_path: Path) -> None:
 
     def scores(step: int, config: Config = config, due: bool = False) -> dict[str, float]:
         state = {"step": step, "last_validation": validation, "validation_due": due}
-        return Origin(tmp_path / "step.pt", state, config).scores()
+        return Origin(tmp_path / "step.pt", state, config, "").scores()
 
     assert scores(120) == scores(180) == validation
     assert scores(60) == scores(121) == scores(120, due=True) == {}

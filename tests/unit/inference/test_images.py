@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cifar_dist import predict
 from cifar_dist.inference import images
 from cifar_dist.inference.images import ImageError, read, to_uint8
 
@@ -138,6 +140,34 @@ def test_bad_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ImageError, match=r"bomb\.png: has more than 1,000 pixels"):
         to_uint8(str(tmp_path / "bomb.png"))
+
+
+def test_names_that_the_system_refuses_are_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is too long, one in a folder that may not be searched, and names of no variable and no user."""
+    for name in ("$HERE.png", "~.png"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HERE", "there")
+    names = ["x" * 300, "gone$NOPE.png", "~nobody_here/a.png", "$HERE.png", "./$HERE.jpg"]
+    expected = [*names[:4], "./there.jpg"]
+    assert [predict._path(name) for name in names] == expected
+    assert images.find(expected) == (expected, [])
+    with pytest.raises(ImageError, match=r"x: File name too long"):
+        to_uint8(names[0])
+    locked = tmp_path / "locked"
+    (locked / "folder").mkdir(parents=True)
+    stat = os.stat
+
+    def refuse(path: Any, *args: Any, **options: Any) -> os.stat_result:  # root may search every folder
+        if Path(path).is_relative_to(locked / "folder"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    name = str(locked / "folder/a.png")
+    assert images.find([predict._path(name)]) == ([name], [])
+    with pytest.raises(ImageError, match=r"a\.png: Permission denied"):
+        to_uint8(name)
 
 
 def test_folders_are_searched(tmp_path: Path) -> None:
