@@ -1,8 +1,9 @@
 """A trained network that is ready to classify pictures: the work of `cifar_dist.load`."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,14 +18,13 @@ from cifar_dist.errors import CheckpointError, UserError
 from cifar_dist.files import read_json
 from cifar_dist.inference.images import Picture, to_uint8
 from cifar_dist.models.architectures import create_model
-from cifar_dist.models.network import main_weights, without_auxiliary
 from cifar_dist.training import checkpoint
 from cifar_dist.training.evaluation import further_views
-from cifar_dist.training.optim import Ema
 from cifar_dist.training.precision import Precision, choose_precision, reproducible
 from cifar_dist.training.run_directory import config_of, find_checkpoint
 from cifar_dist.training.schedule import Schedule
 from cifar_dist.training.summary import sha256_of_parameters
+from cifar_dist.training.weights import scored_network
 
 TTA = {"none": 1, "flip": 2, "six": 4}  # sum of the weights of the views
 KEPT = ("step", "precision", "weights_sha256", "last_validation", "validation_due")  # of a checkpoint, by `Origin`
@@ -181,23 +181,18 @@ def load(run_or_checkpoint: str | Path, which: str | int = "last", device: Devic
     if not state["statistics"]:
         raise CheckpointError(
             f"{path} has no batch-norm statistics, so its model cannot be used yet. Write it again with them:\n"
-            f"  python -m cifar_dist.evaluate {path} --write_statistics True"
+            f"  python -m cifar_dist.evaluate {shlex.quote(str(path))} --write_statistics True"
         )
     config = config_of(state["config"], str(path))
-    network = without_auxiliary(create_model(replace(config.model, auxiliary=False)))  # they only help training
-    if config.optim.ema_decay is None:
-        checkpoint.load_weights(network, main_weights(state["model"]), str(path))
-    else:
-        ema = Ema(network, config.optim.ema_decay)
-        checkpoint.load_weights(ema, state["ema"], str(path))
-        network = ema.module
+    network = scored_network(state, config, str(path))
     target = _device(device)
     origin = Origin(path, {key: state[key] for key in KEPT}, config, _model_sha256(path, state, config))
     return Classifier(network, origin, choose_precision(config.train.precision, target), target)
 
 
 def _model_sha256(path: Path, state: dict[str, Any], config: Config) -> str:
-    model = create_model(config.model).to(Precision(state["precision"], "cpu").parameters)
+    with torch.random.fork_rng(devices=[]):
+        model = create_model(config.model).to(Precision(state["precision"], "cpu").parameters)
     checkpoint.load_weights(model, state["model"], str(path))
     return sha256_of_parameters(model)
 
