@@ -71,12 +71,17 @@ def test_loaded_checkpoints_score_what_evaluate_says(
 
 
 def test_small_batches_and_views(short_run: Path, cifar: Cifar10) -> None:
-    """Equal bits in any batch; the mean over views is what evaluation counts."""
+    """Equal answers in any batch; the mean over views is what evaluation counts."""
     model = cifar_dist.load(short_run / "checkpoints/step-00000060.pt")
     pictures = [Image.fromarray(pixels) for pixels in cifar.test_images[:40]]
     whole = model.predict(pictures, top_k=10)
-    assert [model.predict(picture, top_k=10)[0] for picture in pictures[:5]] == whole[:5]
-    assert model.predict(pictures, top_k=10, batch_size=7) == whole
+    single = [model.predict(picture, top_k=10)[0] for picture in pictures[:5]]
+    for found, expected in ((single, whole[:5]), (model.predict(pictures, top_k=10, batch_size=7), whole)):
+        assert [[answer.name for answer in row] for row in found] == [
+            [answer.name for answer in row] for row in expected
+        ]
+        probabilities = [answer.probability for row in expected for answer in row]
+        assert [answer.probability for row in found for answer in row] == pytest.approx(probabilities, abs=1e-5)
     assert [sum(found.probability for found in row) for row in whole] == pytest.approx([1.0] * 40)
     assert all(row == sorted(row, key=lambda found: -found.probability) for row in whole)
     images = model.preprocess(pictures)
@@ -217,7 +222,9 @@ def test_exported_files_score_what_evaluate_says_without_cifar_dist(
     assert result.returncode == 0, result.stderr
     *examples, last = result.stdout.splitlines()
     scores, imported = json.loads(last)
-    assert scores == {"safetensors": last_score, "onnx": last_score, "torch_export": last_score}
+    assert scores.keys() == {"safetensors", "onnx", "torch_export"}
+    # Equal where it was tried. Elsewhere one of 10,000 answers may hang on the last bit.
+    assert all(abs(score - last_score) <= 1 for score in scores.values()), (scores, last_score)
     assert imported == []
     assert len(examples) == 3
     assert len(set(examples)) == 1

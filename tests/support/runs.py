@@ -62,7 +62,8 @@ def assert_loads_as_evaluated(path: Path, data_dir: Path, which: str | int = "la
     for part, right in zip(*(torch.split(torch.from_numpy(x), 400) for x in (images, labels)), strict=True):
         answers = model(model.preprocess(part.permute(0, 3, 1, 2))).argmax(1)
         found += torch.bincount(10 * right + answers, minlength=100).view(10, 10)
-    assert found.tolist() == expected
+    # Equal where it was tried. On another processor one of 10,000 answers may hang on the last bit.
+    assert int((found - torch.tensor(expected)).abs().sum()) <= 2
 
 
 def command(world_size: int, module: str = "train") -> list[str]:
