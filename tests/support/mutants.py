@@ -110,6 +110,12 @@ MUTANTS = (
     Mutant("no recalibration", "training/trainer.py",
            "self.evaluator.recalibrate(self.loader, bn_samples(self.split, self.config.eval))", "pass",
            ("test_trainer.py::test_what_is_validated_and_saved_has_the_statistics_of_its_weights",)),
+    Mutant("no statistics in checkpoints between validations", "training/trainer.py", "if validate or save or ",
+           "if validate or ", ("test_trainer.py::test_every_checkpoint_has_the_statistics_of_its_weights",)),
+    Mutant("saved after its statistics when stopped", "training/trainer.py",
+           "        if not self.evaluator.norms:\n            self._recalibrate()\n        self.save()\n",
+           "        self._recalibrate()\n        self.save()\n",
+           ("test_trainer.py::test_a_stopped_run_is_saved_before_its_statistics[error1]",)),
     # Files.
     Mutant("no fsync of the file", "files.py", "            os.fsync(file.fileno())\n", "",
            ("test_files.py::test_all_bytes_are_on_the_disk_before_the_rename_and_the_rename_at_the_end",)),
