@@ -75,6 +75,7 @@ class Classifier(nn.Module):
         return normalize(to_uint8(pictures).to(self.device), self.dtype)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, 10) of normalised images (N, 3, 32, 32)."""
         n, device, dtype = len(images), self.device, self.dtype
         if not n:
             return torch.zeros(0, len(self.classes), dtype=dtype, device=device)

@@ -1,7 +1,6 @@
 """Writes a trained network as files that need no cifar_dist, and checks them: `python -m cifar_dist.export`."""
 
 import copy
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from cifar_dist.inference.classifier import Classifier, load
 from cifar_dist.inference.variants import FromUint8, prepare
 from cifar_dist.models import architectures
 from cifar_dist.models.network import InceptionNetwork
+from cifar_dist.training.summary import sha256_of_tensors
 
 TABLES = {
     "inception_v1": architectures.V1,
@@ -158,7 +158,8 @@ def _settings(model: Classifier, network: nn.Module, options: Options) -> dict[s
         "written_by": WRITTEN_BY,
         "model_type": config.name,
         "model_sha256": model.origin.model_sha256,
-        "network_sha256": _digest(network),
+        # Of a moving average another than the trained parameters'.
+        "network_sha256": sha256_of_tensors((*network.parameters(), *network.buffers())),
         "step": model.origin.step,
         "classes": model.classes,
         "mean": augment.MEAN,
@@ -239,11 +240,3 @@ def _put(
         if path.parent != out:
             write_bytes_atomic(out / name, path.read_bytes())
     log(f"written to {out}: {', '.join(sorted([CONFIG, *files]))}")
-
-
-def _digest(network: nn.Module) -> str:
-    """SHA-256 over the parameters and buffers: of a moving average another than the trained parameters'."""
-    digest = hashlib.sha256()
-    for value in (*network.parameters(), *network.buffers()):
-        digest.update(value.detach().contiguous().numpy().tobytes())
-    return digest.hexdigest()

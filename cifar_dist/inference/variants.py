@@ -99,7 +99,7 @@ def _norms(network: nn.Module) -> list[nn.Module]:
 
 
 def merged(layers: Sequence[ConvNormAct]) -> nn.Sequential:
-    """1x1 convolutions on one input, with norm and ReLU, as one whose outputs are theirs, concatenated by channel."""
+    """One 1x1 convolution, norm and ReLU in place of several on one input; outputs are concatenated by channel."""
     convs, norms = [layer.conv for layer in layers], [layer.norm for layer in layers if layer.norm is not None]
     biases = [conv.bias for conv in convs if conv.bias is not None]
     channels = sum(conv.out_channels for conv in convs)

@@ -24,7 +24,7 @@ def profiler(
     """Record `num_steps` of the `steps_left` of this process, after some others, if there are enough.
 
     Gives the function to call after each step. `folder` gets rank-N.json.gz, the trace, and rank-N.txt, the table of
-    the operations that take longest. What fails is a warning; training goes on.
+    the operations that take longest. A failure is a warning and does not end the run.
     """
     if not num_steps or not steps_left:
         yield lambda: None

@@ -8,12 +8,13 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cifar_dist import __version__
 from cifar_dist.cli import command_line
@@ -173,8 +174,13 @@ def describe(config: Config, trainer: Trainer, devices: list[str], directory: Pa
 
 
 def sha256_of_parameters(model: nn.Module) -> str:
-    """SHA-256 over the bytes of all parameters in state-dict order, each in its logical (NCHW) order."""
+    """Of all parameters in state-dict order, see `sha256_of_tensors`."""
+    return sha256_of_tensors(model.parameters())
+
+
+def sha256_of_tensors(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 over the bytes of `tensors`, each in its logical (NCHW) order."""
     digest = hashlib.sha256()
-    for parameter in model.parameters():
-        digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -149,7 +149,7 @@ class Trainer:
                 self._save_stopped()
                 raise self._stop_error(stop_signal)
             if progress.step < schedule.total_steps and schedule.should_save(progress.step):
-                # Two threads of FFCV may not read at the same time. The new one goes on where this one stopped.
+                # Two reading threads of FFCV may not run at the same time. The new one resumes at the next step.
                 batches.close()
                 batches = self._batches()
             self._validate_and_save_if_due()

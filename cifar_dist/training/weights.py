@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cifar_dist.cli import settings_of
 from cifar_dist.config import Config, ModelConfig
 from cifar_dist.distributed import World, broadcast_bytes, broadcast_from_main, run_and_sync_errors
 from cifar_dist.errors import CheckpointError, UserError, one_line
@@ -104,9 +103,8 @@ def decode(data: bytes, path: Path) -> StartWeights:
         saved = checkpoint.decode(data, str(path))
         config = config_of(saved["config"], str(path))
         tensors = saved["model"] if config.optim.ema_decay is None else _scored_weights(saved, config)
-        settings = {key.removeprefix("model."): value for key, value in settings_of(config).items() if "model." in key}
         shaping = ("name", "stem", "width", "norm", "branch5x5", "variant")
-        return StartWeights(tensors, {key: settings[key] for key in shaping}, sha256)
+        return StartWeights(tensors, {key: getattr(config.model, key) for key in shaping}, sha256)
     for key in ("state_dict", "model"):  # as torchvision's references and timm save
         if isinstance(state.get(key), dict):
             state = state[key]
