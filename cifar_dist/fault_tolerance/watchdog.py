@@ -36,6 +36,7 @@ _NOTIFY_S = 4.0  # for all ranks to receive a failure notice: some heartbeats
 _GRACE_S = 4.0  # after a failure notice
 _LOST_GRACE_S = 2.0  # after a rank was lost, of which there is no notice
 _SAVE_GRACE_S = 20.0  # in both cases, in phases that may take long, such as a save
+_ANNOUNCE_S = 3.0
 _EXIT_DELAY_S = 2.0  # between message and exit: torchrun kills all ranks once one has exited
 
 
@@ -43,15 +44,20 @@ class Watchdog(threading.Thread):
     """A context that watches the thread that creates it, and replaces an error about a lost connection.
 
     With a `timeout_s` of 0 it does not look for stalls. `directory` of the run is set once it is known.
-    `connection_error` returns the error of a lost connection that the training thread may not notice.
+    `connection_error` returns the error of a lost connection that the training thread may not notice. `announce` gets
+    the name of each phase before the first step that takes longer than `_ANNOUNCE_S`.
     """
 
     def __init__(
-        self, world: World, timeout_s: int, connection_error: Callable[[], RuntimeError | None] = lambda: None
+        self,
+        world: World,
+        timeout_s: int,
+        connection_error: Callable[[], RuntimeError | None] = lambda: None,
+        announce: Callable[[str], None] = lambda _: None,
     ) -> None:
         super().__init__(name="watchdog", daemon=True)
         self.world, self.timeout_s = world, timeout_s
-        self._connection_error = connection_error
+        self._connection_error, self._announce = connection_error, announce
         self._lost: list[int] = []
         self._replacing = threading.Lock()  # held by the thread that finds out why a connection was lost
         self.directory: Path | None = None
@@ -151,6 +157,8 @@ class Watchdog(threading.Thread):
             began = current.began
             self._idle_s = self._idle_s + INTERVAL_S if began == self._began else 0.0
             self._began = began
+            if current.step == 0 and self._idle_s - INTERVAL_S < _ANNOUNCE_S <= self._idle_s:
+                self._announce(current.phase.name)
             for rank, heartbeat in self._heartbeats.seen.items():
                 last = self._seen[rank]
                 silent_s = last.silent_s + INTERVAL_S if heartbeat.number == last.number else 0.0

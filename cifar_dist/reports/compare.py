@@ -15,7 +15,7 @@ from cifar_dist.yaml_file import read_entries
 
 # Besides those that define a run, settings that change how numbers round, or what is scored.
 _ROUNDING = ("run.deterministic", "train.device", "train.compile", "train.channels_last", "train.tf32", "eval.")
-_TIMES = ("seconds", "images_per_second")
+_TIMES = ("seconds", "images_per_second", "data_wait", "gpu_memory_bytes")
 _ENVIRONMENT = ("git_commit", "git_diff_sha256", "versions", "device_names")
 _RESULTS = ("steps", "test_confusion", "test_loss", "model_sha256")
 _OTHER_DATA = "other samples or another augmentation"

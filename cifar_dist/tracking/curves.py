@@ -1,4 +1,4 @@
-"""curves.png: loss, accuracy and learning rate from metrics.jsonl."""
+"""curves.png: loss, accuracy and learning rates from metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, distinguishable for the colour-blind; one per series, in every panel.
 TRAIN, VALIDATION, TEST = "#0072B2", "#D55E00", "#009E73"
+RATES = (TRAIN, "#E69F00", "#CC79A7", "#56B4E9", "#000000")
+RATE_NAMES = {"lr": "SGD", "lr/biases": "SGD, biases", "lr/muon": "Muon"}
 INK, GRID = "#333333", "#dddddd"
 STYLE: dict[Any, Any] = {
     "figure.facecolor": "white", "figure.constrained_layout.w_pad": 0.14, "text.color": INK,
@@ -29,7 +31,7 @@ STYLE: dict[Any, Any] = {
 
 
 def draw_curves(metrics_path: Path, out: Path, title: str) -> None:
-    """Draw loss, accuracy in % and learning rate over the steps, with the epochs along the top.
+    """Draw loss, accuracy in % and learning rates over the steps, with the epochs along the top.
 
     Null and missing values are skipped; a loss that is not finite breaks its line.
 
@@ -51,16 +53,16 @@ def draw_curves(metrics_path: Path, out: Path, title: str) -> None:
         figure = Figure(figsize=(13, 4.5), dpi=120, layout="constrained")
         figure.suptitle(title, fontsize=12, parse_math=False)
         loss, accuracy, rate = figure.subplots(1, 3)
-        _line(loss, records, "train/loss", "training", TRAIN)
+        both = any("train/objective" in record for record in records)  # else only the objective was logged
+        _line(loss, records, "train/loss", "training" if both else "training, with label smoothing", TRAIN)
         _line(loss, records, "val/loss", "validation", VALIDATION, marked=True)
         _line(accuracy, records, "train/accuracy", "training", TRAIN, scale=100)
         _line(accuracy, records, "val/accuracy", "validation", VALIDATION, scale=100, marked=True)
         _test_point(accuracy, records)
-        _line(rate, records, "lr", "", TRAIN)
+        _rates(rate, records)
         steps_per_epoch = next((r["step"] / r["epoch"] for r in reversed(records) if r.get("epoch")), None)
-        for axes, name in ((loss, "loss (cross-entropy)"), (accuracy, "accuracy (%)"), (rate, "learning rate")):
+        for axes, name in ((loss, "cross-entropy"), (accuracy, "accuracy (%)"), (rate, "learning rate")):
             _furnish(axes, name, steps_per_epoch)
-        rate.set_ylim(bottom=0)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
     write_bytes_atomic(out, buffer.getvalue())
@@ -81,11 +83,23 @@ def _line(
         axes.plot(steps, values, color=colour, label=label, marker=marker, zorder=3 if marked else 2)
 
 
+def _rates(axes: Axes, records: list[Record]) -> None:
+    """The learning rates of all groups, on a logarithmic axis where one is far above another."""
+    keys = dict.fromkeys(key for record in records for key in record if key == "lr" or key.startswith("lr/"))
+    for key, colour in zip(keys, RATES, strict=False):
+        _line(axes, records, key, RATE_NAMES.get(key, key) if len(keys) > 1 else "", colour)
+    highest = [max(number(record.get(key)) or 0.0 for record in records) for key in keys]
+    if highest and max(highest) > 10 * min(highest) > 0:
+        axes.set_yscale("log")
+    elif highest:
+        axes.set_ylim(bottom=0)
+
+
 def _test_point(axes: Axes, records: list[Record]) -> None:
     for record in records:  # at most one has it
         if record.get("test/accuracy") is not None:
             value, augmented = 100 * record["test/accuracy"], record.get("test/accuracy_tta")
-            further = "" if augmented is None else f"\n(with further views {100 * augmented:.2f} %)"
+            further = "" if augmented is None else f"\n(with test-time augmentation {100 * augmented:.2f} %)"
             label = f"test: {value:.2f} %{further}"
             axes.plot(record["step"], value, "D", color=TEST, label=label, markersize=7, zorder=4, clip_on=False)
 

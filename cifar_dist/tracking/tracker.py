@@ -66,6 +66,10 @@ class Tracker:
         """Show that `step` optimizer steps are done. Cheap enough for every step."""
         self._console.progress(step)
 
+    def show_test(self, done: int, total: int) -> None:
+        """Show that `done` of `total` batches of the final test are done."""
+        self._console.show_test(done, total)
+
     def log_metrics(self, step: int, metrics: Mapping[str, Value]) -> None:
         """Write one record, measured after `step` optimizer steps, to all three places. Accuracies are from 0 to 1.
 

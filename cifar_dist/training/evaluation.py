@@ -5,8 +5,9 @@ same samples and the same shape for any number of ranks, and only integers are s
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -24,19 +25,25 @@ from cifar_dist.phase import SLOW_S, Phase, set_phase
 from cifar_dist.training.metrics import MAX_LOSS, loss_units, mean_loss
 from cifar_dist.training.precision import Precision, reproducible
 
+PROBABILITY_UNITS = 10**6
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with a number of finished batches, and the number of all of them."""
+
 
 @dataclass(frozen=True)
 class Score:
     """Counts over `n` samples.
 
     confusion[i][j]: samples of class i predicted as class j. confusion_tta: the same for the mean logits over several
-    views of each image; None without test-time augmentation. loss: mean cross-entropy.
+    views of each image; None without test-time augmentation. loss: mean cross-entropy. answers: of each sample, in the
+    given order, label, predicted class, and probability of that class in units of 1 / PROBABILITY_UNITS; (n, 3) int64.
     """
 
     n: int
     loss: float
     confusion: list[list[int]]
     confusion_tta: list[list[int]] | None
+    answers: Tensor
 
     @property
     def accuracy(self) -> float:
@@ -104,12 +111,17 @@ class Evaluator:
             norm.num_batches_tracked.fill_(num_chunks)
 
     @torch.no_grad()
-    def score(self, loader: BetonLoader, samples: Indices, tta: str = "none") -> Score:
-        """Classify each of `samples` (N,) of the loader's file once, in eval mode. `tta` as in `eval.tta`."""
+    def score(
+        self, loader: BetonLoader, samples: Indices, tta: str = "none", progress: Progress | None = None
+    ) -> Score:
+        """Classify each of `samples` (N,) of the loader's file once, in eval mode. `tta` as in `eval.tta`.
+
+        `progress` gets the number of finished batches of this rank, and of all of them.
+        """
         was_training = self.model.training
         self.model.eval()
         with reproducible(self.world.device):
-            confusion, units = self._count(self._batches(loader, samples), tta)
+            confusion, units, answers = self._count(self._batches(loader, samples, progress), len(samples), tta)
         self.model.train(was_training)
         plain, augmented = all_reduce_sum(confusion, self.world).view(2, NUM_CLASSES, NUM_CLASSES).tolist()
         n = int(np.sum(plain))
@@ -117,18 +129,20 @@ class Evaluator:
             raise AssertionError(f"{n} samples were scored instead of {len(samples)}")
         total, num_unusable = all_reduce_sum(units, self.world).tolist()
         loss = math.nan if num_unusable else mean_loss(total, n)
-        return Score(n, loss, plain, None if tta == "none" else augmented)
+        return Score(n, loss, plain, None if tta == "none" else augmented, all_reduce_sum(answers, self.world))
 
-    def _count(self, batches: Iterator[Batch], tta: str) -> tuple[Tensor, Tensor]:
-        """This rank's counts and losses.
+    def _count(self, batches: Iterator[Batch], num_samples: int, tta: str) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's counts, losses and answers.
 
         Confusion, without and with TTA: (2, C * C) int64. Losses: (2,) int64, their sum in units, and the number of
-        chunks whose loss is not finite or too large.
+        chunks whose loss is not finite or too large. Answers: (N, 3) int64, see `Score`; 0 for samples of other ranks.
         """
         device, dtype = self.world.device, self.precision.parameters
         confusion = torch.zeros(2, NUM_CLASSES * NUM_CLASSES, dtype=torch.int64, device=device)
         units = torch.zeros(2, dtype=torch.int64, device=device)
-        for batch in batches:
+        answers = torch.zeros(num_samples, 3, dtype=torch.int64, device=device)
+        own_parts = torch.split(answers, self.config.batch_size)[self.world.rank :: self.world.size]
+        for batch, part in zip(batches, own_parts if num_samples else (), strict=True):
             images = normalize(batch.images, self.precision.inputs)
             with self.precision.autocast():
                 logits = self.model(images).to(dtype)
@@ -137,13 +151,17 @@ class Evaluator:
                     mean = mean + weight * self.model(view).to(dtype)
             loss = F.cross_entropy(logits, batch.labels)
             units += torch.stack((loss_units(loss, len(batch.labels)), (~(loss < MAX_LOSS)).long()))
+            predicted = logits.argmax(dim=1)
+            probability = logits.double().softmax(dim=1).gather(1, predicted[:, None])[:, 0]
+            units_of_it = (probability.nan_to_num(0.0) * PROBABILITY_UNITS).round().long()
+            part.copy_(torch.stack((batch.labels, predicted, units_of_it), dim=1))
             for k, outputs in enumerate((logits, mean)):
                 # By comparison: bincount would make the host wait for the GPU to know the size of its result.
                 cells = batch.labels * NUM_CLASSES + outputs.argmax(dim=1)
                 confusion[k] += (cells[:, None] == torch.arange(NUM_CLASSES**2, device=device)).sum(dim=0)
-        return confusion, units
+        return confusion, units, answers
 
-    def _batches(self, loader: BetonLoader, samples: Indices) -> Iterator[Batch]:
+    def _batches(self, loader: BetonLoader, samples: Indices, progress: Progress | None = None) -> Iterator[Batch]:
         """This rank's chunks of `samples`."""
         chunks = chunks_of_rank(samples, self.config.batch_size, self.world.rank, self.world.size)
         if not chunks:
@@ -157,6 +175,8 @@ class Evaluator:
         for k, batch in enumerate(loader.read(np.concatenate(chunks), self.config.batch_size)):
             yield batch
             set_phase(first._replace(name=f"evaluation, batch {min(k + 2, num)} of {num}", limit_s=0.0))
+            if progress is not None:
+                progress(k + 1, num)
 
 
 def _statistics(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:

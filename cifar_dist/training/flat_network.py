@@ -56,7 +56,7 @@ class FlatNetwork(nn.Module):
         num_added: number of micro-batches whose gradients are added.
 
     Shapes: images (N, 3, S, S) and labels (N,) to the loss to minimise, divided by `num_added`, (), and
-    `metrics.batch_counts`, (4,).
+    `metrics.batch_counts`, (5,).
     """
 
     def __init__(self, network: nn.Module, label_smoothing: float, num_added: int) -> None:
@@ -83,12 +83,14 @@ class FlatNetwork(nn.Module):
         parameters = dict(zip(self._names, parts(self.flat, self._formats), strict=True))
         outputs = functional_call(self._network[0], parameters, (images,))
         logits, auxiliary = outputs if isinstance(outputs, Logits) else (outputs, ())
-        loss = total = self._loss(logits, labels)
+        loss = objective = self._loss(logits, labels, self.label_smoothing)
         for output in auxiliary:
-            total = total + AUXILIARY_WEIGHT * self._loss(output, labels)
+            objective = objective + AUXILIARY_WEIGHT * self._loss(output, labels, self.label_smoothing)
         with torch.no_grad():
-            counts = batch_counts(loss, torch.isfinite(total), logits, labels)
-        return total / self.num_added, counts
+            if self.label_smoothing > 0:
+                loss = self._loss(logits, labels)
+            counts = batch_counts(loss, objective, logits, labels)
+        return objective / self.num_added, counts
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits.to(self.flat.dtype), labels, label_smoothing=self.label_smoothing)
+    def _loss(self, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        return F.cross_entropy(logits.to(self.flat.dtype), labels, label_smoothing=label_smoothing)

@@ -25,15 +25,22 @@ class Window:
     loss_units: int = 0  # sum of losses, see `loss_units`
     num_correct: int = 0
     num_samples: int = 0
-    # Micro-batches whose loss is not finite, and for each rank the steps whose gradient could not be summed.
+    # Micro-batches whose objective is not finite, and for each rank the steps whose gradient could not be summed.
     num_nonfinite: int = 0
+    objective_units: int = 0  # like loss_units
 
     def __add__(self, other: "Window") -> "Window":
         return Window(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def loss(self) -> float:
+        """Mean cross-entropy of the classifier, without label smoothing, as in an evaluation."""
         return mean_loss(self.loss_units, self.num_samples)
+
+    @property
+    def objective(self) -> float:
+        """Mean of what is minimised: with label smoothing and auxiliary classifiers."""
+        return mean_loss(self.objective_units, self.num_samples)
 
     @property
     def accuracy(self) -> float:
@@ -45,8 +52,8 @@ class Metrics:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        # Loss, three counts, four receipt words (sums of 32-bit hashes).
-        self._sums = torch.zeros(8, dtype=torch.int64, device=world.device)
+        # Loss, three counts, objective, four receipt words (sums of 32-bit hashes).
+        self._sums = torch.zeros(9, dtype=torch.int64, device=world.device)
         # The first step whose loss, and the first whose gradient, is not finite.
         self._first_nonfinite = torch.full((2,), _NEVER, dtype=torch.int64, device=world.device)
         self.receipt = Receipt()
@@ -55,7 +62,7 @@ class Metrics:
         """Add one micro-batch of `step` (from 0).
 
         Args:
-            counts: from `batch_counts`, (4,) int64.
+            counts: from `batch_counts`, (5,) int64.
             receipt: from augment.receipt_words, (4,) int64.
         """
         self._sums += torch.cat((counts, receipt))
@@ -74,10 +81,10 @@ class Metrics:
     def window(self) -> Window:
         """Wait for the device, sum over ranks, and reset the sums; a collective."""
         with in_phase(_ALL_REDUCE):
-            loss, correct, n, nonfinite, *words = all_reduce_sum(self._sums, self._world).tolist()
+            loss, correct, n, nonfinite, objective, *words = all_reduce_sum(self._sums, self._world).tolist()
         self._sums.zero_()
         self.receipt.add(words, n)
-        return Window(loss, correct, n, nonfinite)
+        return Window(loss, correct, n, nonfinite, objective)
 
     def first_nonfinite(self) -> tuple[str, int, list[int]]:
         """What was not finite first, loss or gradient, in which step (from 1), and on which ranks.
@@ -89,24 +96,25 @@ class Metrics:
         return what, min(steps) + 1, [rank for rank, step in enumerate(steps) if step == min(steps)]
 
 
-def batch_counts(loss: Tensor, finite: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """Of a micro-batch: sum of its losses in `loss_units`, correct predictions, samples, and 1 if not `finite`.
+def batch_counts(loss: Tensor, objective: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Of a micro-batch, in the order of the fields of `Window`: sums of its losses in `loss_units`, and counts.
 
     Args:
-        loss: mean over the micro-batch, ().
-        finite: whether the minimised loss, auxiliary ones included, is finite, () bool.
+        loss: mean cross-entropy of `logits` over the micro-batch, ().
+        objective: what is minimised, also a mean, ().
         logits: (N, C).
         labels: (N,) int64.
 
-    Returns (4,) int64.
+    Returns (5,) int64.
     """
-    correct = (logits.argmax(dim=1) == labels).sum()
-    num = torch.full_like(correct, len(labels))
-    return torch.stack((loss_units(loss, len(labels)), correct, num, (~finite).long()))
+    correct, n = (logits.argmax(dim=1) == labels).sum(), len(labels)
+    num, nonfinite = torch.full_like(correct, n), (~torch.isfinite(objective)).long()
+    of_loss, of_objective = loss_units(torch.stack((loss, objective)), n)
+    return torch.stack((of_loss, correct, num, nonfinite, of_objective))
 
 
 def loss_units(loss: Tensor, num_samples: int) -> Tensor:
-    """The sum of the losses of samples whose mean is `loss`, () float, as int64 in units of 2^-24.
+    """The sum of the losses of samples whose mean is `loss`, float of any shape, as int64 in units of 2^-24.
 
     These add up without rounding. A mean above `MAX_LOSS` counts as that, NaN as 0.
     """

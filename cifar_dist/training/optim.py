@@ -95,6 +95,17 @@ def _built_in(model: nn.Module, config: OptimConfig, batch_size: int, muon_dtype
     return optimizer
 
 
+def learning_rates(optimizer: torch.optim.Optimizer, config: OptimConfig) -> dict[str, float]:
+    """The current learning rates as metrics: `lr` of the first group, `lr/NAME` of each group with another peak."""
+    first, groups = optimizer.param_groups[0], optimizer.param_groups
+    if config.name in OPTIMIZERS:
+        named = dict(zip(("matrices", "scales", "biases", "muon"), groups, strict=False))
+    else:  # there may be a group for each parameter
+        named = {str(k): group for k, group in enumerate({group["peak_lr"]: group for group in groups}.values())}
+    others = {name: group for name, group in named.items() if group["params"] and group["peak_lr"] != first["peak_lr"]}
+    return {"lr": first["lr"], **{f"lr/{name}": group["lr"] for name, group in others.items()}}
+
+
 class Ema(AveragedModel):
     """Exponential moving average of a model's parameters: average = d x average + (1 - d) x parameter.
 

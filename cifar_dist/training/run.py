@@ -26,10 +26,11 @@ from cifar_dist.fault_tolerance.watchdog import Watchdog
 from cifar_dist.files import write_json, write_text_atomic
 from cifar_dist.models.network import without_auxiliary
 from cifar_dist.phase import SLOW_S, VERY_SLOW_S, Phase, set_phase
+from cifar_dist.tracking import console
 from cifar_dist.tracking.curves import draw_curves
 from cifar_dist.tracking.rank_log import rank_log
 from cifar_dist.tracking.tracker import Tracker
-from cifar_dist.training import checkpoint, debug, run_directory
+from cifar_dist.training import checkpoint, debug, predictions, run_directory
 from cifar_dist.training.evaluation import bn_samples
 from cifar_dist.training.metrics import Window
 from cifar_dist.training.precision import Precision, choose_precision, set_backends
@@ -68,7 +69,7 @@ class Run(Hooks):
             StopError: a signal came, and the state is saved.
         """
         config, world = self.config, self.world
-        with Watchdog(world, config.run.stall_timeout_s, self._stop.connection_error) as watch:
+        with Watchdog(world, config.run.stall_timeout_s, self._stop.connection_error, self._announce) as watch:
             set_phase(Phase("importing own code", limit_s=SLOW_S))
             run_and_sync_errors(world, self._import_own_code)
             set_phase(Phase("preparing or verifying the dataset", limit_s=VERY_SLOW_S))
@@ -162,20 +163,34 @@ class Run(Hooks):
         profiled = profiler(config.debug.profile, steps_left, folder, world, self.log)
         with signals.deferred(), profiled as self._profile_step:
             trainer.train()
-        set_phase(Phase("the final test", limit_s=SLOW_S))
-        with trainer.loader.for_file(data_dir / "test.beton") as loader:
-            test = trainer.evaluator.score(loader, scored_samples(config.eval, data_dir, world), config.eval.tta)
-        set_phase(Phase("writing the results", limit_s=SLOW_S))
-        metrics = {"test/accuracy": test.accuracy, "test/accuracy_tta": test.accuracy_tta, "test/n": test.n}
-        self.log_metrics(trainer.progress.step, metrics)
-        results = summarize(config, trainer, test, devices)
-        run_and_sync_errors(world, lambda: self._write_results(results), only_if=world.is_main)
-        part = "" if test.n == NUM_TEST else f" of {NUM_TEST} (eval.test_subset)"
+        results = self._test(trainer, data_dir, devices)
+        n, seconds = results["test_n"], trainer.progress.train_seconds
+        part = "" if n == NUM_TEST else f" of {NUM_TEST:,} (eval.test_subset)"
         self.log(
-            f"test accuracy {test.accuracy:.2%} on {test.n}{part} images; "
-            f"{trainer.progress.train_seconds:.0f} s of training; see {summary} and curves.png"
+            f"test accuracy {results['test_accuracy']:.2%} on {n:,}{part} images; {seconds:.0f} s of training; "
+            f"see {summary} and curves.png"
         )
         self._own_hooks.after_run(results)
+
+    def _test(self, trainer: Trainer, data_dir: Path, devices: list[str]) -> dict[str, Any]:
+        """Do the final test and write the results. Returns the values of summary.json."""
+        config, world, directory = self.config, self.world, self.directory
+        set_phase(Phase("the final test", limit_s=SLOW_S))
+        samples = scored_samples(config.eval, data_dir, world)
+        with trainer.loader.for_file(data_dir / "test.beton") as loader:
+            test = trainer.evaluator.score(loader, samples, config.eval.tta, self._show_test)
+            set_phase(Phase("writing the results", limit_s=SLOW_S))
+            scores = {"accuracy": test.accuracy, "accuracy_tta": test.accuracy_tta, "loss": test.loss, "n": test.n}
+            self.log_metrics(trainer.progress.step, {f"test/{name}": score for name, score in scores.items()})
+            results = summarize(config, trainer, test, devices)
+            files: dict[str, Callable[[Path], None]] = {
+                "curves.png": lambda path: draw_curves(directory / "metrics.jsonl", path, self.name),
+                "predictions.csv": lambda path: predictions.write_answers(path, test, samples),
+                "mistakes.png": lambda path: predictions.write_mistakes(path, test, samples, loader),
+                "filters.png": lambda path: predictions.write_filters(path, trainer.train_step.scored_model),
+            }
+            run_and_sync_errors(world, lambda: self._write_results(results, files), only_if=world.is_main)
+        return results
 
     def _start_tracking(self, trainer: Trainer) -> None:
         self.before_write()
@@ -184,14 +199,20 @@ class Run(Hooks):
         tracker = Tracker(self.directory, self.config.track, values, *steps, self.name)
         self.tracker = self.stack.enter_context(tracker)
 
-    def _write_results(self, results: dict[str, Any]) -> None:
+    def _show_test(self, done: int, total: int) -> None:
+        if self.tracker is not None:
+            self.tracker.show_test(done, total)
+
+    def _write_results(self, results: dict[str, Any], files: Mapping[str, Callable[[Path], None]]) -> None:
+        """Write summary.json, and `files`, each by its function."""
         assert self.tracker is not None
         self.before_write()
         write_json(self.directory / "summary.json", results)  # its existence means: the run is complete
-        try:
-            draw_curves(self.directory / "metrics.jsonl", self.directory / "curves.png", self.name)
-        except Exception as error:  # noqa: BLE001 - a picture never decides whether a run ends well
-            self.log(f"warning: curves.png was not drawn: {type(error).__name__}: {one_line(error)}")
+        for name, write in files.items():
+            try:
+                write(self.directory / name)
+            except Exception as error:  # noqa: BLE001 - what people look at never decides whether a run ends well
+                self.log(f"warning: {name} was not written: {type(error).__name__}: {one_line(error)}")
         # Without the command line, which may contain what other readers of the W&B project should not see.
         values = {key: v for key, v in results.items() if isinstance(v, (int, float, str)) and key != "command"}
         self.tracker.finish(values)
@@ -204,11 +225,14 @@ class Run(Hooks):
         elif self.world.is_main:
             print(text, flush=True)
 
+    def _announce(self, phase: str) -> None:
+        self.log(f"starting: {phase} ...")
+
     def owns_directory(self) -> bool:
         return self.lock is not None and self.lock.held()
 
     def log_metrics(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
-        logger.info("step %d %s", step, metrics)
+        logger.info("step %d  %s", step, "  ".join(console.describe(metrics)))
         if self.tracker is not None and self._tracking_error is None and self.owns_directory():
             try:
                 self.tracker.log_metrics(step, metrics)

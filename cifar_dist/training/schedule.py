@@ -16,11 +16,13 @@ class Step:
         number: counts from 0.
         lr_fraction: learning rate divided by its peak.
         image_size: images are resized to this many pixels on a side; None: not resized.
+        logged: whether metrics are logged after it.
     """
 
     number: int
     lr_fraction: float
     image_size: int | None = None
+    logged: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Schedule:
 
     def step(self, number: int) -> Step:
         image_size = LOW_RESOLUTION if number < self.low_resolution_steps else None
-        return Step(number, lr_fraction(number, self.total_steps, self.config.optim), image_size)
+        rate = lr_fraction(number, self.total_steps, self.config.optim)
+        return Step(number, rate, image_size, logged=self.should_log(number + 1))
 
     def ends_epoch(self, done: int) -> bool:
         return done % self.steps_per_epoch == 0

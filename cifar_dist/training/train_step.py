@@ -16,11 +16,12 @@ from cifar_dist.errors import CheckpointError, NonFiniteError
 from cifar_dist.hashing import derive
 from cifar_dist.models.architectures import create_model
 from cifar_dist.models.network import without_auxiliary
-from cifar_dist.phase import SLOW_S, VERY_SLOW_S, Phase, set_phase
+from cifar_dist.phase import SLOW_S, VERY_SLOW_S, Phase, current, set_phase
 from cifar_dist.training import checkpoint, optim
 from cifar_dist.training.exact_sum import ExactSum
 from cifar_dist.training.flat_network import FlatNetwork
 from cifar_dist.training.metrics import Metrics
+from cifar_dist.training.optim import learning_rates
 from cifar_dist.training.precision import Precision, compile_for_training, is_compiled
 from cifar_dist.training.schedule import LOW_RESOLUTION, Step
 
@@ -71,6 +72,7 @@ class TrainStep:
         self._read_phase = _READ_FIRST
         self._parallel_network: DistributedDataParallel
         self._exact_sum: ExactSum | None = None
+        self._gradient_norm = torch.zeros(())  # of the newest logged step, before clipping; () on the device
         self.prepared = False
 
     def prepare(self) -> None:
@@ -135,6 +137,8 @@ class TrainStep:
                 usable |= self.scaler.scale(torch.ones_like(usable, dtype=torch.float32)) > 1
             metrics.add_gradient(step.number, usable)
         set_phase(_UPDATE)
+        if step.logged:
+            self._gradient_norm = self._norm()
         if self.config.optim.grad_clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.grad_clip)
@@ -143,6 +147,12 @@ class TrainStep:
         self._zero_gradient()
         if self.ema is not None:
             self.ema.update_parameters(self._without_auxiliary)
+
+    def _norm(self) -> Tensor:
+        """Euclidean norm of the gradient of all parameters, (); does not wait for the device."""
+        norm: Tensor = torch.linalg.vector_norm(self._network.flat.grad, dtype=torch.float32)
+        scale: Tensor = self.scaler.scale(torch.ones_like(norm))
+        return norm / scale
 
     def _zero_gradient(self) -> None:
         """Zero the gradients of all parameters, which stay parts of DDP's bucket."""
@@ -197,6 +207,15 @@ class TrainStep:
             # From anomaly detection, which has printed the forward operation in a warning.
             where = f"in step {step + 1} on rank {self.world.rank}"
             raise NonFiniteError(f"{where}: {str(error).splitlines()[0]}") from error
+
+    def figures(self, seconds: float) -> dict[str, float]:
+        """Metrics of a logged step; waits for the device. `seconds`: training time since the last call."""
+        figures = learning_rates(self.optimizer, self.config.optim)
+        figures["gradient_norm"] = self._gradient_norm.item()
+        figures["data_wait"] = min(1.0, current.seconds.pop(_READ.name, 0.0) / seconds)
+        if self.world.device.type == "cuda":
+            figures["gpu_memory_bytes"] = torch.cuda.max_memory_allocated(self.world.device)
+        return figures
 
     def state(self) -> dict[str, Any]:
         """The part of a checkpoint that belongs to this class; equal on all ranks."""

@@ -154,8 +154,7 @@ class Trainer:
                 batches = self._batches()
             self._validate_and_save_if_due()
             started = time.perf_counter()
-        stop_signal = self.hooks.stop_requested(last_step=True)
-        if stop_signal:
+        if stop_signal := self.hooks.stop_requested(last_step=True):
             raise self._stop_error(stop_signal)
 
     def _batches(self) -> Generator[tuple[int, Batch]]:
@@ -189,13 +188,14 @@ class Trainer:
             self.metrics.receipt.end_epoch()
 
     def _log(self) -> None:
-        progress = self.progress
+        progress, window = self.progress, self.progress.since_log
         metrics = {
             "epoch": progress.step / self.order.steps_per_epoch,
-            "train/loss": progress.since_log.loss,
-            "train/accuracy": progress.since_log.accuracy,
-            "lr": self.train_step.optimizer.param_groups[0]["lr"],  # of SGD; the other groups follow the same schedule
-            "images_per_second": progress.since_log.num_samples / progress.seconds_since_log,
+            "train/loss": window.loss,
+            "train/objective": window.objective,
+            "train/accuracy": window.accuracy,
+            **self.train_step.figures(progress.seconds_since_log),
+            "images_per_second": window.num_samples / progress.seconds_since_log,
             "seconds": progress.train_seconds,
         }
         self.hooks.log_metrics(progress.step, metrics)
@@ -283,8 +283,7 @@ class Trainer:
         Raises:
             CheckpointError: it belongs to another model, or is incomplete.
         """
-        missing = self.state().keys() - state.keys()
-        if missing:
+        if missing := self.state().keys() - state.keys():
             raise CheckpointError(f"{origin} is incomplete: it has no {', '.join(sorted(missing))}.")
         self.train_step.restore(state, origin)
         progress = self.progress
@@ -292,8 +291,9 @@ class Trainer:
         progress.recalibrated = progress.step if state["statistics"] else None
         progress.weights_sha256 = state["weights_sha256"]
         progress.train_seconds = state["train_seconds"]
-        *window, progress.seconds_since_log = state["since_log"]
-        progress.since_log = Window(*window)
+        *window, seconds = state["since_log"]
+        if len(window) == len(astuple(Window())):  # else of an older version, without `objective_units`
+            progress.since_log, progress.seconds_since_log = Window(*window), seconds
         progress.best_step, progress.best_accuracy = state["best"]
         progress.last_validation = state["last_validation"]
         progress.validation_due = state["validation_due"]

@@ -6,11 +6,14 @@ import json
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from cifar_dist.cli import read_yaml
 from cifar_dist.config import to_yaml
+from cifar_dist.data.prepare.collection import Cifar10
 from tests.support import runs
 
 pytestmark = [pytest.mark.run, pytest.mark.data]
@@ -65,7 +68,7 @@ def test_summary_of_a_part_of_the_test_set(short_run: Path) -> None:
     figures = runs.summary(short_run)
     assert figures["test_n"] == 500
     assert [sum(row) for row in figures["test_confusion"]] == [50] * 10
-    assert "% on 500 of 10000 (eval.test_subset) images; " in (short_run / "logs/rank-0.log").read_text()
+    assert "% on 500 of 10,000 (eval.test_subset) images; " in (short_run / "logs/rank-0.log").read_text()
 
 
 def test_config_is_complete_and_reads_back(run_dir: Path) -> None:
@@ -83,7 +86,33 @@ def test_metrics(run_dir: Path) -> None:
     assert steps == [5, 10, 12]
     assert [record["step"] for record in records if "val/accuracy" in record] == [10, 12]
     assert [record["test/n"] for record in records if "test/n" in record] == [10_000]
-    assert all(0 <= record["train/accuracy"] <= 1 for record in records if "train/loss" in record)
+    training = [record for record in records if "train/loss" in record]
+    assert all(0 <= record[name] <= 1 for record in training for name in ("train/accuracy", "data_wait"))
+    assert all(record["train/loss"] < record["train/objective"] for record in training[1:])  # by label smoothing
+    assert all(0 < record["gradient_norm"] < 100 for record in training)
+    assert all(record["lr/biases"] == pytest.approx(32 * record["lr"]) for record in training)
+    assert "lr/muon" in training[0]
+
+
+def test_answers_and_pictures(run_dir: Path, cifar: Cifar10) -> None:
+    """predictions.csv gives the confusion matrix; the sprite has the most probable of its mistakes, in that order."""
+    lines = (run_dir / "predictions.csv").read_text().splitlines()
+    assert lines[0] == "image,label,predicted,probability"
+    cells = [line.split(",") for line in lines[1:]]
+    answers = [(int(image), int(label), int(predicted), float(p)) for image, label, predicted, p in cells]
+    assert [image for image, *_ in answers] == list(range(10_000))
+    confusion = [[0] * 10 for _ in range(10)]
+    for _, label, predicted, probability in answers:
+        confusion[label][predicted] += 1
+        assert 0.1 <= probability <= 1
+    assert confusion == runs.summary(run_dir)["test_confusion"]
+    worst = sorted((-p, image) for image, label, predicted, p in answers if label != predicted)[:24]
+    sprite = np.asarray(Image.open(run_dir / "mistakes.png"))
+    assert sprite.shape == (4 * 32, 6 * 32, 3)
+    for k, (_, image) in enumerate(worst):
+        y, x = k // 6 * 32, k % 6 * 32
+        assert np.array_equal(sprite[y : y + 32, x : x + 32], cifar.test_images[image]), k
+    assert Image.open(run_dir / "filters.png").size == (16 * 5 - 1, 6 * 5 - 1)  # 96 filters of 4 x 4
 
 
 def test_files(run_dir: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_picture_decides_nothing(
         (tmp_path / "matplotlib.py").write_text("raise OSError('libfreetype.so.6: cannot open shared object file')\n")
         environment["PYTHONPATH"] = f"{tmp_path}:{runs.REPOSITORY}"
     output = check(words(1, run_dir, data_dir, *NO_WANDB, "--run.name", name), run_dir, env=environment)
-    assert ("warning: curves.png was not drawn: " in output) == warning
+    assert ("warning: curves.png was not written: " in output) == warning
     assert (run_dir / "curves.png").is_file() != warning
     assert "Warning" not in output
 

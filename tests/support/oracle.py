@@ -35,7 +35,7 @@ RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
     "three": (3, (*HEADS, *MUON, "--data.train_on", "all", "--train.micro_batch_size", "8")),
 }  # fmt: skip
 DIGESTS = ("model_sha256", "data_receipt", "test_confusion", "test_loss", "steps", "accumulation", "train_n", "params")
-TIMES = {"seconds", "images_per_second", "time"}
+TIMES = {"seconds", "images_per_second", "data_wait", "time"}
 MIDDLE = Path("checkpoints/step-00000012.pt")
 
 

@@ -124,7 +124,7 @@ def logged_steps(run_dir: Path) -> list[int]:
 
 def records_without_times(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what differs between two runs of one configuration."""
-    times = {"seconds", "images_per_second"}
+    times = {"seconds", "images_per_second", "data_wait"}
     return [{key: value for key, value in record.items() if key not in times} for record in records(run_dir)]
 
 
@@ -134,6 +134,8 @@ def assert_same(run_dir: Path, whole: Path, *keys: str) -> None:
     for key in keys or ("model_sha256", "data_receipt", "test_confusion", "steps"):
         assert got[key] == expected[key], key
     assert logged_steps(run_dir) == logged_steps(whole)
+    if not keys:
+        assert (run_dir / "predictions.csv").read_text() == (whole / "predictions.csv").read_text()
 
 
 def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:

@@ -59,6 +59,10 @@ with exit_on_error(), Tracker(directory, track, run_config, 100, start, "test") 
                 raise KeyError("step 60")
             if event == "slow":
                 time.sleep(0.5)
+    for batch in range(1, 5):
+        tracker.show_test(batch, 4)
+        if event == "slow":
+            time.sleep(0.3)
     tracker.log_metrics(100, {"test/accuracy": 0.94, "test/accuracy_tta": 0.945, "test/n": 10000})
     tracker.finish({"test/accuracy": 0.94})
 print("wandb loaded:", "wandb" in sys.modules)
@@ -164,7 +168,7 @@ def test_plain_lines(tmp_path: Path) -> None:
     assert lines[0].endswith(" left")
     assert lines[3] == "step 60/100  epoch 1.50  validation loss 0.900  validation accuracy 70.00 %  n 5000"
     assert lines[5] == "step 100/100  epoch 2.50  loss 1.412  accuracy 61.2 %  lr 0.143  512 images/s"
-    assert lines[6] == "step 100/100  test accuracy 94.00 %  with further views 94.50 %  n 10000"
+    assert lines[6] == "step 100/100  test accuracy 94.00 %  with test-time augmentation 94.50 %  n 10000"
 
 
 def test_words() -> None:
@@ -190,8 +194,11 @@ def test_bar_on_a_terminal(tmp_path: Path) -> None:
         os.close(ours)
     assert process.wait(timeout=60) == 0
     text = output.decode()
-    assert re.search(r"\r 60%\|█+. *\| 60/100, loss 1.412  accuracy 61.2 %  512 images/s", text)
-    assert re.search(r"\r100%\|█+\| 100/100, loss 1.412", text)
+    shown = r"epoch \d\.\d\d  loss 1.412  accuracy 61.2 %  lr 0.143  512 images/s"
+    assert re.search(rf"\r 60%\|█*.? *\| 60/100, 00:0\d left  {shown}", text)
+    assert re.search(rf"\r100%\|█*\| 100/100, {shown}", text)
+    assert re.search(r"\rfinal test, batches +\d\d%\|█+.? *\| [1-3]/4\b", text)
+    assert re.search(r"\rfinal test, batches 100%\|█+\| 4/4", text)
     assert all(len(line) <= 100 for line in re.split(r"[\r\n]+", text))
     lines = text.replace("\r\n", "\n").split("\n")
     validation = "step 60/100  epoch 1.50  validation loss 0.900  validation accuracy 70.00 %  n 5000"

@@ -56,6 +56,7 @@ def test_numbers_are_read_at_log_steps_only(name: str, loader: BetonLoader, tmp_
     seen = waits_of(trainer)
     by_place = Counter(wait.place for wait in seen)
     assert by_place.pop("the sums over a log window") == num_read_steps(trainer)
+    assert by_place.pop("the update of the weights") == num_log_steps(trainer)  # the gradient norm, after these sums
     elsewhere = {"evaluation", "writing the checkpoint", "building and compiling the network"}
     assert {place.split(",")[0] for place in by_place} <= elsewhere, seen
     assert any(place.startswith("evaluation") for place in by_place)
@@ -65,7 +66,8 @@ def test_muon_in_fp16_waits_once_a_step(loader: BetonLoader, tmp_path: Path) -> 
     """The only wait there is, known: whether gradients are finite decides on the host if Muon steps at all."""
     trainer = trainer_of(replace(SMALL, train=replace(SMALL.train, precision="fp16")), loader, tmp_path)
     in_steps = Counter(wait for wait in waits_of(trainer) if wait.place == "the update of the weights")
-    assert in_steps == {Wait("_local_scalar_dense", "the update of the weights"): 10}
+    expected = trainer.schedule.total_steps + num_log_steps(trainer)
+    assert in_steps == {Wait("_local_scalar_dense", "the update of the weights"): expected}
 
 
 READS: dict[str, Callable[[Tensor], Any]] = {
@@ -93,6 +95,10 @@ def test_a_real_gpu_is_waited_for_at_log_steps_only(data_dir: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     words = [sys.executable, "-m", "tests.support.real_gpu", "waits", str(data_dir / "train.beton")]
     subprocess.run(words, cwd=Path(__file__).parents[3], env=environment, check=True)
+
+
+def num_log_steps(trainer: Trainer) -> int:
+    return sum(trainer.schedule.should_log(step) for step in range(1, trainer.schedule.total_steps + 1))
 
 
 def num_read_steps(trainer: Trainer) -> int:

@@ -65,6 +65,8 @@ def test_score_counts_each_sample_once(data_dir: Path) -> None:
     assert result.confusion == confusion.tolist()
     assert result.confusion_tta is not None
     assert sum(map(sum, result.confusion_tta)) == 1003
+    certain = round(1e6 * math.e / (math.e + 9))  # of a logit of 1 beside nine of 0
+    assert torch.equal(result.answers, torch.stack((batch.labels, bright, torch.full_like(bright, certain)), dim=1))
     assert result.accuracy == (bright == batch.labels).sum().item() / 1003
 
 

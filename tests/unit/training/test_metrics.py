@@ -14,15 +14,15 @@ ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("c
 def test_metrics_add_up_and_count_what_is_not_finite() -> None:
     metrics = Metrics(ALONE)
     logits, labels = torch.tensor([[3.0, 0], [0, 1], [5, 0]]), torch.tensor([0, 0, 0])
-    yes, no = torch.tensor(True), torch.tensor(False)
-    metrics.add(6, batch_counts(torch.tensor(1.5), yes, logits, labels), torch.tensor([1, 2, 3, 4]))
-    metrics.add(7, batch_counts(torch.tensor(2.5), no, logits[:1], labels[:1]), torch.tensor([10, 20, 30, 2**45]))
+    finite, infinite = torch.tensor(1.75), torch.tensor(torch.nan)
+    metrics.add(6, batch_counts(torch.tensor(1.5), finite, logits, labels), torch.tensor([1, 2, 3, 4]))
+    metrics.add(7, batch_counts(torch.tensor(2.5), infinite, logits[:1], labels[:1]), torch.tensor([10, 20, 30, 2**45]))
     window = metrics.window() + Window()
     assert (window.num_samples, window.num_nonfinite) == (4, 1)
     assert metrics.first_nonfinite() == ("loss", 8, [0])
-    assert window.accuracy == 0.75
+    assert (window.loss, window.objective, window.accuracy) == (1.75, 3 * 1.75 / 4, 0.75)
     assert metrics.receipt.words == [11, 22, 33, 2**45 + 4]
-    metrics.add(8, batch_counts(torch.tensor(2.0), yes, logits, labels), torch.zeros(4, dtype=torch.int64))
+    metrics.add(8, batch_counts(torch.tensor(2.0), finite, logits, labels), torch.zeros(4, dtype=torch.int64))
     assert metrics.window().loss == 2.0
 
 

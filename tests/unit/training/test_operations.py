@@ -49,10 +49,10 @@ class Cost(NamedTuple):
 # prints the table that it has found.
 COUNTED_WITH = "2.15.0"
 COSTS = {
-    "inception_v1 off": Cost(873, 807, 3),
-    "inception_v1 on": Cost(747, 807, 3),
-    "inception_v2 off": Cost(981, 767, 3),
-    "inception_v2 on": Cost(861, 767, 3),
+    "inception_v1 off": Cost(877, 807, 3),
+    "inception_v1 on": Cost(751, 807, 3),
+    "inception_v2 off": Cost(985, 767, 3),
+    "inception_v2 on": Cost(865, 767, 3),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -112,6 +113,20 @@ def test_own_optimizer() -> None:
         optim.build_optimizer(layer, OptimConfig(name=f"{__name__}:half"), 256)
     layer.bias.requires_grad_(False)  # type: ignore[union-attr]
     optim.build_optimizer(layer, OptimConfig(name=f"{__name__}:half"), 256)
+
+
+def test_learning_rates_are_logged_by_group() -> None:
+    """Only of groups with another peak: here biases and Muon's filters. An own optimizer's have numbers."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    config = OptimConfig(name="muon", lr=0.1, muon_lr=0.3, bias_lr_factor=4.0)
+    optimizer = optim.build_optimizer(model, config, 128)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] / 2
+    assert optim.learning_rates(optimizer, config) == pytest.approx({"lr": 0.05, "lr/biases": 0.2, "lr/muon": 0.15})
+    plain = replace(config, name="sgd", bias_lr_factor=1.0)
+    assert optim.learning_rates(optim.build_optimizer(model, plain, 128), plain) == {"lr": 0.0}
+    own = torch.optim.SGD([{"params": [p], "lr": 1.0 + (p.ndim == 1), "peak_lr": p.ndim} for p in model.parameters()])
+    assert optim.learning_rates(own, replace(config, name="my:optimizer")) == {"lr": 1.0, "lr/1": 2.0, "lr/2": 1.0}
 
 
 def test_muon_needs_filters() -> None:

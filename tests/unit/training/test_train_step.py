@@ -70,6 +70,23 @@ OWN = replace(
 )
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_gradient_norm_of_a_logged_step(precision: Any, batches: list[tuple[int, Batch]]) -> None:
+    """Before clipping and without the scale of fp16: the first step of SGD moves by lr x (1 + momentum) x gradient."""
+    optimizer = replace(TINY.optim, name="sgd", weight_decay=0.0, bias_lr_factor=1.0, grad_clip=None)
+    config = replace(TINY, train=replace(TINY.train, precision=precision), optim=optimizer)
+    train_step = train_step_of(config)
+    before = torch.cat([p.detach().flatten() for p in parameters(train_step)])
+    train_step.run(Step(0, 1.0, logged=True), iter(batches), Metrics(ALONE))
+    moved = torch.cat([p.detach().flatten() for p in parameters(train_step)]) - before
+    peak = train_step.optimizer.param_groups[0]["peak_lr"]
+    expected = moved.norm().item() / (peak * (1 + config.optim.momentum))
+    assert train_step.figures(1.0)["gradient_norm"] == pytest.approx(expected, rel=1e-4)
+    clipped = train_step_of(replace(config, optim=replace(optimizer, grad_clip=expected / 3)))
+    clipped.run(Step(0, 1.0, logged=True), iter(batches), Metrics(ALONE))
+    assert clipped.figures(1.0)["gradient_norm"] == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("config", [TINY, MUON, OWN], ids=["sgd", "muon and auxiliary heads", "own"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32", "fp64"])
 def test_every_number_format_trains(config: Config, precision: PrecisionName, batches: list[tuple[int, Batch]]) -> None:
@@ -150,7 +167,9 @@ def test_label_smoothing_by_hand(smoothing: float, batches: list[tuple[int, Batc
     labels = torch.cat([batch.labels for _, batch in batches[:2]])
     targets = torch.full_like(log_shares, smoothing / 10)
     targets[torch.arange(32), labels] += 1 - smoothing
-    assert metrics.window().loss == pytest.approx(-(targets * log_shares).sum(dim=1).mean().item(), rel=1e-8)
+    window = metrics.window()
+    assert window.objective == pytest.approx(-(targets * log_shares).sum(dim=1).mean().item(), rel=1e-8)
+    assert window.loss == pytest.approx(-log_shares[torch.arange(32), labels].mean().item(), rel=1e-8)
 
 
 @pytest.mark.parametrize("config", [TINY, MUON, OWN], ids=["sgd", "muon and auxiliary heads", "own"])

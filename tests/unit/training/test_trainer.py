@@ -68,7 +68,7 @@ class Seen(Hooks):
         right = next(self.tenths)
         confusion = [[0] * 10 for _ in range(10)]
         confusion[0][:2] = right, 10 - right
-        return evaluation.Score(10, 1.0, confusion, None)
+        return evaluation.Score(10, 1.0, confusion, None, torch.zeros(10, 3, dtype=torch.int64))
 
 
 @pytest.fixture(scope="module")
