@@ -273,3 +273,18 @@ def test_a_python_without_packages() -> None:
 def test_wrong_arguments(arguments: tuple[str, ...], message: str) -> None:
     output = runs.run(1, *arguments, module="doctor", expected=2)
     assert message in output
+
+
+@pytest.mark.parametrize("script", ["debug", "node"])
+def test_scripts_name_it_once_when_a_start_fails(script: str, tmp_path: Path) -> None:
+    """Not rank 0 and the launcher both."""
+    subprocess.run([str(REPOSITORY / "launch/setup")], check=True)  # it loads FFCV if it has something to do
+    (tmp_path / "ffcv.py").write_text("raise ImportError('libturbojpeg.so.0: cannot open shared object file')")
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path, "NPROC_PER_NODE": "1"}
+    words = [str(REPOSITORY / "launch" / script), "--run.dir", str(tmp_path / "run"), "--track.wandb", "disabled"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 1
+    assert "libturbojpeg.so.0" in done.stderr
+    assert done.stderr.count("cifar_dist.doctor") == 1
+    assert done.stderr.splitlines()[-1] == f"`{REPOSITORY}/.venv/bin/python -m cifar_dist.doctor` checks this machine."
