@@ -5,13 +5,13 @@ An empty variable counts as unset: scripts and schedulers leave empty ones behin
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from cifar_dist.errors import UserError
 
-_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUPS, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def number(name: str, default: int, least: int = 0) -> int:
@@ -37,7 +37,7 @@ def optional_number(name: str, env: Mapping[str, str] = os.environ, least: int =
     return int(text)
 
 
-def num_processors(cgroups: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup"), shared_by: int = 1) -> int:
+def num_processors(cgroups: Path = _CGROUPS, own: Path = _OWN, shared_by: int = 1) -> int:
     """Processors for each of `shared_by` processes: of the affinity, or fewer by the CPU quota (cgroup v1 and v2)."""
     return max(1, int(min([len(os.sched_getaffinity(0)), *_quotas(cgroups, own)])) // shared_by)
 
@@ -55,23 +55,34 @@ def num_threads(local_size: int) -> int:
 
 
 def _quotas(cgroups: Path, own: Path) -> list[float]:
-    """Processors by the quota of each cgroup that this process is in, up to the root of those that are visible."""
+    """Processors by the quota of each cgroup that this process is in."""
+    quotas = []
+    for folder in cgroup_folders("cpu", cgroups, own):
+        with suppress(OSError, ValueError, ZeroDivisionError):
+            quotas.append(_quota(folder))
+    return [quota for quota in quotas if quota > 0]
+
+
+def cgroup_folders(controller: str, cgroups: Path = _CGROUPS, own: Path = _OWN) -> Iterator[Path]:
+    """Where the limits of `controller` (cpu, memory, pids) are for this process, in cgroup v1 and v2.
+
+    A folder for each cgroup that it is in, up to the root of those that are visible; it may not exist.
+    """
     try:
         lines = own.read_text().splitlines()
     except OSError:
-        return []
-    quotas = []
+        return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        names = ("cpu", "cpu,cpuacct", "cpuacct,cpu") if "cpu" in controllers.split(",") else ()
-        for root in [cgroups / name for name in names] if controllers else [cgroups, cgroups / "unified"]:
+        names = controllers.split(",")
+        # Mounted as it is listed, as one of several links to that, or by another order of the same names.
+        mounts = {controller, controllers, ",".join(reversed(names))} if controller in names else ()
+        for root in [cgroups / name for name in mounts] if controllers else [cgroups, cgroups / "unified"]:
             folder = root / path.lstrip("/")
             for level in (folder, *folder.parents):
-                with suppress(OSError, ValueError, ZeroDivisionError):
-                    quotas.append(_quota(level))
+                yield level
                 if level == root:
                     break
-    return [quota for quota in quotas if quota > 0]
 
 
 def _quota(folder: Path) -> float:

@@ -143,9 +143,17 @@ def report(error: BaseException, on_all_ranks: bool = False) -> int:
         sys.excepthook(type(error), error, error.__traceback__)
     elif is_main_process():
         print(f"{below_bar}{str(error) or 'interrupted'}", file=sys.stderr, flush=True)
+    if isinstance(error, Exception) and is_main_process() and not (EXIT_CODES in os.environ and "RANK" in os.environ):
+        suggest_doctor(code)  # of processes that a launcher started, the launcher does
     write_exit_code(code)
     error.reported = True  # type: ignore[attr-defined]
     return code
+
+
+def suggest_doctor(code: int) -> None:
+    """After an exit code whose cause may be the machine, print how to check it; under srun, on the first node only."""
+    if code in (1, PeerError.exit_code) and (os.environ.get("SLURM_PROCID") or "0") == "0":
+        print(f"`{sys.executable} -m cifar_dist.doctor` checks this machine.", file=sys.stderr, flush=True)
 
 
 def _exit_within(seconds: float, code: int) -> None:

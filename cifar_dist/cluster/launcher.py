@@ -19,7 +19,7 @@ from types import FrameType
 
 from cifar_dist import environment, network
 from cifar_dist.cluster import rendezvous
-from cifar_dist.errors import EXIT_CODES, PeerError, StopError, exit_on_error
+from cifar_dist.errors import EXIT_CODES, PeerError, StopError, exit_on_error, suggest_doctor
 from cifar_dist.fault_tolerance import signals
 from cifar_dist.process import (
     LAUNCHER,
@@ -57,6 +57,7 @@ def main() -> None:
         _check_rendezvous(options)
         with signals.deferred():
             code = _torchrun(options, endpoint)
+    suggest_doctor(code)
     raise SystemExit(code)
 
 

@@ -19,12 +19,20 @@ PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 def main() -> None:
     """Exit with code 2 and the reasons if a direct requirement is not met."""
-    project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
     with errors.exit_on_error():
-        unmet = [f"  {text}" for item in map(Requirement, project["dependencies"]) if (text := problem(item))]
+        unmet = [f"  {text}" for item in requirements() if (text := problem(item))]
         if unmet:
             advice = "Install these on the machine, or make a bundle that brings them (./launch/bundle --help)."
             raise errors.UserError("\n".join(["requirements are not met:", *unmet, advice]))
+
+
+def requirements() -> list[Requirement]:
+    """The direct requirements: those of pyproject.toml, or of the installed package."""
+    if PYPROJECT.exists():
+        project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
+        return [Requirement(text) for text in project["dependencies"]]
+    found = [Requirement(text) for text in importlib.metadata.requires("cifar_dist") or ()]
+    return [item for item in found if item.marker is None or item.marker.evaluate({"extra": ""})]
 
 
 def problem(requirement: Requirement) -> str:

@@ -30,7 +30,7 @@ def start_wandb(
 ) -> WandbRun:
     """Start the W&B run of this run directory, or resume it. For the arguments see `Tracker`.
 
-    --track.wandb gives the mode, or WANDB_MODE if that is auto. If neither does, see `_stored_mode`.
+    --track.wandb gives the mode, or WANDB_MODE if that is auto. If neither does, see `stored_mode`.
 
     Raises:
         UserError: WANDB_MODE is unknown, or a mode that was given failed. If none was given, offline replaces what
@@ -74,7 +74,7 @@ def _init(mode: str, project: str, run_dir: Path, run_config: dict[str, Any], na
     with stop_signals_blocked(), quiet_descriptors():  # its process must outlive this one's last step
         wandb.setup()
     settings: dict[str, Any] = {
-        "mode": _stored_mode() if mode == "auto" else mode,
+        "mode": stored_mode() if mode == "auto" else mode,
         "console": "off",
         "save_code": False,
         "disable_code": True,
@@ -94,7 +94,7 @@ def _init(mode: str, project: str, run_dir: Path, run_config: dict[str, Any], na
     return run
 
 
-def _stored_mode() -> str:
+def stored_mode() -> str:
     """After `wandb disabled` or `wandb offline` that mode; else online with a login, and offline without.
 
     W&B must be set up, and silent, so that it does not ask for a login.

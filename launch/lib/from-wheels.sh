@@ -122,5 +122,6 @@ check_environment() {
     local answer
     .venv/bin/python -m cifar_dist.offline.check_installed || exit 2
     answer=$(.venv/bin/python -c 'import torch, torchvision, cv2, ffcv.loader' 2>&1) ||
-        mistake "the environment was installed, but cannot be loaded:" "$(tail -n 5 <<<"$answer")"
+        mistake "the environment was installed, but cannot be loaded:" "$(tail -n 5 <<<"$answer")" \
+            "\`.venv/bin/python -m cifar_dist.doctor\` checks this machine."
 }

@@ -18,5 +18,6 @@ check_imports() {
     [[ -n ${CIFAR_DIST_PYTHON:-} ]] || return 0
     answer=$("$python" -c 'import torch, ffcv.loader, cifar_dist.cluster.slurm, cifar_dist.training.run' 2>&1) ||
         mistake "CIFAR_DIST_PYTHON is $CIFAR_DIST_PYTHON, which cannot import what training needs, on $(uname -n):" \
-            "$(tail -n 1 <<<"$answer")" "Install the packages of pyproject.toml into it, or unset it to use that of ./launch/setup."
+            "$(tail -n 1 <<<"$answer")" "Install the packages of pyproject.toml into it, or unset it to use that of ./launch/setup." \
+            "\`$python -m cifar_dist.doctor\` checks this machine."
 }

@@ -67,6 +67,7 @@ def test_lost_machine_is_named(rendezvous: str, lost: int, data_dir: Path, tmp_p
     assert f"error: rank {1 - lost} on {HOST} lost contact with rank {lost} o" in output
     assert "Traceback" not in output
     assert output.count("error: ") == 1
+    assert output.count("cifar_dist.doctor` checks this machine") == 1
     wait_for_end(run_dir, 1)
 
 

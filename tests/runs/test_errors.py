@@ -136,6 +136,21 @@ def test_summary_of_codes_is_what_the_package_uses() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("code", "node", "told"),
+    [(1, None, True), (6, "", True), (6, "0", True), (6, "1", False), *((code, "0", False) for code in (0, 2, 5, 75))],
+)
+def test_the_machine_is_suspected_once(
+    code: int, node: str | None, told: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After codes that may come from it; under srun, whose output has those of all nodes, on the first."""
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
+    if node is not None:
+        monkeypatch.setenv("SLURM_PROCID", node)
+    errors.suggest_doctor(code)
+    assert capsys.readouterr().err == f"`{sys.executable} -m cifar_dist.doctor` checks this machine.\n" * told
+
+
 def test_mistakes_under_torchrun_are_told_once() -> None:
     """Whichever rank fails first, torchrun stops the others; rank 0 alone says why."""
     output = runs.run(4, "--optim.lrr", "0.1", expected=1)

@@ -206,6 +206,9 @@ TESTED = {
     "python -m cifar_dist.prepare --data.source ~/Downloads/cifar10.tgz": "test_copies.py: test_forms",
     "python -m tests.support.real_gpu equal cuda": "test_exact_sum.py; on a CPU where there is no GPU",
     "python -m cifar_dist.compare runs/mine runs/other": "test_compare.py",
+    "python -m cifar_dist.doctor --json doctor.json": "test_doctor.py: test_a_machine_that_works",
+    "python -m cifar_dist.doctor --only data disk --data.dir /scratch/data --run.dir /scratch/runs":
+        "test_doctor.py: test_nothing_is_left_behind",
     "python -m cifar_dist.train --config configs/quickstart.yaml --run.name mine --run.resume auto": "test_resume.py",
     "python -m cifar_dist.predict runs/mine cat.jpg": "test_inference.py: test_predict_a_folder",
     "python -m cifar_dist.predict runs/mine folder --top_k 1 --tta flip --format jsonl":

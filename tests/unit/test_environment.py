@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cifar_dist.environment import num_processors, num_threads, number
+from cifar_dist.environment import cgroup_folders, num_processors, num_threads, number
 from cifar_dist.errors import UserError
 from tests.support import runs
 from tests.support.sizes import MODULES
@@ -124,6 +124,14 @@ V1 = "4:memory:/a\n3:cpu,cpuacct:/docker/x\n0::/\n"
 )  # fmt: skip
 def test_quotas(files: dict[str, str], lines: str, expected: int, tmp_path: Path) -> None:
     assert num_processors(*tree(tmp_path, files, lines)) == expected
+
+
+def test_folders_of_other_limits(tmp_path: Path) -> None:
+    cgroups, own = tree(tmp_path, {}, V1)
+    expected = ["memory/a", "memory", "", "unified"]  # the last two: of version 2
+    assert list(cgroup_folders("memory", cgroups, own)) == [cgroups / name for name in expected]
+    assert list(cgroup_folders("pids", cgroups, own)) == [cgroups, cgroups / "unified"]
+    assert list(cgroup_folders("pids", cgroups, tmp_path / "absent")) == []
 
 
 def test_a_real_quota() -> None:

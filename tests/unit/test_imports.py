@@ -29,6 +29,7 @@ ALLOWED = {
     "fault_tolerance": {"ground"},
     "reports": {"ground", "tracking", "training"},
     "cluster": {"ground", "fault_tolerance", "reports"},
+    "diagnosis": {"ground", "data", "tracking", "cluster", "offline"},
     "planning": PARTS | {"training", "fault_tolerance"},
     "benchmarks": PARTS | {"training", "fault_tolerance"},
     "offline": {"ground", "data", "training"},

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from cifar_dist import cli, compare, evaluate, plan, prepare, seeds, sweep
+from cifar_dist import cli, compare, doctor, evaluate, plan, prepare, seeds, sweep
 from cifar_dist.benchmarks.settings import BenchConfig, CompareConfig
 from cifar_dist.cluster import slurm
 from cifar_dist.config import Config, to_plain, to_yaml
@@ -24,6 +24,7 @@ COMMANDS: dict[type, list[str]] = {  # with the words that each needs
     Config: [], evaluate.EvaluateArguments: ["--checkpoint", "c"], prepare.PrepareConfig: [], BenchConfig: ["all"],
     plan.PlanArguments: ["configs/quickstart.yaml"], sweep.SweepArguments: ["quickstart"],
     seeds.SeedsArguments: ["r"], bundle.BundleConfig: ["--ffcv-wheel", "w"], lean.LeanConfig: ["--ffcv-wheel", "w"],
+    doctor.DoctorArguments: [],
 }  # fmt: skip
 
 

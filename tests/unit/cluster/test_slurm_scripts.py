@@ -219,7 +219,8 @@ def test_python_that_lacks_a_package(package: str, why: str, script: str, tmp_pa
     env = {**JOB, "CIFAR_DIST_PYTHON": str(python)}
     lines = ended(runs.REPOSITORY / f"slurm/{script}.sh", code=2, env=env).splitlines()
     assert lines[0].startswith(f"error: CIFAR_DIST_PYTHON is {python}, which cannot import what training needs, on ")
-    assert (lines[1], len(lines)) == (text, 3)
+    assert (lines[1], len(lines)) == (text, 4)
+    assert lines[3] == f"`{python} -m cifar_dist.doctor` checks this machine."
 
 
 @pytest.mark.parametrize("kind", ["a path with a space", "relative", "in PATH"])

@@ -289,12 +289,12 @@ def test_wandb_id_file_is_checked(tmp_path: Path) -> None:
 STORED_MODES = """
 import json, os, sys
 import wandb
-from cifar_dist.tracking.wandb_run import _stored_mode
+from cifar_dist.tracking.wandb_run import stored_mode
 
 for case in json.loads(sys.argv[1]):
     os.environ.update(case)
     wandb.setup()
-    print(_stored_mode())
+    print(stored_mode())
     wandb.teardown()
     for name in case:
         del os.environ[name]
