@@ -233,6 +233,21 @@ class TrackConfig:
     """auto: online with a W&B login, otherwise offline."""
     project: str = "cifar_dist"
     """W&B project."""
+    entity: str | None = None
+    """W&B user or team. None: the default of the login."""
+    group: str | None = None
+    """W&B group. Unless it is given, launch/seeds, launch/sweep and slurm/sweep.sh set it to the name of the sweep, and a
+    run on several nodes to its own name."""
+    job_type: str | None = None
+    """W&B job type. Unless it is given, sweeps over a grid set it to the folder of the settings, such as setting-0."""
+    tags: str | None = None
+    """W&B tags, separated by commas."""
+    notes: str | None = None
+    """A text at W&B about the run."""
+    artifact: bool = False
+    """At the end, save the best checkpoint, or without validation the last, as a W&B artifact."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard to tensorboard/ in the run directory."""
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def test_records_are_strict_json(tmp_path: Path) -> None:
             {"step": 20, "train/loss": 1.25, "lr": 0.1, "note": 'a "quoted" ü', "val/loss": None, "val/n": 7}
         ]  # already there before anything is closed
         tracker.log_metrics(40, {"a": float("nan"), "b": float("inf"), "c": float("-inf")})
-        tracker.finish({})
+        tracker.finish({}, tmp_path / "run")
     assert strict_lines(tmp_path / "run")[1] == {"step": 40, "a": "nan", "b": "inf", "c": "-inf"}
 
 
