@@ -236,8 +236,8 @@ class TrackConfig:
     entity: str | None = None
     """W&B user or team. None: the default of the login."""
     group: str | None = None
-    """W&B group. Unless it is given, launch/seeds, launch/sweep and slurm/sweep.sh set it to the name of the sweep, and a
-    run on several nodes to its own name."""
+    """W&B group. Unless it is given, launch/seeds, launch/sweep and slurm/sweep.sh set it to the name of the sweep, and
+    a run on several nodes to its own name."""
     job_type: str | None = None
     """W&B job type. Unless it is given, sweeps over a grid set it to the folder of the settings, such as setting-0."""
     tags: str | None = None

@@ -5,7 +5,7 @@ where a record crosses a block, each record a protobuf message of W&B.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,21 +14,37 @@ _WHOLE, _LAST = 1, 4  # kinds of parts
 
 
 class Held(NamedTuple):
-    """How much of metrics.jsonl W&B has: its first `rows` lines, of which the last is of `step`."""
+    """How much of metrics.jsonl W&B has: its first `rows` lines, of which the last `of_step` are those of `step`."""
 
     rows: int = 0
-    step: int = -1
+    step: int | None = None  # unknown where only the server has the last row
+    of_step: int = 0
 
-    def has(self, index: int, step: int) -> bool:
-        """Whether W&B has a line. First by the step, as a resumed run may log at other steps than before."""
-        return step < self.step or (step == self.step and index < self.rows)
+    def has(self, index: int, step: int, nth: int) -> bool:
+        """Whether W&B has line `index`, the `nth` of its step (from 0).
+
+        The step tells more than the index, as a resumed run may log at other steps than before.
+        """
+        if self.step is None:
+            return index < self.rows
+        return step < self.step or (step == self.step and nth < self.of_step)
 
 
-def held_in(files: Iterable[Path]) -> Held:
-    """What `files` of one run hold."""
-    rows = [row for file in files for row in read_history(file)]
-    steps = [row["step"] for row in rows if isinstance(row.get("step"), int)]
-    return Held(max((row["_step"] + 1 for row in rows), default=0), max(steps, default=-1))
+def held_in(run_dir: Path, run_id: str, at_server: int | None) -> Held:
+    """What W&B has of the run in `run_dir`.
+
+    Args:
+        at_server: rows that its server has. What was recorded offline counts, too, as it will be uploaded. None: it is
+            offline now, so all that is on this disk counts.
+    """
+    steps, rows = dict[int, int](), at_server or 0
+    for file in run_dir.glob(f"wandb/*run-*-{run_id}/*.wandb"):
+        found = {row["_step"]: row["step"] for row in read_history(file) if "step" in row}
+        steps |= found
+        if at_server is None or file.parent.name.startswith("offline-"):
+            rows = max([rows, *(row + 1 for row in found)])
+    last = steps.get(rows - 1)
+    return Held(rows, last, sum(step == last for row, step in steps.items() if row < rows))
 
 
 def read_history(file: Path) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -49,9 +50,7 @@ def start_wandb(
     for attempt in (mode,) if explicit else ("auto", "offline"):
         try:
             run = _init(attempt, config, run_dir, run_id(run_dir), name, run_config)
-            files = run_dir.glob(f"wandb/{'' if run.offline else 'offline-'}*run-*-{run.id}/*.wandb")
-            at_server = Held(run.starting_step, dict(run.summary).get("step", -1))
-            held = max(held_in(files), at_server)
+            held = held_in(run_dir, run.id, None if run.offline else run.starting_step)
         except Exception as error:
             _teardown()  # else the failed run keeps its id occupied
             reason = one_line(error)
@@ -189,11 +188,14 @@ class WandbRun:
         self.main = (run.id, "offline" if run.offline else "online")  # for `system_metrics_of_node`
         self._run, self._held, self._artifact, self._log = run, held, artifact, log
         self._next_row = held.rows
+        self._step, self._nth = -1, 0  # of the last line: its step, and which of that step it is
         self._test = dict[str, Any]()
 
     def log(self, index: int, step: int, metrics: Mapping[str, Value]) -> None:
         """Log line `index` of metrics.jsonl. That of the final test waits for `add_results`, as a resume repeats it."""
-        if self._held.has(index, step):
+        self._nth = self._nth + 1 if step == self._step else 0
+        self._step = step
+        if self._held.has(index, step, self._nth):
             return
         row = {"step": step, **{key: _plain(value) for key, value in metrics.items()}}
         if "test/n" in metrics:
@@ -211,10 +213,30 @@ class WandbRun:
     def add_results(self, results: Mapping[str, Any], directory: Path) -> None:
         """Add the results of a run that is complete: the summary, media, and the checkpoint if asked for."""
         self._run.summary.update(summary_values(results))
-        if self._test:
-            self._log_row({**self._test, **media(results, directory)})
+        if self._test and not self._try(
+            "the pictures", lambda: self._log_row({**self._test, **media(results, directory)})
+        ):
+            self._log_row(self._test)
         if self._artifact:
-            log_checkpoint(self._run, directory)
+            self._try("the checkpoint", lambda: log_checkpoint(self._run, directory))
+
+    def _try(self, what: str, call: Callable[[], None]) -> bool:
+        """Call for at most FINISH_TIMEOUT_S, as artifacts wait for the network. Returns whether it worked."""
+        errors = [f"no answer for {FINISH_TIMEOUT_S:.0f} s"]
+
+        def work() -> None:
+            try:
+                call()
+                errors.clear()
+            except Exception as error:  # noqa: BLE001
+                errors[0] = one_line(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(FINISH_TIMEOUT_S)
+        if errors:
+            self._log(f"warning: W&B did not get {what}: {errors[0]}")
+        return not errors
 
     def finish(self, exit_code: int) -> None:
         """Close within FINISH_TIMEOUT_S."""

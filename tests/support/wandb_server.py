@@ -67,6 +67,8 @@ class Server:
         if name == "CreateRunFiles":
             uploads = [{"name": file, "uploadUrl": f"{self.url}/put/{file}"} for file in variables["files"]]
             return {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": uploads}}
+        if name == "Viewer":
+            return {"viewer": {"id": "u", "entity": "somebody", "username": "u", "flags": "{}", "teams": {"edges": []}}}
         if name == "NotifyScriptableRunAlert":
             return {"notifyScriptableRunAlert": {"success": True}}
         raise LookupError(name)
@@ -74,7 +76,8 @@ class Server:
     def _state(self, name: str, run: Run) -> dict[str, Any]:
         tail = json.dumps([json.dumps(run.rows[max(run.rows)])]) if run.rows else "[]"
         return {
-            "id": "x", "name": name, "displayName": "", "config": "{}", "tags": [], "notes": None, "wandbConfig": None,
+            "id": "x", "name": name, "displayName": "", "config": "{}", "tags": [], "notes": None,
+            "wandbConfig": '{"t": {}}',
             "summaryMetrics": json.dumps(run.summary), "historyLineCount": len(run.rows), "historyTail": tail,
             "logLineCount": 0, "eventsLineCount": run.num_system_rows, "eventsTail": "[]",
         }  # fmt: skip
@@ -113,14 +116,14 @@ def serve() -> Iterator[Server]:
             self.end_headers()
             self.wfile.write(data)
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             self.send({})
 
-        def do_PUT(self) -> None:  # noqa: N802
+        def do_PUT(self) -> None:
             server.files[self.path.removeprefix("/put/")] = self.body()
             self.send({})
 
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             sent = json.loads(self.body())
             if self.path.endswith("/file_stream"):
                 server.stream(self.path.split("/")[-2], sent)
@@ -132,7 +135,11 @@ def serve() -> Iterator[Server]:
             except LookupError as error:
                 return self.send({"errors": [{"message": f"no answer to {error}"}], "data": None})
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Http(ThreadingHTTPServer):
+        def handle_error(self, *_: Any) -> None:
+            """Clients are killed."""
+
+    http = Http(("127.0.0.1", 0), Handler)
     server.url = f"http://127.0.0.1:{http.server_address[1]}"
     threading.Thread(target=http.serve_forever, daemon=True).start()
     try:
