@@ -269,6 +269,12 @@ TESTED = {
     "sbatch --output=logs/%x-%j.out slurm/train.sh --config configs/googlenet.yaml":
         "test_slurm.py: test_output_in_another_folder",
     "./launch/rehearse --world-size 8 configs/googlenet.yaml --steps 20": "test_rehearse.py",
+    "python -m cifar_dist.train --config quickstart --run.name mine --track.tags baseline,v1":
+        "test_wandb_run.py: test_results",
+    "./launch/wandb-sync": "test_wandb_sync.py: test_dry_run",
+    "./launch/wandb-sync runs/mine --dry-run": "test_wandb_sync.py: test_dry_run",
+    "python -m cifar_dist.train --config quickstart --run.name mine --track.tensorboard True":
+        "test_tracking.py: test_tensorboard_equals_metrics",
     "./launch/bundle": "test_bundle.py, without torch; whole by hand",
     "./launch/bundle --system-torch": "test_bundle.py",
     "./launch/bundle --lean": "test_versions.py: test_measuring_from_a_lean_bundle",

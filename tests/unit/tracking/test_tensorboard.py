@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,8 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
+from cifar_dist.process import kill_process_tree
+from tests.support import runs
 from tests.unit.tracking.test_tracker import start, strict_lines
 
 ON = {"TEST_TRACK": '{"tensorboard": true}'}
@@ -49,6 +54,29 @@ def test_each_line_once_after_a_kill(tmp_path: Path) -> None:
     assert (image.step, image.width, image.height) == (100, 768, 512)
     text = events.Tensors("configuration/text_summary")[-1]  # one for each start
     assert text.tensor_proto.string_val[0] == b"    optim:\n      lr: 0.05"
+
+
+def test_the_program_itself(tmp_path: Path) -> None:
+    """`tensorboard --logdir runs` reads files with a reader of its own."""
+    start(tmp_path / "runs/mine", "disabled", event="killed", env=ON)
+    start(tmp_path / "runs/mine", "disabled", start=50, env=ON)
+    port = runs.free_port()
+    command = [str(runs.BIN / "tensorboard"), "--logdir", "runs", "--port", port]
+    process = runs.start_command(command, tmp_path)
+    url = f"http://127.0.0.1:{port}/data/plugin/scalars/scalars?tag=train/loss&run=mine/tensorboard"
+    found: list[int] = []
+
+    def reads() -> bool:
+        with suppress(OSError), urllib.request.urlopen(url) as answer:
+            found[:] = [step for _, step, _ in json.load(answer)]
+        return bool(found)
+
+    try:
+        runs.wait_until(reads, process)
+    finally:
+        kill_process_tree(process.pid)
+        process.communicate()
+    assert found == [20, 40, 60, 80, 100]
 
 
 def test_full_disk_is_one_line(tmp_path: Path) -> None:

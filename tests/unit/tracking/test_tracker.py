@@ -92,7 +92,7 @@ def start(
     directory: Path, mode: str, start: int = 0, event: str = "", env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     home = directory.parent / "home"
-    home.mkdir(exist_ok=True)
+    home.mkdir(parents=True, exist_ok=True)
     directory.mkdir(exist_ok=True)
     return subprocess.run(
         command(directory, mode, start, event), env=environment(home, **(env or {})),
