@@ -116,13 +116,13 @@ def test_two_machines_train(data_dir: Path, tmp_path: Path) -> None:
     assert runs.summary(tmp_path / "run")["world_size"] == 2
     assert runs.children_with(str(tmp_path)) == []
     main_id = (tmp_path / "run/wandb_id.txt").read_text().strip()
-    main, node = sorted(tmp_path.glob("run/wandb/offline-run-*/*.wandb"), key=lambda path: len(path.name))
-    assert (main.name, node.name) == (f"run-{main_id}.wandb", f"run-{main_id}-node-1.wandb")
+    main, second = sorted(tmp_path.glob("run/wandb/offline-run-*/*.wandb"), key=lambda path: len(path.name))
+    assert (main.name, second.name) == (f"run-{main_id}.wandb", f"run-{main_id}-node-1.wandb")
     assert len(list(read_history(main))) == len(runs.records(tmp_path / "run"))
-    assert list(read_history(node)) == []
+    assert list(read_history(second)) == []
     for part in (b"system.cpu", b"run-node-1"):
-        assert part in node.read_bytes()
-    for file in (main, node):
+        assert part in second.read_bytes()
+    for file in (main, second):
         with serve() as server:
             sync = {**os.environ, **server.login, "WANDB_DIR": str(tmp_path)}
             subprocess.run(

@@ -60,9 +60,9 @@ def test_values_that_are_not_finite(server: Server, tmp_path: Path) -> None:
     run.mkdir()
     (run / "metrics.jsonl").write_text('{"step": 20, "train/loss": "nan"}\n{"step": 40, "train/loss": "-inf"}\n')
     assert start(run, "online", start=50, env=server.login).returncode == 0
-    values = [row.get("train/loss") for row in history(server, run)]
-    assert math.isnan(float(values[0]))
-    assert float(values[1]) == -math.inf
+    first, second = (float(row["train/loss"]) for row in history(server, run)[:2])
+    assert math.isnan(first)
+    assert second == -math.inf
     assert [row["step"] for row in history(server, run)] == [record["step"] for record in strict_lines(run)]
 
 
