@@ -33,7 +33,7 @@ def pictures(directory: Path) -> dict[str, Image]:
 
     found = {}
     for name in PICTURES:
-        with suppress(OSError), PIL.Image.open(directory / f"{name}.png") as image:
+        with suppress(OSError, SyntaxError), PIL.Image.open(directory / f"{name}.png") as image:
             factor = max(1, _MIN_WIDTH // image.width)
             size = (factor * image.width, factor * image.height)
             found[name] = image.convert("RGB").resize(size, PIL.Image.Resampling.NEAREST)

@@ -49,7 +49,9 @@ def start_wandb(
         return None
     for attempt in (mode,) if explicit else ("auto", "offline"):
         try:
-            run = _init(attempt, config, run_dir, run_id(run_dir), name, run_config)
+            run = _init(attempt, config, run_dir, _run_id(run_dir), name, run_config)
+            if run.disabled:  # by `wandb disabled`
+                return None
             held = held_in(run_dir, run.id, None if run.offline else run.starting_step)
         except Exception as error:
             _teardown()  # else the failed run keeps its id occupied
@@ -64,7 +66,7 @@ def start_wandb(
             continue
         if run.offline:
             log(f"W&B offline: `launch/wandb-sync {run_dir}` uploads it")
-        elif not run.disabled:
+        else:
             log(f"W&B online: {run.url}")
         return WandbRun(run, held, config.artifact, log)
     return None
@@ -110,7 +112,7 @@ def _init(mode: str, config: TrackConfig, run_dir: Path, id_: str, name: str, ru
     with stop_signals_blocked(), quiet_descriptors():  # its process must outlive this one's last step
         wandb.setup()
     settings: dict[str, Any] = {
-        "mode": stored_mode() if mode == "auto" else mode,
+        "mode": _stored_mode() if mode == "auto" else mode,
         "console": "off",
         "save_code": False,
         "disable_code": True,
@@ -132,7 +134,7 @@ def _init(mode: str, config: TrackConfig, run_dir: Path, id_: str, name: str, ru
     return run
 
 
-def stored_mode() -> str:
+def _stored_mode() -> str:
     """After `wandb disabled` or `wandb offline` that mode; else online with a login, and offline without.
 
     W&B must be set up, and silent, so that it does not ask for a login.
@@ -147,7 +149,7 @@ def stored_mode() -> str:
         return "offline"
 
 
-def run_id(run_dir: Path) -> str:
+def _run_id(run_dir: Path) -> str:
     """The id of the W&B run of this run directory, which wandb_id.txt keeps.
 
     Raises:

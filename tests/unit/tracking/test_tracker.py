@@ -341,3 +341,11 @@ def test_mode_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         Tracker(tmp_path, TrackConfig(), {}, 100, 0, "name")
     result = start(tmp_path / "run", "auto", env={"WANDB_MODE": "disabled"})
     assert "wandb loaded: False" in result.stdout
+
+
+def test_after_wandb_disabled(tmp_path: Path) -> None:
+    (tmp_path / "settings").write_text("[default]\nmode = disabled\n")
+    result = start(tmp_path / "run", "auto", env={"WANDB_CONFIG_DIR": str(tmp_path)})
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "W&B" not in result.stdout
+    assert len(strict_lines(tmp_path / "run")) == 7
