@@ -120,7 +120,7 @@ def test_two_machines_train(data_dir: Path, tmp_path: Path) -> None:
     assert (main.name, second.name) == (f"run-{main_id}.wandb", f"run-{main_id}-node-1.wandb")
     assert len(list(read_history(main))) == len(runs.records(tmp_path / "run"))
     assert list(read_history(second)) == []
-    for part in (b"system.cpu", b"run-node-1"):
+    for part in (b"proc.cpu.threads", b"run-node-1"):
         assert part in second.read_bytes()
     for file in (main, second):
         with serve() as server:
