@@ -29,6 +29,7 @@ COMMANDS = {
     "seeds": ("seeds:SeedsArguments", "print mean and spread of runs that differ in the seed"),
     "compare": ("compare:CompareArguments", "say whether runs computed the same"),
     "doctor": ("doctor:DoctorArguments", "check this machine: packages, devices, data, disk, limits"),
+    "wandb_sync": ("wandb_sync:SyncArguments", "upload what W&B has recorded offline"),
     "bench": ("benchmarks.settings:BenchConfig", "measure this machine"),
     "models": ("models.__main__:NoArguments", "check parameter counts against the literature"),
 }

@@ -140,8 +140,7 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: on for GPUs; off for CPUs, where compiling takes minutes."""
     cuda_graphs: Literal["on", "off"] = "off"
-    """Start the kernels of a compiled forward or backward pass together. For GPUs that wait for the host between the
-    kernels of small micro-batches. No GPU has run it yet."""
+    """Start the kernels of a compiled pass together, for small micro-batches. No GPU has run it yet."""
     channels_last: bool = True
     """Keep activations and filters in NHWC memory order."""
     threads: Positive = 1
@@ -157,8 +156,8 @@ class TrainConfig:
     keep_checkpoints: Positive = 2
     """Number of newest checkpoints to keep, beside the best one."""
     check_ranks_every_steps: NotNegative = 100
-    """Steps between comparisons of the state of all ranks (weights, buffers, optimizer) by checksum, done when metrics
-    are next read. They are always compared before a checkpoint is saved. 0: only then."""
+    """Steps between comparisons of weights, buffers and optimizer of all ranks, done when metrics are next read; also
+    before a checkpoint is saved. 0: only then."""
     log_every_steps: Positive = 20
     """Steps between two lines of metrics. The device is waited for at these steps, at ends of epochs, validations and
     saves only."""
@@ -205,8 +204,7 @@ class AugmentConfig:
     cutout: Annotated[int, Range(min=0, max=32)] = 8
     """Size in pixels of a square set to the mean colour (arXiv 1708.04552). 0: none."""
     low_resolution_share: Fraction = 0.0
-    """Fraction of all steps, the first ones, with images resized to 24x24 (progressive resizing, arXiv 2104.00298), at
-    little more than half the cost: 56 % of the pixels."""
+    """Fraction of all steps, the first ones, with images resized to 24x24, 56 % of the pixels (arXiv 2104.00298)."""
     extra: Annotated[str | None, tyro.conf.arg(metavar="{None}|MODULE:NAME")] = None
     """Own augmentation, after the others (docs/extending.md)."""
 
@@ -220,8 +218,7 @@ class EvalConfig:
     bn_samples: Annotated[int, Range(min=2, max=NUM_TRAIN)] = 5_000
     """Training samples for batch-norm statistics before each evaluation, and for the filters of a whitening stem."""
     test_subset: Annotated[int, Range(min=1, max=NUM_TEST)] | None = None
-    """Score only this many test images, equally many of each class, for quick trials. Tables of results refuse such
-    runs. `python -m cifar_dist.evaluate` always scores all 10,000 images."""
+    """Score only this many test images, equally many of each class, for trials. Tables of results refuse such runs."""
     tta: Literal["none", "flip", "six"] = "six"
     """Test-time augmentation, reported beside the plain score. flip: mean logits of an image and its mirror image. six:
     also of both shifted by a pixel to the upper left and lower right, with weight 0.5 (arXiv 2404.00498)."""
@@ -233,6 +230,20 @@ class TrackConfig:
     """auto: online with a W&B login, otherwise offline."""
     project: str = "cifar_dist"
     """W&B project."""
+    entity: str | None = None
+    """W&B user or team. None: the default of the login."""
+    group: str | None = None
+    """W&B group. Unless it is given, sweeps set it to their name, and runs on several nodes to theirs."""
+    job_type: str | None = None
+    """W&B job type. Unless it is given, sweeps over a grid set it to the folder of the settings, such as setting-0."""
+    tags: str | None = None
+    """W&B tags, separated by commas."""
+    notes: str | None = None
+    """A text at W&B about the run."""
+    artifact: bool = False
+    """At the end, save the best checkpoint, or without validation the last, as a W&B artifact."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard to tensorboard/ in the run directory."""
 
 
 @dataclass(frozen=True)

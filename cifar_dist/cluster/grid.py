@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from cifar_dist.config import TrackConfig
 from cifar_dist.errors import UserError
 from cifar_dist.files import expand_path
 
@@ -69,3 +70,9 @@ def _lines(name: str) -> list[str]:
 def folders(folder: Path, lines: Sequence[str]) -> list[Path]:
     """Where the runs of each line are: in `folder` itself if there is one line only."""
     return [folder] if len(lines) == 1 else [folder / f"setting-{k}" for k in range(len(lines))]
+
+
+def tracking(track: TrackConfig, name: str, setting: str) -> list[str]:
+    """Options that put the runs of the sweep `name` together at W&B, and those of each of several settings."""
+    group = [] if track.group else ["--track.group", name]
+    return group + ([] if track.job_type or not setting else ["--track.job_type", setting])

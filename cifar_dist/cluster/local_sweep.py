@@ -102,6 +102,7 @@ def run_sweep(config: Config, name: str, lines: Sequence[str], which: range) -> 
         run_name = "-".join([name, *([groups[k].name] if len(lines) > 1 else []), f"seed-{seed}"])
         words = ["--config", escape_path(str(files[k].absolute())), "--run.dir", escape_path(str(directory))]
         words += ["--run.name", run_name, "--run.seed", str(seed), "--run.resume", "auto"]
+        words += grid.tracking(asked[k].track, name, groups[k].name if len(lines) > 1 else "")
         if code := job.run(words, num_processes):
             print(
                 f"error: the run in {directory} ended with exit code {code}. Repeat the command to resume it.",

@@ -119,6 +119,7 @@ def _sweep(job: Job, arguments: Sequence[str]) -> int:
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} holds a run. Choose another --run.name.")
     groups = grid.folders(folder, lines)
+    asked += grid.tracking(config.track, folder.name, groups[line].name if len(lines) > 1 else "")
     named = () if config.run.dir else ("--run.dir", escape_path(str(folder)))
     again = [f"--array={index}", "slurm/sweep.sh", *arguments, *named]
     code = _run(job, asked, config, groups[line] / f"seed-{seed}", again)

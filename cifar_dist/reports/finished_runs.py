@@ -15,11 +15,11 @@ from cifar_dist.config import NUM_TEST, Config
 from cifar_dist.errors import UserError
 from cifar_dist.files import read_json
 
-# Settings that may differ between the runs of one table: name, seed, paths, tracking.
-_MAY_DIFFER = {
+# Settings, or the beginning of their names, that may differ between the runs of one table: name, seed, paths, tracking.
+_MAY_DIFFER = (
     "run.name", "run.dir", "run.seed", "run.resume", "run.stall_timeout_s", "data.dir", "data.source",
-    "data.stage_dir", "track.wandb", "track.project",
-}  # fmt: skip
+    "data.stage_dir", "track.",
+)  # fmt: skip
 # What is read from summary.json, with the types that `isinstance` expects. Accuracies are fractions.
 FIGURES: Mapping[str, Any] = {
     "seed": int, "val_accuracy": float, "val_n": int, "test_accuracy": float, "test_accuracy_tta": float,
@@ -113,7 +113,7 @@ def _problems(values: Mapping[str, Any], config: Config) -> Iterator[str]:
 
 def settings_of(config: Config) -> dict[str, Any]:
     """The settings that all runs of one table have in common, by their full names."""
-    return {name: value for name, value in cli.settings_of(config).items() if name not in _MAY_DIFFER}
+    return {name: value for name, value in cli.settings_of(config).items() if not name.startswith(_MAY_DIFFER)}
 
 
 def _differences(first: Config, second: Config) -> str:

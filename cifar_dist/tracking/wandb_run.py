@@ -1,12 +1,14 @@
-"""The W&B run of a run directory. After the start W&B can neither stall nor stop the training."""
+"""The W&B run of a run directory, and those of its further nodes."""
 
 from __future__ import annotations
 
 import os
 import re
 import secrets
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,21 +16,24 @@ from cifar_dist.config import TrackConfig
 from cifar_dist.errors import UserError, one_line
 from cifar_dist.files import write_text_atomic
 from cifar_dist.process import quiet_descriptors, stop_signals_blocked
-from cifar_dist.tracking.metrics_file import Value
+from cifar_dist.tracking.metrics_file import Value, number
+from cifar_dist.tracking.wandb_files import Held, held_in
+from cifar_dist.tracking.wandb_media import log_checkpoint, media, summary_values
 
 if TYPE_CHECKING:
     import wandb
 
 INIT_TIMEOUT_S = 20.0
 FINISH_TIMEOUT_S = 30.0  # a preempted job may have no more; what is not uploaded stays on disk
+FLUSH_S = 1.0  # W&B's own 15 s are what a killed run would lose of its .wandb file
 # Values of WANDB_MODE; run and dryrun are W&B's older names of online and offline.
 ENVIRONMENT_MODES = ("online", "run", "offline", "dryrun", "disabled")
 
 
 def start_wandb(
     config: TrackConfig, run_dir: Path, run_config: dict[str, Any], name: str, log: Callable[[str], None]
-) -> WandbRun:
-    """Start the W&B run of this run directory, or resume it. For the arguments see `Tracker`.
+) -> WandbRun | None:
+    """Start the W&B run of this run directory, or resume it; None: there is none. For the arguments see `Tracker`.
 
     --track.wandb gives the mode, or WANDB_MODE if that is auto. If neither does, see `stored_mode`.
 
@@ -41,10 +46,13 @@ def start_wandb(
         raise UserError(f"WANDB_MODE is {mode!r}; valid: {', '.join(ENVIRONMENT_MODES)}.")
     explicit = mode != "auto"
     if mode == "disabled":
-        return WandbRun(None, explicit, log)
+        return None
     for attempt in (mode,) if explicit else ("auto", "offline"):
         try:
-            run = _init(attempt, config.project, run_dir, run_config, name)
+            run = _init(attempt, config, run_dir, _run_id(run_dir), name, run_config)
+            if run.disabled:  # by `wandb disabled`
+                return None
+            held = held_in(run_dir, run.id, None if run.offline else run.starting_step)
         except Exception as error:
             _teardown()  # else the failed run keeps its id occupied
             reason = one_line(error)
@@ -57,18 +65,48 @@ def start_wandb(
             log(f"W&B failed, so {instead}: {reason}")
             continue
         if run.offline:
-            log(f"W&B offline: `wandb sync {run.settings.sync_dir}` uploads it")
-        elif not run.disabled:
+            log(f"W&B offline: `launch/wandb-sync {run_dir}` uploads it")
+        else:
             log(f"W&B online: {run.url}")
-        return WandbRun(run, explicit, log)
-    return WandbRun(None, explicit, log)
+        return WandbRun(run, held, config.artifact, log)
+    return None
 
 
-def _init(mode: str, project: str, run_dir: Path, run_config: dict[str, Any], name: str) -> wandb.Run:
-    run_id = _run_id(run_dir)
+@contextmanager
+def system_metrics_of_node(
+    config: TrackConfig, run_dir: Path, main: tuple[str, str], node: int, name: str, log: Callable[[str], None]
+) -> Iterator[None]:
+    """Inside, W&B records the system metrics of this node, in a run of its own. A failure is a line, and no error.
+
+    W&B records those of rank 0's node in the run itself. Its way of several processes in one run, the mode "shared", is
+    experimental, needs a connection, and knows no steps. So each further node has a run of the job type node, in the
+    group of the run itself.
+
+    Args:
+        main: id and mode of the run itself.
+        node: its number, from 1.
+    """
+    run = None
+    try:
+        run_id, mode = main
+        run = _init(mode, replace(config, job_type="node"), run_dir, f"{run_id}-node-{node}", f"{name}-node-{node}", {})
+    except Exception as error:  # noqa: BLE001 - a tracker never stops a run
+        _teardown()
+        log(f"W&B records no system metrics of node {node}: {one_line(error)}")
+    try:
+        yield
+    finally:
+        with suppress(Exception):
+            if run is not None:
+                run.finish()
+
+
+def _init(mode: str, config: TrackConfig, run_dir: Path, id_: str, name: str, run_config: dict[str, Any]) -> wandb.Run:
     os.environ["WANDB_SILENT"] = "true"
     # No crash reports to a third party: offline means no network at all.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    # Tables wait here for their upload. W&B's own place is in the home directory, of this node.
+    os.environ.setdefault("WANDB_DATA_DIR", str((run_dir / "wandb").absolute()))
     import wandb  # here, because it takes half a second
 
     with stop_signals_blocked(), quiet_descriptors():  # its process must outlive this one's last step
@@ -83,12 +121,14 @@ def _init(mode: str, project: str, run_dir: Path, run_config: dict[str, Any], na
         "init_timeout": INIT_TIMEOUT_S,
         "finish_timeout": FINISH_TIMEOUT_S,
         "finish_timeout_raises": True,
+        "x_transaction_log_flush_interval": FLUSH_S,
     }
+    tags = [tag.strip() for tag in (config.tags or "").split(",") if tag.strip()]
     run = wandb.init(
-        project=project, dir=str(run_dir), id=run_id, resume="allow", name=name, config=run_config,
-        settings=wandb.Settings(**settings),
+        project=config.project, entity=config.entity, dir=str(run_dir), id=id_, resume="allow", name=name,
+        group=config.group, job_type=config.job_type, tags=tags or None, notes=config.notes,
+        config=run_config, settings=wandb.Settings(**settings),
     )  # fmt: skip
-    # W&B's own step cannot go back, as it does when a run resumes; ours is a metric like the others.
     run.define_metric("step", hidden=True)
     run.define_metric("*", step_metric="step")
     return run
@@ -110,14 +150,19 @@ def stored_mode() -> str:
 
 
 def _run_id(run_dir: Path) -> str:
+    """The id of the W&B run of this run directory, which wandb_id.txt keeps.
+
+    Raises:
+        UserError: the file holds no id.
+    """
     path = run_dir / "wandb_id.txt"
     if not path.exists():
         given = os.environ.get("WANDB_RUN_ID")  # of the agent of a sweep
         write_text_atomic(path, (given or secrets.token_hex(4)) + "\n")
-    run_id = path.read_text(errors="replace").strip()
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", run_id):
-        raise UserError(f"{path} holds no W&B run id: {run_id[:80]!r}. Delete it for a new W&B run.")
-    return run_id
+    found = path.read_text(errors="replace").strip()
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", found):
+        raise UserError(f"{path} holds no W&B run id: {found[:80]!r}. Delete it for a new W&B run.")
+    return found
 
 
 def _teardown() -> None:
@@ -128,46 +173,85 @@ def _teardown() -> None:
 
 
 class WandbRun:
-    """A started run, or None, for which all does nothing.
+    """A started W&B run. Its methods raise whatever W&B raises, and do not wait for the network, except `finish`.
 
-    When W&B fails, for whatever reason, it logs one line and ignores all that follows.
+    The history has one row for each line of metrics.jsonl, with W&B's `_step` as the number of the line. W&B cannot
+    take rows back, so a resumed run does not log again what W&B has already: the lines between the checkpoint from
+    which it resumes and the end of the run before, which it computes again.
+
+    Args:
+        held: what W&B has of the history.
+        artifact: whether `add_results` saves a checkpoint.
     """
 
-    def __init__(self, run: wandb.Run | None, explicit: bool, log: Callable[[str], None]) -> None:
-        self._run = run
-        self._explicit = explicit
-        self._log = log
-        self._failure: str | None = None
+    name = "W&B"
 
-    def log(self, record: Mapping[str, Value]) -> None:
-        """Hand one record, with its "step", to W&B's process; does not wait for the network."""
-        if self._run is None:
-            return
-        try:
-            self._run.log(dict(record))
-        except Exception as error:  # noqa: BLE001 - a tracker never stops a run
-            self._give_up(f"W&B stopped at step {record.get('step')} ({error}); metrics.jsonl continues.")
+    def __init__(self, run: wandb.Run, held: Held, artifact: bool, log: Callable[[str], None]) -> None:
+        self.main = (run.id, "offline" if run.offline else "online")  # for `system_metrics_of_node`
+        self._run, self._held, self._artifact, self._log = run, held, artifact, log
+        self._next_row = held.rows
+        self._step, self._nth = -1, 0  # of the last line: its step, and which of that step it is
+        self._test = dict[str, Any]()
 
-    def finish(self, summary: Mapping[str, Value], exit_code: int) -> None:
-        """Write the summary and close, within FINISH_TIMEOUT_S; a second call does nothing."""
-        if self._run is None:
+    def log(self, index: int, step: int, metrics: Mapping[str, Value]) -> None:
+        """Log line `index` of metrics.jsonl. That of the final test waits for `add_results`, as a resume repeats it."""
+        self._nth = self._nth + 1 if step == self._step else 0
+        self._step = step
+        if self._held.has(index, step, self._nth):
             return
-        run, self._run = self._run, None
+        row = {"step": step, **{key: _plain(value) for key, value in metrics.items()}}
+        if "test/n" in metrics:
+            self._test = row
+        else:
+            self._log_row(row)
+
+    def _log_row(self, row: dict[str, Any]) -> None:
+        self._run.log(row, step=self._next_row, commit=True)
+        self._next_row += 1
+
+    def alert(self, title: str, text: str) -> None:
+        self._run.alert(title=title, text=text, level="ERROR")
+
+    def add_results(self, results: Mapping[str, Any], directory: Path) -> None:
+        """Add the results of a run that is complete: the summary, media, and the checkpoint if asked for."""
+        self._run.summary.update(summary_values(results))
+        if self._test and not self._try(
+            "the pictures", lambda: self._log_row({**self._test, **media(results, directory)})
+        ):
+            self._log_row(self._test)
+        if self._artifact:
+            self._try("the checkpoint", lambda: log_checkpoint(self._run, directory))
+
+    def _try(self, what: str, call: Callable[[], None]) -> bool:
+        """Call for at most FINISH_TIMEOUT_S, as artifacts wait for the network. Returns whether it worked."""
+        errors = [f"no answer for {FINISH_TIMEOUT_S:.0f} s"]
+
+        def work() -> None:
+            try:
+                call()
+                errors.clear()
+            except Exception as error:  # noqa: BLE001
+                errors[0] = one_line(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(FINISH_TIMEOUT_S)
+        if errors:
+            self._log(f"warning: W&B did not get {what}: {errors[0]}")
+        return not errors
+
+    def finish(self, exit_code: int) -> None:
+        """Close within FINISH_TIMEOUT_S."""
         try:
-            run.summary.update(dict(summary))
-            run.finish(exit_code=exit_code)
+            self._run.finish(exit_code=exit_code)
         except TimeoutError:
-            self._log(f"W&B: not all was uploaded; `wandb sync {run.settings.sync_dir}` uploads the rest.")
-        except Exception as error:  # noqa: BLE001
-            self._give_up(f"W&B failed at the end of the run ({error}); metrics.jsonl is complete.")
+            self._log(f"W&B: not all was uploaded; `wandb sync {self._run.settings.sync_dir}` uploads the rest.")
 
-    def check(self) -> None:
-        """Raise a UserError if W&B failed although its mode was given explicitly."""
-        if self._failure is not None and self._explicit:
-            raise UserError(f"{self._failure} The run itself is complete.")
-
-    def _give_up(self, failure: str) -> None:
-        self._failure = failure
-        self._run = None
-        self._log(failure)
+    def abandon(self) -> None:
+        """After a failure: free W&B's process, if it is still there."""
         _teardown()
+
+
+def _plain(value: Value) -> Value:
+    """The value, with nan, inf and -inf as metrics.jsonl has them turned back."""
+    return number(value) if value in ("nan", "inf", "-inf") else value

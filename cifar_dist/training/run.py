@@ -6,6 +6,7 @@ The only module that connects training with fault tolerance and tracking.
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from signal import Signals
@@ -13,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cifar_dist import extension
+from cifar_dist import environment, extension
 from cifar_dist.config import NUM_TEST, Config, to_plain, to_yaml
 from cifar_dist.data.dataset import prepared_folder, read_split, scored_samples
 from cifar_dist.data.loader import BetonLoader
@@ -26,7 +27,7 @@ from cifar_dist.fault_tolerance.watchdog import Watchdog
 from cifar_dist.files import write_json, write_text_atomic
 from cifar_dist.models.network import without_auxiliary
 from cifar_dist.phase import SLOW_S, VERY_SLOW_S, Phase, set_phase
-from cifar_dist.tracking import console
+from cifar_dist.tracking import console, wandb_run
 from cifar_dist.tracking.curves import draw_curves
 from cifar_dist.tracking.rank_log import rank_log
 from cifar_dist.tracking.tracker import Tracker
@@ -156,7 +157,7 @@ class Run(Hooks):
         set_phase(Phase("the self-check", limit_s=VERY_SLOW_S))
         run_and_sync_errors(world, lambda: debug.check(config, trainer, self.log))
         set_phase(Phase("the start of tracking", limit_s=SLOW_S))
-        run_and_sync_errors(world, lambda: self._start_tracking(trainer), only_if=world.is_main)
+        self._start_tracking(trainer)
         if trainer.progress.step < trainer.schedule.total_steps:
             trainer.train_step.prepare()  # before signals are deferred, so that one ends the run while it compiles
         steps_left, folder = trainer.schedule.total_steps - trainer.progress.step, self.directory / "profile"
@@ -193,11 +194,24 @@ class Run(Hooks):
         return results
 
     def _start_tracking(self, trainer: Trainer) -> None:
-        self.before_write()
-        write_text_atomic(self.directory / "config.yaml", to_yaml(self.config))
+        """Open the tracker on rank 0, and one rank of each further node records its system metrics."""
+        world, track = self.world, self.config.track
+        if world.num_nodes > 1:
+            track = replace(track, group=track.group or self.name)
         values, steps = to_plain(self.config), (trainer.schedule.total_steps, trainer.progress.step)
-        tracker = Tracker(self.directory, self.config.track, values, *steps, self.name)
-        self.tracker = self.stack.enter_context(tracker)
+
+        def open_tracker() -> tuple[str, str] | None:
+            self.before_write()
+            write_text_atomic(self.directory / "config.yaml", to_yaml(self.config))
+            self.tracker = self.stack.enter_context(Tracker(self.directory, track, values, *steps, self.name))
+            return self.tracker.wandb.main if self.tracker.wandb else None
+
+        main = broadcast_from_main(world, open_tracker)
+        node = environment.number("GROUP_RANK", 0)  # of torchrun
+        if main and world.local_rank == 0 and node > 0:
+            self.stack.enter_context(
+                wandb_run.system_metrics_of_node(track, self.directory, main, node, self.name, self.log)
+            )
 
     def _show_test(self, done: int, total: int) -> None:
         if self.tracker is not None:
@@ -213,9 +227,7 @@ class Run(Hooks):
                 write(self.directory / name)
             except Exception as error:  # noqa: BLE001 - what people look at never decides whether a run ends well
                 self.log(f"warning: {name} was not written: {type(error).__name__}: {one_line(error)}")
-        # Without the command line, which may contain what other readers of the W&B project should not see.
-        values = {key: v for key, v in results.items() if isinstance(v, (int, float, str)) and key != "command"}
-        self.tracker.finish(values)
+        self.tracker.finish(results, self.directory)
 
     def log(self, text: str) -> None:
         """Print a line on rank 0; write it to the log file on every rank."""

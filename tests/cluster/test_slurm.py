@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cifar_dist.cluster import slurm_job
 from cifar_dist.errors import UserError
@@ -223,6 +224,8 @@ def test_array_over_a_grid(cluster: SlurmCluster, data_dir: Path, tmp_path: Path
     figures = json.loads((submission.directory / "seeds.json").read_text())
     assert figures["settings"]["--optim.lr 0.1"]["num_runs"] == 2
     assert {run["seed"] for run in figures["settings"]["--optim.lr 0.2 --optim.momentum 0.8"]["runs"]} == {0, 1}
+    own = yaml.safe_load((submission.directory / "setting-1/seed-0/config.yaml").read_text())
+    assert (own["track"]["group"], own["track"]["job_type"]) == (submission.directory.name, "setting-1")
 
 
 class Site:

@@ -96,7 +96,7 @@ def test_no_home_and_no_name(home: str | None, data_dir: Path) -> None:
         Path(folder).chmod(0o777)
         run_dir = Path(folder, "run")
         output = check([*user, *words(1, run_dir, data_dir)], run_dir, env=environment | {"TMPDIR": folder})
-    assert "W&B offline: `wandb sync" in output
+    assert "W&B offline: `launch/wandb-sync" in output
     assert "W&B failed" not in output
     assert [line for line in output.splitlines() if "server:" in line or "ERROR" in line or "atplotlib" in line] == []
 

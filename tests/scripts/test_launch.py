@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import pytest
 import yaml
 
 from cifar_dist.cli import load_config
+from cifar_dist.tracking.wandb_files import read_history
 from tests.support import runs
 from tests.support.runs import free_port
+from tests.support.wandb_server import serve
 
 pytestmark = pytest.mark.run
 LAUNCH = runs.REPOSITORY / "launch"
@@ -100,8 +103,10 @@ def test_two_nodes_rendezvous(rendezvous: str) -> None:
 
 @pytest.mark.data
 def test_two_machines_train(data_dir: Path, tmp_path: Path) -> None:
+    """W&B has a run, and one for the system metrics of the second node."""
     common = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "NPROC_PER_NODE": "1"}
-    arguments = (*TINY, "--eval.test_subset", "500", "--data.dir", data_dir, "--run.dir", tmp_path / "run")
+    arguments = (*TINY, "--eval.test_subset", "500", "--track.wandb", "offline", "--data.dir", data_dir, "--run.dir",
+                 tmp_path / "run")  # fmt: skip
     cpus = [str(cpu) for cpu in sorted(os.sched_getaffinity(0))]
     nodes = [
         start("multinode", *arguments, cpu=cpus[rank % len(cpus)], **common, NODE_RANK=str(rank)) for rank in (0, 1)
@@ -110,6 +115,22 @@ def test_two_machines_train(data_dir: Path, tmp_path: Path) -> None:
         runs.finish(node)
     assert runs.summary(tmp_path / "run")["world_size"] == 2
     assert runs.children_with(str(tmp_path)) == []
+    main_id = (tmp_path / "run/wandb_id.txt").read_text().strip()
+    main, second = sorted(tmp_path.glob("run/wandb/offline-run-*/*.wandb"), key=lambda path: len(path.name))
+    assert (main.name, second.name) == (f"run-{main_id}.wandb", f"run-{main_id}-node-1.wandb")
+    assert len(list(read_history(main))) == len(runs.records(tmp_path / "run"))
+    assert list(read_history(second)) == []
+    for part in (b"proc.cpu.threads", b"run-node-1"):
+        assert part in second.read_bytes()
+    for file in (main, second):
+        with serve() as server:
+            sync = {**os.environ, **server.login, "WANDB_DIR": str(tmp_path)}
+            subprocess.run(
+                [sys.executable, "-m", "wandb", "sync", str(file)], env=sync, check=True, capture_output=True
+            )
+        (uploaded,) = server.runs.values()
+        assert uploaded.settings["groupName"] == "run"
+        assert uploaded.num_system_rows > 0
 
 
 def test_machines_without_an_address() -> None:
@@ -251,6 +272,12 @@ TESTED = {
     "sbatch --output=logs/%x-%j.out slurm/train.sh --config configs/googlenet.yaml":
         "test_slurm.py: test_output_in_another_folder",
     "./launch/rehearse --world-size 8 configs/googlenet.yaml --steps 20": "test_rehearse.py",
+    "python -m cifar_dist.train --config quickstart --run.name mine --track.tags baseline,v1":
+        "test_wandb_run.py: test_results",
+    "./launch/wandb-sync": "test_wandb_sync.py: test_dry_run",
+    "./launch/wandb-sync runs/mine --dry-run": "test_wandb_sync.py: test_dry_run",
+    "python -m cifar_dist.train --config quickstart --run.name mine --track.tensorboard True":
+        "test_tracking.py: test_tensorboard_equals_metrics",
     "./launch/bundle": "test_bundle.py, without torch; whole by hand",
     "./launch/bundle --system-torch": "test_bundle.py",
     "./launch/bundle --lean": "test_versions.py: test_measuring_from_a_lean_bundle",

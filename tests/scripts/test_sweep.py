@@ -43,6 +43,7 @@ def test_every_combination_and_one_table(data_dir: Path, tmp_path: Path) -> None
     assert [figures[line]["test_accuracy"]["mean"] for line in LINES] == [s["test_accuracy"] for s in summaries]
     own = yaml.safe_load((folder / "setting-1/seed-0/config.yaml").read_text())
     assert own["run"]["name"] == "quickstart-sweep-setting-1-seed-0"
+    assert (own["track"]["group"], own["track"]["job_type"]) == ("quickstart-sweep", "setting-1")
 
     again = runs.finish(sweep(data_dir, folder))
     assert [f"sweep: seed 0, {line} is complete" in again for line in LINES] == [True, True]

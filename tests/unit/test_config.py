@@ -46,7 +46,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "augment": {"flip": "alternating", "translate": 4, "cutout": 8, "low_resolution_share": 0.0, "extra": None},
     "eval": {"every_epochs": 5, "batch_size": 500, "bn_samples": 5_000, "test_subset": None, "tta": "six"},
-    "track": {"wandb": "auto", "project": "cifar_dist"},
+    "track": {
+        "wandb": "auto", "project": "cifar_dist", "entity": None, "group": None, "job_type": None, "tags": None,
+        "notes": None, "artifact": False, "tensorboard": False,
+    },
     "debug": {"inspect": False, "anomaly": False, "overfit_steps": 0, "profile": 0},
 }  # fmt: skip
 
@@ -78,7 +81,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     },
     "augment": {"flip": "none", "translate": 0, "cutout": 5, "low_resolution_share": 0.0, "extra": "my_module:Mine"},
     "eval": {"every_epochs": 0, "batch_size": 1, "bn_samples": 2, "test_subset": 500, "tta": "none"},
-    "track": {"wandb": "offline", "project": "größer"},
+    "track": {
+        "wandb": "offline", "project": "größer", "entity": "us", "group": "g", "job_type": "j", "tags": "a, b",
+        "notes": "two words", "artifact": True, "tensorboard": True,
+    },
     "debug": {"inspect": True, "anomaly": True, "overfit_steps": 5, "profile": 3},
 }  # fmt: skip
 

@@ -9,6 +9,7 @@ import pytest
 
 from cifar_dist.cluster import grid
 from cifar_dist.cluster.slurm import _grid
+from cifar_dist.config import TrackConfig
 from cifar_dist.errors import UserError
 
 
@@ -61,3 +62,16 @@ def test_what_is_no_grid(words: list[str], message: str, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=re.escape(message)):
         grid.settings(words)
+
+
+@pytest.mark.parametrize(
+    ("track", "setting", "expected"),
+    [
+        (TrackConfig(), "", ["--track.group", "exp"]),
+        (TrackConfig(), "setting-1", ["--track.group", "exp", "--track.job_type", "setting-1"]),
+        (TrackConfig(group="own"), "setting-1", ["--track.job_type", "setting-1"]),
+        (TrackConfig(group="own", job_type="mine"), "setting-1", []),
+    ],
+)
+def test_runs_of_a_sweep_lie_together(track: TrackConfig, setting: str, expected: list[str]) -> None:
+    assert grid.tracking(track, "exp", setting) == expected

@@ -135,7 +135,7 @@ def test_devices_and_commits_may_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = replace(CONFIG, data=replace(CONFIG.data, dir=Path("/elsewhere")))
-    other = replace(other, track=replace(CONFIG.track, wandb="disabled"))
+    other = replace(other, track=replace(CONFIG.track, wandb="disabled", group="g", tags="a", tensorboard=True))
     leave_run(tmp_path, 0)
     leave_run(tmp_path, 1, other, git_commit="fedcba9876543210", device_names=["b", "b"])
     call(monkeypatch, tmp_path)

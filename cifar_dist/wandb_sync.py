@@ -1,0 +1,119 @@
+"""Upload what W&B has recorded offline: `python -m cifar_dist.wandb_sync [RUN_DIR...]`, or launch/wandb-sync."""
+
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from cifar_dist import cli
+from cifar_dist.errors import UserError, exit_on_error, one_line
+from cifar_dist.filesystem import LEASE_S
+from cifar_dist.process import run_and_exit
+
+_ANSWER_S = 20
+
+
+@dataclass(frozen=True)
+class SyncArguments:
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")] = (Path("runs"),)
+    """Run directories, or folders of them."""
+    dry_run: bool = False
+    """Print what would be uploaded, and upload nothing."""
+
+
+def main() -> None:
+    """Upload each run that the command line names, and print a line about it."""
+    text = (
+        "Upload what W&B has recorded offline, in the order in which it was recorded. "
+        "Example: python -m cifar_dist.wandb_sync runs --dry_run True"
+    )
+    with exit_on_error():
+        arguments = cli.parse(SyncArguments, sys.argv[1:], "wandb_sync", description=text)
+        segments = _segments(arguments.runs)
+        if not arguments.dry_run and any(not _is_uploaded(file) for files in segments.values() for file in files):
+            _check_connection()
+        failed = [run for run, files in segments.items() if not _sync(run, files, arguments.dry_run)]
+        if failed:
+            raise UserError(f"{len(failed)} of {len(segments)} runs were not uploaded; see above. Repeat the command.")
+
+
+def _segments(paths: tuple[Path, ...]) -> dict[Path, list[Path]]:
+    """By run directory, the .wandb files of the starts that were offline."""
+    found: dict[Path, list[Path]] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"{path} is no folder. Give run directories, such as runs/NAME, or folders of them.")
+        for file in sorted(path.rglob("wandb/offline-run-*/*.wandb")):
+            found.setdefault(file.parents[2], []).append(file)
+    if not found:
+        raise UserError(f"no run below {', '.join(map(str, paths))} has been recorded offline by W&B (track.wandb).")
+    return found
+
+
+def _is_uploaded(file: Path) -> bool:
+    return file.with_name(f"{file.name}.synced").exists()  # by wandb
+
+
+def _sync(run: Path, files: list[Path], dry_run: bool) -> bool:
+    """Upload the `files` of a run and tell so. Returns whether nothing failed."""
+    pending = [file for file in files if not _is_uploaded(file)]
+    parts = f"{len(pending)} part{'s' * (len(pending) != 1)}"
+    if not pending:
+        print(f"{run}: uploaded already")
+    elif _is_running(run):
+        print(f"{run}: still running; not uploaded, as what follows would be left out")
+    elif dry_run:
+        print(f"{run}: {parts} to upload")
+    else:
+        # wandb sorts the parts by time, and uploads those of one run one after another.
+        command = [sys.executable, "-m", "wandb", "sync", *(str(file.parent) for file in pending)]
+        environment = {"WANDB_DIR": str(run), "WANDB__GRAPHQL_RETRY_MAX": "3"} | os.environ
+        result = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, check=False,
+        )  # fmt: skip
+        if not all(map(_is_uploaded, pending)):
+            print(f"{run}: not uploaded: {one_line(result.stdout.strip().rpartition(chr(10))[2])}", flush=True)
+            return False
+        print(f"{run}: uploaded {parts}", flush=True)
+    return True
+
+
+def _is_running(run: Path) -> bool:
+    """Whether a process has refreshed its lease of the run directory."""
+    with suppress(OSError):
+        return time.time() - (run / ".lock").stat().st_mtime < LEASE_S
+    return False
+
+
+def _check_connection() -> None:
+    """Refuse to go on without a login, or a server that answers: wandb would try for many minutes."""
+    os.environ["WANDB_SILENT"] = "true"
+    import wandb  # here, so that --help is fast
+
+    try:
+        wandb.login(verify=False)
+    except wandb.errors.UsageError as error:
+        raise UserError(f"W&B: {one_line(error)} Or set WANDB_API_KEY.") from None
+    server = wandb.setup().settings.base_url
+    try:
+        with urllib.request.urlopen(server, timeout=_ANSWER_S):
+            pass
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"W&B's server {server} does not answer: {one_line(error)}. Try where it can be reached."
+        ) from None
+
+
+if __name__ == "__main__":
+    run_and_exit(main)

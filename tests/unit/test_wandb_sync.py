@@ -1,0 +1,91 @@
+"""launch/wandb-sync, without a server: what it would upload, and why it does not."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support import runs
+from tests.support.wandb_server import KEY, serve
+from tests.unit.tracking.test_tracker import environment, start
+
+
+def sync(home: Path, *arguments: str | Path, **login: str) -> tuple[int, str]:
+    command = [str(runs.REPOSITORY / "launch/wandb-sync"), *map(str, arguments)]
+    result = subprocess.run(
+        command, cwd=home, env=environment(home, **login), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=100, check=False,
+    )  # fmt: skip
+    return result.returncode, result.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In runs/: a run that was resumed, one that still runs, one that is uploaded, one without W&B."""
+    path = tmp_path_factory.mktemp("sync")
+    (path / "runs").mkdir()
+    start(path / "runs/a", "offline", event="error")
+    start(path / "runs/a", "offline", start=50)
+    for name in ("running", "uploaded"):
+        segment = path / f"runs/{name}/wandb/offline-run-20260101_120000-x/run-x.wandb"
+        segment.parent.mkdir(parents=True)
+        segment.touch()
+    segment.with_name("run-x.wandb.synced").touch()
+    (path / "runs/without").mkdir()
+    return path
+
+
+def test_dry_run(folder: Path) -> None:
+    (folder / "runs/running/.lock").touch()
+    code, output = sync(folder, "--dry-run")
+    assert (code, output.splitlines()) == (0, [
+        "runs/a: 2 parts to upload",
+        "runs/running: still running; not uploaded, as what follows would be left out",
+        "runs/uploaded: uploaded already",
+    ])  # fmt: skip
+    os.utime(folder / "runs/running/.lock", (time.time() - 60,) * 2)  # its process was killed
+    assert sync(folder, "runs/running", "--dry-run") == (0, "runs/running: 1 part to upload\n")
+
+
+def test_without_a_login(folder: Path) -> None:
+    assert sync(folder, "runs/a") == (
+        2, "error: W&B: No API key configured. Use `wandb login` to log in. Or set WANDB_API_KEY.\n"
+    )  # fmt: skip
+
+
+def test_without_a_server(folder: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    code, output = sync(folder, "runs/a", WANDB_API_KEY=KEY, WANDB_BASE_URL=url)
+    assert code == 2
+    assert output == (
+        f"error: W&B's server {url} does not answer: <urlopen error [Errno 111] Connection refused>. Try where it can "
+        "be reached.\n"
+    )
+
+
+def test_a_damaged_part(tmp_path: Path) -> None:
+    segment = tmp_path / "run/wandb/offline-run-20260101_120000-x/run-x.wandb"
+    segment.parent.mkdir(parents=True)
+    segment.write_bytes(b"nothing of W&B")
+    with serve() as server:
+        code, output = sync(tmp_path, "run", **server.login)
+    assert code == 2
+    assert output.startswith("run: not uploaded: ")
+    assert output.endswith("error: 1 of 1 runs were not uploaded; see above. Repeat the command.\n")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("nowhere", "error: nowhere is no folder."), (".", "error: no run below . has been recorded offline by W&B")],
+)
+def test_nothing_to_upload(path: str, message: str, tmp_path: Path) -> None:
+    code, output = sync(tmp_path, path)
+    assert code == 2
+    assert output.startswith(message)
