@@ -28,6 +28,7 @@ COMMANDS = {
     "sweep": ("sweep:SweepArguments", "train with several seeds, or over a grid of settings"),
     "seeds": ("seeds:SeedsArguments", "print mean and spread of runs that differ in the seed"),
     "compare": ("compare:CompareArguments", "say whether runs computed the same"),
+    "report": ("report:ReportArguments", "write runs as an HTML file to look at"),
     "bench": ("benchmarks.settings:BenchConfig", "measure this machine"),
     "models": ("models.__main__:NoArguments", "check parameter counts against the literature"),
 }

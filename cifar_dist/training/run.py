@@ -26,6 +26,7 @@ from cifar_dist.fault_tolerance.watchdog import Watchdog
 from cifar_dist.files import write_json, write_text_atomic
 from cifar_dist.models.network import without_auxiliary
 from cifar_dist.phase import SLOW_S, VERY_SLOW_S, Phase, set_phase
+from cifar_dist.reports import run_report
 from cifar_dist.tracking.curves import draw_curves
 from cifar_dist.tracking.rank_log import rank_log
 from cifar_dist.tracking.tracker import Tracker
@@ -192,6 +193,10 @@ class Run(Hooks):
             draw_curves(self.directory / "metrics.jsonl", self.directory / "curves.png", self.name)
         except Exception as error:  # noqa: BLE001 - a picture never decides whether a run ends well
             self.log(f"warning: curves.png was not drawn: {type(error).__name__}: {one_line(error)}")
+        try:
+            run_report.write(self.directory)
+        except Exception as error:  # noqa: BLE001
+            self.log(f"warning: report.html was not written: {type(error).__name__}: {one_line(error)}")
         # Without the command line, which may contain what other readers of the W&B project should not see.
         values = {key: v for key, v in results.items() if isinstance(v, (int, float, str)) and key != "command"}
         self.tracker.finish(values)
