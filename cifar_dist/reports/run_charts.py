@@ -162,9 +162,9 @@ def points_per_series(charts: Sequence[Chart]) -> int:
 
 
 def by_prefix(charts: Sequence[Chart]) -> Iterator[tuple[str, list[Chart]]]:
-    """Charts by the part of their titles before the first / or ., those without one first."""
+    """Charts by the part of their titles before the first / or ., in alphabetical order; those without one first."""
     groups: dict[str, list[Chart]] = {"": []}
     for chart in charts:
         head, separator, _ = chart.title.replace(".", "/").partition("/")
         groups.setdefault(head if separator else "", []).append(chart)
-    yield from ((prefix, found) for prefix, found in groups.items() if found)
+    yield from ((prefix, found) for prefix, found in sorted(groups.items(), key=lambda item: item[0]) if found)
