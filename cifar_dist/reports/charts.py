@@ -53,7 +53,6 @@ class Chart:
     """Whether the y-axis includes 0."""
     ranges: tuple[Point, Point] | None = None
     """Ends of the x-axis and of the y-axis, in place of those of the values."""
-    note: str = ""
     per_epoch: float | None = None
     """Steps per epoch, for the readout."""
 
@@ -93,18 +92,7 @@ def thinned(points: Sequence[Point], limit: int) -> list[Point]:
 def draw(chart: Chart, max_points: int = MAX_POINTS) -> Html:
     """The chart with its legend, and its values for the readout; series are thinned to `max_points`."""
     series = [_thin(one, max_points) for one in chart.series]
-    finite = [point for one in series for point in one.points if math.isfinite(point[1])]
-    ends = [value for one in series for _, *limits in one.limits for value in limits]
-    if chart.ranges:
-        (x_low, x_high), (y_low, y_high) = chart.ranges
-        x, y = axis((x_low, x_high), 5), axis((y_low, y_high), 5)
-    else:
-        steps = [point[0] for one in series for point in one.points]
-        ticks = axis(steps, 5, whole=chart.x_name in STEPS)
-        low, high = min(steps, default=ticks.low), max(steps, default=ticks.high)
-        low = 0.0 if low >= 0 and chart.x_name in STEPS else low
-        x = Axis(low, high if high > low else low + 1, [tick for tick in ticks.ticks if low <= tick <= high])
-        y = axis([*(point[1] for point in finite), *ends, *([0.0] if chart.from_zero else [])], 4)
+    x, y = _axes(chart, series)
     drawn = joined(part for k, one in enumerate(series) for part in _series(one, k, x, y))
     grid = joined(_rule("grid", y=1 - y.share(tick)) for tick in y.ticks)
     label = f"{chart.title}: {chart.y_name} over {chart.x_name}; {', '.join(map(_told, series))}"
@@ -123,10 +111,24 @@ def draw(chart: Chart, max_points: int = MAX_POINTS) -> Html:
         *([legend] if [one.label for one in series] != [chart.title] else []),
         element("div", *frame, class_="frame"),
         element("p", class_="readout", aria_hidden="true"),
-        *(element("p", text, class_="note") for text in (chart.note, _not_finite(series)) if text),
+        _not_finite(series),
         _values(chart, series, x),
         class_="chart",
     )
+
+
+def _axes(chart: Chart, series: Sequence[Series]) -> tuple[Axis, Axis]:
+    if chart.ranges:
+        return axis(chart.ranges[0], 5), axis(chart.ranges[1], 5)
+    points = [point for one in series for point in one.points]
+    are_steps = chart.x_name in STEPS
+    steps = [*(step for step, _ in points), *([0.0] if are_steps or not points else [])]
+    low, high = min(steps), max(steps)
+    high = high if high > low else low + 1
+    x = Axis(low, high, [tick for tick in axis([low, high], 5, whole=are_steps).ticks if low <= tick <= high])
+    values = [value for _, value in points if math.isfinite(value)]
+    ends = [value for one in series for _, *limits in one.limits for value in limits]
+    return x, axis([*values, *ends, *([0.0] if chart.from_zero else [])], 4)
 
 
 def _thin(series: Series, max_points: int) -> Series:
@@ -221,12 +223,13 @@ def _told(series: Series) -> str:
     return f"{series.label} from {number(finite[0])} to {number(finite[-1])}"
 
 
-def _not_finite(series: Sequence[Series]) -> str:
+def _not_finite(series: Sequence[Series]) -> Html:
     places = [point for one in series for point in one.points if not math.isfinite(point[1])]
     if not places:
-        return ""
-    first = min(places)
-    return f"{CROSS} marks values that are not finite; the first is {first[1]} at {number(first[0])}."
+        return Html()
+    step, value = min(places, key=lambda point: point[0])
+    text = f"{CROSS} marks values that are not finite; the first is {value} at {number(step)}."
+    return element("p", text, class_="note")
 
 
 def _values(chart: Chart, series: Sequence[Series], x: Axis) -> Html:

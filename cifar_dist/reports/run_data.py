@@ -62,7 +62,7 @@ class RunData:
 
 
 def is_run(directory: Path) -> bool:
-    return any((directory / name).is_file() for name in ("config.yaml", "summary.json", "metrics.jsonl", "status.json"))
+    return any((directory / name).is_file() for name in ("summary.json", "metrics.jsonl", "status.json"))
 
 
 def read(directory: Path) -> RunData:

@@ -23,6 +23,7 @@ from cifar_dist.reports.run_charts import charts_of_run, points_per_series
 from cifar_dist.reports.run_data import RunData, default_settings, read
 from cifar_dist.reports.scores import wilson
 
+MAX_RECEIPTS = 300  # for the size of the page; summary.json has all
 HINT = "To read values, point at a chart, or reach it with Tab and press the arrow keys."
 
 
@@ -129,15 +130,17 @@ def configuration(run: RunData) -> Html:
     if not run.settings:
         raise LeftOutError("config.yaml is missing or damaged.")
     defaults = default_settings()
-    changed = [(name, value, defaults.get(name, "no setting of this version"))
-               for name, value in run.settings.items() if defaults.get(name) != value]  # fmt: skip
-    differing = table(("setting", "this run", "default"), [(a, element("span", b), element("span", c))
-                                                           for a, b, c in changed])  # fmt: skip
     rows = [(name, element("span", value)) for name, value in run.settings.items()]
+    changed = [
+        (name, value, element("span", defaults.get(name, "no setting of this version")))
+        for (name, value), text in zip(rows, run.settings.values(), strict=True)
+        if defaults.get(name) != text
+    ]
     parts: list[object] = []
     if command := run.summary.get("command"):
         parts += [element("h3", "Command"), element("pre", command, class_="copy", tabindex=0)]
-    parts += [element("h3", f"{len(changed)} settings differ from the defaults"), differing]
+    parts += [element("h3", f"{len(changed)} settings differ from the defaults")]
+    parts.append(table(("setting", "this run", "default"), changed))
     return joined([*parts, details(f"All {len(rows)} settings", table(("setting", "value"), rows))])
 
 
@@ -147,20 +150,18 @@ def environment(run: RunData) -> Html:
     if not summary:
         raise LeftOutError("summary.json is written at the end of a run.")
     versions = summary.get("versions")
-    commit = summary.get("git_commit")
-    batch, micro, accumulation = (summary.get(f"{name}") for name in ("batch_size", "micro_batch_size", "accumulation"))
     facts = {
         "processes": summary.get("world_size"),
         "nodes": summary.get("num_nodes"),
         "precision": summary.get("precision"),
-        "global batch": batch,
-        "micro-batch": micro,
-        "accumulated micro-batches": accumulation,
+        "global batch": summary.get("batch_size"),
+        "micro-batch": summary.get("micro_batch_size"),
+        "accumulated micro-batches": summary.get("accumulation"),
         "training images": summary.get("train_n"),
         "seed": summary.get("seed"),
         "host": run.status.get("host"),
         **(versions if isinstance(versions, dict) else {}),
-        "git commit": commit or "unknown",
+        "git commit": summary.get("git_commit") or "unknown",
         "SHA-256 of changed files": summary.get("git_diff_sha256") or "none are changed",
     }
     return tiles(facts)
@@ -172,6 +173,7 @@ def receipts(run: RunData) -> Html:
     if digest is None or not isinstance(data, list):
         raise LeftOutError("summary.json is written at the end of a run.")
     text = "Equal data receipts: the same samples with the same augmentation. Equal model_sha256: the same model."
-    rows = [(f"data_receipt, epoch {k}", element("code", value)) for k, value in enumerate(data, 1)]
+    rows = [(f"data_receipt, epoch {k}", element("code", value)) for k, value in enumerate(data[:MAX_RECEIPTS], 1)]
+    title = f"{len(data)} data receipts" + (f", the first {MAX_RECEIPTS}" if len(data) > MAX_RECEIPTS else "")
     model = table((), [("model_sha256", element("code", digest))])
-    return joined([element("p", text), model, details(f"{len(rows)} data receipts", table((), rows))])
+    return joined([element("p", text), model, details(title, table((), rows))])

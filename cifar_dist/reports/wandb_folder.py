@@ -22,7 +22,7 @@ from cifar_dist.errors import UserError, explain_os_error
 from cifar_dist.reports.run_data import Curve, RunData
 
 HEADER, BLOCK = b":W&B\xe1\xbe\x00", 32_768  # name, magic number 0xBEE1, version 0
-_FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+_KINDS = _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4  # a whole record or a part of one
 STEP = "_step"
 _RUN = ("display_name", "project", "entity", "run_group", "job_type", "notes", "host")
 _ENVIRONMENT = ("os", "python", "cpu_count", "gpu_type", "gpu_count", "cuda_version")
@@ -54,9 +54,7 @@ def files_in(path: Path) -> list[Path]:
     if not path.is_dir():
         return []
     nested = path / "wandb" if (path / "wandb").is_dir() else path
-    return sorted(path.glob("run-*.wandb")) or sorted(
-        file for file in nested.glob("*run-*/run-*.wandb") if not file.parent.is_symlink()
-    )
+    return sorted(path.glob("run-*.wandb")) or sorted(nested.glob("*run-*/run-*.wandb"))
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunData]:
@@ -81,24 +79,24 @@ def records(data: bytes) -> Iterator[bytes | str]:
             continue
         checksum, length, kind = struct.unpack_from("<IHB", data, place)
         end = place + 7 + length
-        if not (checksum or length or kind):
-            break  # zeros, which a full disk or a crash left
-        if end > len(data):
-            yield "its last record is incomplete"
-            return
-        if zlib.crc32(data[place + 6 : end]) != checksum or length + 7 > left or kind > _LAST:
+        if not (checksum or length or kind or any(data[place:])):
+            return  # zeros, which a crash of the machine left
+        if length + 7 <= left and end > len(data):
+            break
+        if length + 7 > left or zlib.crc32(data[place + 6 : end]) != checksum or kind not in _KINDS:
             yield f"a record at byte {place:,} is damaged"
             parts.clear()
             place += left  # lengths cannot be trusted, so go on with the next block
             continue
         if kind in (_FULL, _FIRST):
             parts.clear()
-        parts.append(data[place + 7 : end])
-        if kind in (_FULL, _LAST):
+        if kind in (_FULL, _FIRST) or parts:  # else its beginning is lost
+            parts.append(data[place + 7 : end])
+        if kind in (_FULL, _LAST) and parts:
             yield b"".join(parts)
             parts.clear()
         place = end
-    if parts:
+    if parts or any(data[place:]):
         yield "its last record is incomplete"
 
 

@@ -6,8 +6,10 @@ import json
 import math
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -120,8 +122,10 @@ def test_a_torn_end_is_told(folder: Path, tmp_path: Path, lost: int) -> None:
     assert len(values) > 2500
     assert run.state == "running"
     assert run.notes[-1] == "The recording has no end: the run is running, or was killed."
-    # Without 6 bytes or fewer of the header of a record nothing tells that one was there.
-    assert len(run.notes) == 2 or len(content) - lost in ends_of_records(content)
+    torn = len(content) - lost not in ends_of_records(content)
+    assert run.notes[:-1] == torn * [
+        "run-one.wandb is damaged: its last record is incomplete. What can be read of it is shown."
+    ]
     assert "running" in page_of_foreign_run(run)
 
 
@@ -159,24 +163,31 @@ def test_no_file_of_wandb(tmp_path: Path) -> None:
     assert files_in(tmp_path / "nothing") == []
 
 
-def test_records_over_several_blocks() -> None:
-    """A record of 70,000 bytes, in three parts, as LevelDB's format prescribes, and one after it."""
-    import struct
-    import zlib
+def part(kind: int, content: bytes) -> bytes:
+    """A part of a record, as LevelDB's format prescribes it."""
+    checked = bytes([kind]) + content
+    return struct.pack("<IH", zlib.crc32(checked), len(content)) + checked
 
-    long, data = bytes(range(256)) * 274, HEADER
-    left = long
-    while left:
-        room = BLOCK - len(data) % BLOCK - 7
-        part, left = left[:room], left[room:]
-        kind = bytes(
-            [{(True, False): 2, (False, False): 3, (False, True): 4}[part == long[:room] and data == HEADER, not left]]
-        )
-        data += struct.pack("<IH", zlib.crc32(kind + part), len(part)) + kind + part
-    data += struct.pack("<IH", zlib.crc32(b"\x01end"), 3) + b"\x01end"
+
+def test_records_over_several_blocks() -> None:
+    """A record of 70,000 bytes in three parts, and one after it."""
+    long = bytes(range(250)) * 280
+    first, second = BLOCK - len(HEADER) - 7, BLOCK - 7
+    pieces = [part(2, long[:first]), part(3, long[first : first + second]), part(4, long[first + second :])]
+    data = HEADER + b"".join(pieces) + part(1, b"end")
     assert list(records(data)) == [long, b"end"]
-    assert list(records(data[:-1])) == [long, "its last record is incomplete"]
     assert list(records(data + bytes(100))) == [long, b"end"]
+    assert list(records(data[:-1])) == [long, "its last record is incomplete"]
+    assert list(records(data + b"x")) == [long, b"end", "its last record is incomplete"]
+    assert list(records(data[:BLOCK])) == ["its last record is incomplete"]
+    for place, lost in ((100, "at byte 7 "), (BLOCK + 100, "at byte 32,768 ")):
+        damaged = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+        reason, *others = records(damaged)
+        assert isinstance(reason, str)
+        assert lost in reason
+        assert others == [b"end"]
+    hole = HEADER + part(1, b"a") + bytes(BLOCK - len(HEADER) - 8) + part(1, b"b")
+    assert list(records(hole)) == [b"a", "a record at byte 15 is damaged", b"b"]
 
 
 def test_the_command(folder: Path, tmp_path: Path) -> None:
