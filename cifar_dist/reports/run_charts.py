@@ -43,6 +43,7 @@ TEST = {
     "test/accuracy": Quantity("Test accuracy", "accuracy (%)", 100, kind="points"),
     "test/accuracy_tta": Quantity("Test accuracy with TTA", "accuracy (%)", 100, kind="points"),
 }
+RATES = "Learning rate"
 # The charts of one run: a title, and the label of each curve. The first curve gives the unit.
 TOGETHER: Mapping[str, Mapping[str, str]] = {
     "Loss": {"train/loss": "training", "val/loss": "validation", "test/loss": "test"},
@@ -51,7 +52,7 @@ TOGETHER: Mapping[str, Mapping[str, str]] = {
         "test/accuracy_tta": "test, with test-time augmentation",
     },
     "Objective": {"train/objective": "training, with label smoothing and auxiliary heads"},
-    "Learning rate": {"lr": "filters and matrices (SGD)", "lr/biases": "biases (SGD)", "lr/muon": "filters (Muon)"},
+    RATES: {"lr": "filters and matrices (SGD)", "lr/biases": "biases (SGD)", "lr/muon": "filters (Muon)"},
     "Gradient norm": {"gradient_norm": "gradient of all parameters"},
     "Throughput": {"images_per_second": "all devices"},
     "Data wait": {"data_wait": "rank 0 waits for images"},
@@ -70,26 +71,30 @@ class Group:
 
 def charts_of_run(run: RunData) -> list[Chart]:
     """The charts of TOGETHER for which there are values, then one for each further curve."""
-    known = QUANTITIES | TEST
-    charts = []
-    for title, labels in TOGETHER.items():
-        keys = [key for key in labels if key in run.curves]
-        if keys:
-            # Each curve has its colour also where another one is missing.
-            colours = {key: k for k, key in enumerate(labels)}
-            series = [
-                Series(_label(run, key, labels[key]), _scaled(run.curves[key], known[key].scale), known[key].kind,
-                       colour=colours[key])
-                for key in keys
-            ]  # fmt: skip
-            first = known[keys[0]]
-            charts.append(Chart(title, first.y_name, series, from_zero=first.from_zero, per_epoch=run.steps_per_epoch))
-    others = [key for key in run.curves if key not in known]
+    rates = {key: f"group {key.removeprefix('lr/')}" for key in run.curves if key.startswith("lr/")}
+    titles = {**TOGETHER, RATES: rates | TOGETHER[RATES]}
+    charts = [
+        _together(run, title, labels) for title, labels in titles.items() if not labels.keys().isdisjoint(run.curves)
+    ]
+    drawn = {key for labels in titles.values() for key in labels}
+    others = [key for key in run.curves if key not in drawn]
     return charts + [_overlay(key, [Group("", [run])]) for key in others[:MAX_CHARTS]]
 
 
+def _together(run: RunData, title: str, labels: Mapping[str, str]) -> Chart:
+    keys = [key for key in labels if key in run.curves]
+    quantities = {key: (QUANTITIES | TEST).get(key, QUANTITIES["lr"]) for key in keys}
+    colours = {key: k for k, key in enumerate(labels)}  # of a curve also where another one is missing
+    series = [
+        Series(_label(run, key, labels[key]), _scaled(run.curves[key], q.scale), q.kind, colour=colours[key])
+        for key, q in quantities.items()
+    ]
+    first = quantities[keys[0]]
+    return Chart(title, first.y_name, series, from_zero=first.from_zero, per_epoch=run.steps_per_epoch)
+
+
 def _label(run: RunData, key: str, label: str) -> str:
-    if key == "lr" and not {"lr/biases", "lr/muon"} & run.curves.keys():
+    if key == "lr" and not any(name.startswith("lr/") for name in run.curves):
         return "all parameters"
     if key == "train/loss" and "train/objective" not in run.curves:  # an older run has only the objective
         smoothed = run.settings.get("optim.label_smoothing", "none") not in ("0.0", "0")
@@ -167,4 +172,4 @@ def by_prefix(charts: Sequence[Chart]) -> Iterator[tuple[str, list[Chart]]]:
     for chart in charts:
         head, separator, _ = chart.title.replace(".", "/").partition("/")
         groups.setdefault(head if separator else "", []).append(chart)
-    yield from ((prefix, found) for prefix, found in sorted(groups.items(), key=lambda item: item[0]) if found)
+    yield from ((prefix, groups[prefix]) for prefix in sorted(groups) if groups[prefix])

@@ -5,6 +5,7 @@ Without Chromium these tests are skipped, unless CIFAR_DIST_REQUIRE_PROGRAMS is 
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
@@ -13,13 +14,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.support import runs
 from tests.support.report_files import write_predictions
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Page, Request
 
 pytestmark = [pytest.mark.data, pytest.mark.run]
 RECORD = """
@@ -106,8 +109,12 @@ def show(browser: Browser, pages: dict[str, Path]) -> Iterator[Callable[..., Pag
         page.on("console", lambda message: problems.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: problems.append(str(error)))
         address = pages[name].as_uri()
-        page.on("request", lambda request: request.url == address or request.url.startswith("data:")
-                or problems.append(request.url))  # fmt: skip
+
+        def note_request(request: Request) -> None:
+            if request.url != address and not request.url.startswith("data:"):
+                problems.append(request.url)
+
+        page.on("request", note_request)
         page.goto(address)
         return page
 
@@ -120,7 +127,7 @@ def show(browser: Browser, pages: dict[str, Path]) -> Iterator[Callable[..., Pag
 ALL = pytest.mark.parametrize("name", ["one", "seeds", "wandb", "two"])
 
 
-def test_numbers_are_those_of_the_summary(show: Callable[..., Page], short_run: Path) -> None:
+def test_numbers_are_those_of_the_summary(show: Callable[..., Page], short_run: Path, pages: dict[str, Path]) -> None:
     page, figures = show("one"), runs.summary(short_run)
     assert page.locator("#test-accuracy").inner_text() == f"{100 * figures['test_accuracy']:.2f}\N{NO-BREAK SPACE}%"
     assert f"n = {figures['test_n']:,} images" in page.locator("header").inner_text()
@@ -129,8 +136,11 @@ def test_numbers_are_those_of_the_summary(show: Callable[..., Page], short_run: 
     assert counts == figures["test_confusion"]
     assert page.locator(".mistakes figure").count() == 24
     assert page.locator(".copy").inner_text() == figures["command"]
-    # The sprite is drawn: a picture of one colour would be one that did not load.
-    assert len({*page.locator(".mistakes svg").first.screenshot()}) > 50
+    with Image.open(pages["one"].with_name("run") / "mistakes.png") as sheet:
+        expected = np.asarray(sheet.crop((32, 32, 64, 64)), "f4")  # the second cell of the second row
+    with Image.open(io.BytesIO(page.locator(".mistakes svg").nth(7).screenshot())) as shown:
+        drawn = np.asarray(shown.convert("RGB").resize((32, 32)), "f4")
+    assert np.abs(drawn - expected).mean() < 10 < expected.std()
 
 
 @ALL

@@ -34,7 +34,8 @@ def test_sections_are_left_out_with_the_reason() -> None:
         raise LeftOutError("there is <none>.")
 
     def broken() -> str:
-        return str({}["key"])
+        values: dict[str, str] = {}
+        return values["key"]
 
     assert '<p class="note">Left out: there is &lt;none&gt;.</p>' in section("A", none)
     assert "a file is damaged (KeyError: &#x27;key&#x27;)" in section("B", broken)

@@ -113,7 +113,7 @@ def test_what_a_path_names(folder: Path, where: str) -> None:
 @pytest.mark.parametrize("lost", [1, 6, 7, 100, 40_000])
 def test_a_torn_end_is_told(folder: Path, tmp_path: Path, lost: int) -> None:
     """As if the process had been killed, or the file copied while it grew."""
-    file = shutil.copy(file_of(folder, "one"), tmp_path / "run-one.wandb")
+    file = Path(shutil.copy(file_of(folder, "one"), tmp_path / "run-one.wandb"))
     content = file.read_bytes()
     file.write_bytes(content[:-lost])
     (run,) = read_runs([file])
@@ -140,7 +140,7 @@ def ends_of_records(content: bytes) -> set[int]:
 
 
 def test_a_damaged_record_costs_at_most_its_block(folder: Path, tmp_path: Path) -> None:
-    file = shutil.copy(file_of(folder, "one"), tmp_path / "run-one.wandb")
+    file = Path(shutil.copy(file_of(folder, "one"), tmp_path / "run-one.wandb"))
     content = bytearray(file.read_bytes())
     content[3 * BLOCK + 5000] ^= 0xFF
     file.write_bytes(content)
