@@ -71,14 +71,19 @@ class Group:
 
 def charts_of_run(run: RunData) -> list[Chart]:
     """The charts of TOGETHER for which there are values, then one for each further curve."""
-    rates = {key: f"group {key.removeprefix('lr/')}" for key in run.curves if key.startswith("lr/")}
-    titles = {**TOGETHER, RATES: rates | TOGETHER[RATES]}
+    titles = {**TOGETHER, RATES: {**TOGETHER[RATES], **_own_rates(run)}}
     charts = [
         _together(run, title, labels) for title, labels in titles.items() if not labels.keys().isdisjoint(run.curves)
     ]
     drawn = {key for labels in titles.values() for key in labels}
     others = [key for key in run.curves if key not in drawn]
     return charts + [_overlay(key, [Group("", [run])]) for key in others[:MAX_CHARTS]]
+
+
+def _own_rates(run: RunData) -> dict[str, str]:
+    """The learning rates of the further groups of an own optimizer."""
+    keys = [key for key in run.curves if key.startswith("lr/") and key not in TOGETHER[RATES]]
+    return {key: f"group {key.removeprefix('lr/')}" for key in keys}
 
 
 def _together(run: RunData, title: str, labels: Mapping[str, str]) -> Chart:
@@ -94,6 +99,8 @@ def _together(run: RunData, title: str, labels: Mapping[str, str]) -> Chart:
 
 
 def _label(run: RunData, key: str, label: str) -> str:
+    if key == "lr" and _own_rates(run):
+        return "first group"
     if key == "lr" and not any(name.startswith("lr/") for name in run.curves):
         return "all parameters"
     if key == "train/loss" and "train/objective" not in run.curves:  # an older run has only the objective

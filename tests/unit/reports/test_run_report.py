@@ -16,6 +16,7 @@ import pytest
 from cifar_dist.config import Config, to_yaml
 from cifar_dist.errors import UserError
 from cifar_dist.reports import run_data, run_report
+from cifar_dist.reports.run_charts import charts_of_run
 from tests.support import runs
 from tests.support.report_files import change_summary, write_predictions
 
@@ -79,6 +80,23 @@ def test_loss_of_older_runs_is_named_as_smoothed(run_dir: Path) -> None:
     text = text_of(run_dir)
     assert "training, with label smoothing<" not in text
     assert "training, with label smoothing and auxiliary heads<" in text
+
+
+@pytest.mark.parametrize(
+    ("keys", "labels"),
+    [
+        (["lr"], ["all parameters"]),
+        (["lr", "lr/muon"], ["filters and matrices (SGD)", "filters (Muon)"]),
+        (["lr/biases", "lr"], ["filters and matrices (SGD)", "biases (SGD)"]),
+        (["lr", "lr/1", "lr/2"], ["first group", "group 1", "group 2"]),
+    ],
+)
+def test_learning_rates_are_one_chart(run_dir: Path, keys: list[str], labels: list[str]) -> None:
+    lines = [json.dumps({"step": step, **dict.fromkeys(keys, 0.1)}) + "\n" for step in (20, 40)]
+    (run_dir / "metrics.jsonl").write_text("".join(lines))
+    (chart,) = charts_of_run(run_data.read(run_dir))
+    assert chart.title == "Learning rate"
+    assert [one.label for one in chart.series] == labels
 
 
 @pytest.mark.parametrize(
