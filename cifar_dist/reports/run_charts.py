@@ -10,6 +10,7 @@ from cifar_dist.reports.charts import MAX_POINTS, Chart, Series
 from cifar_dist.reports.run_data import Curve, RunData
 
 MAX_CHARTS = 40
+MAX_RATIO = 5  # of the learning rates in one chart
 MAX_LINES = 12  # of a chart; more cannot be told apart
 PAGE_POINTS = 9_000  # of all curves of a page, for its size
 
@@ -51,7 +52,7 @@ TOGETHER: Mapping[str, Mapping[str, str]] = {
         "train/accuracy": "training", "val/accuracy": "validation", "test/accuracy": "test",
         "test/accuracy_tta": "test, with test-time augmentation",
     },
-    "Objective": {"train/objective": "training, with label smoothing and auxiliary heads"},
+    "Objective": {"train/objective": "training"},
     RATES: {"lr": "filters and matrices (SGD)", "lr/biases": "biases (SGD)", "lr/muon": "filters (Muon)"},
     "Gradient norm": {"gradient_norm": "gradient of all parameters"},
     "Throughput": {"images_per_second": "all devices"},
@@ -71,13 +72,22 @@ class Group:
 
 def charts_of_run(run: RunData) -> list[Chart]:
     """The charts of TOGETHER for which there are values, then one for each further curve."""
-    titles = {**TOGETHER, RATES: {**TOGETHER[RATES], **_own_rates(run)}}
-    charts = [
-        _together(run, title, labels) for title, labels in titles.items() if not labels.keys().isdisjoint(run.curves)
-    ]
+    titles = dict[str, Mapping[str, str]]()
+    for title, labels in TOGETHER.items():
+        titles |= _rates(run) if title == RATES else {title: labels}
+    charts = [_together(run, title, keys) for title, keys in titles.items() if not keys.keys().isdisjoint(run.curves)]
     drawn = {key for labels in titles.values() for key in labels}
     others = [key for key in run.curves if key not in drawn]
     return charts + [_overlay(key, [Group("", [run])]) for key in others[:MAX_CHARTS]]
+
+
+def _rates(run: RunData) -> dict[str, Mapping[str, str]]:
+    """One chart of all learning rates, or one for each if the largest would flatten the others."""
+    labels = {key: label for key, label in {**TOGETHER[RATES], **_own_rates(run)}.items() if key in run.curves}
+    peaks = [max(value for _, value in run.curves[key]) for key in labels]
+    if peaks and max(peaks) > MAX_RATIO * min(peaks):
+        return {f"{RATES}: {label}": {key: label} for key, label in labels.items()}
+    return {RATES: labels}
 
 
 def _own_rates(run: RunData) -> dict[str, str]:
@@ -103,10 +113,9 @@ def _label(run: RunData, key: str, label: str) -> str:
         return "first group"
     if key == "lr" and not any(name.startswith("lr/") for name in run.curves):
         return "all parameters"
-    if key == "train/loss" and "train/objective" not in run.curves:  # an older run has only the objective
-        smoothed = run.settings.get("optim.label_smoothing", "none") not in ("0.0", "0")
-        parts = ["label smoothing"] * smoothed
-        parts += ["auxiliary heads"] * (run.settings.get("model.auxiliary") == "true")
+    if key == "train/objective" or (key == "train/loss" and "train/objective" not in run.curves):  # of an older run
+        smoothed = run.settings.get("optim.label_smoothing", "none") not in ("0.0", "0", "none")
+        parts = ["label smoothing"] * smoothed + ["auxiliary heads"] * (run.settings.get("model.auxiliary") == "true")
         return f"{label}, with {' and '.join(parts)}" if parts else label
     return label
 

@@ -102,7 +102,7 @@ def _facts(run: RunData) -> Mapping[str, str]:
         "devices": run.devices,
         "training": duration(seconds) if seconds is not None else "",
         "throughput": f"{rate:,.0f} images/s" if rate else "",
-        "steps": f"{steps:,.0f} in {epochs:g} epochs" if steps and epochs else f"{run.num_steps:,} so far",
+        "steps": f"{steps:,.0f} (epochs: {epochs:g})" if steps and epochs else f"{run.num_steps:,} so far",
     }
 
 

@@ -137,8 +137,8 @@ def test_numbers_are_those_of_the_summary(show: Callable[..., Page], short_run: 
     assert page.locator(".mistakes figure").count() == 24
     assert page.locator(".copy").inner_text() == figures["command"]
     with Image.open(pages["one"].with_name("run") / "mistakes.png") as sheet:
-        expected = np.asarray(sheet.crop((32, 32, 64, 64)), "f4")  # the second cell of the second row
-    with Image.open(io.BytesIO(page.locator(".mistakes svg").nth(7).screenshot())) as shown:
+        expected = np.asarray(sheet.crop((64, 32, 96, 64)), "f4")  # the third cell of the second row
+    with Image.open(io.BytesIO(page.locator(".mistakes svg").nth(8).screenshot())) as shown:
         drawn = np.asarray(shown.convert("RGB").resize((32, 32)), "f4")
     assert np.abs(drawn - expected).mean() < 10 < expected.std()
 

@@ -71,15 +71,23 @@ def test_curves_have_the_values_of_the_metrics(run_dir: Path) -> None:
     assert found["y"] == pytest.approx([100 * record["train/accuracy"] for record in records], rel=1e-4)
 
 
-def test_loss_of_older_runs_is_named_as_smoothed(run_dir: Path) -> None:
-    path = run_dir / "metrics.jsonl"
-    records = [{"step": step, "train/loss": 2 - step / 50, "epoch": step / 10} for step in (20, 40)]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert "training, with label smoothing<" in text_of(run_dir)
-    path.write_text("".join(json.dumps(record | {"train/objective": 2.5}) + "\n" for record in records))
-    text = text_of(run_dir)
-    assert "training, with label smoothing<" not in text
-    assert "training, with label smoothing and auxiliary heads<" in text
+@pytest.mark.parametrize(
+    ("changed", "label"),
+    [
+        ("", "training, with label smoothing"),
+        ("auxiliary: false", "training, with label smoothing and auxiliary heads"),
+        ("label_smoothing: 0.1", "training"),
+    ],
+)
+def test_loss_of_older_runs_is_named_as_what_it_was(run_dir: Path, changed: str, label: str) -> None:
+    """They logged the objective as train/loss; newer ones log both."""
+    others = {"auxiliary: false": "auxiliary: true", "label_smoothing: 0.1": "label_smoothing: 0.0"}
+    (run_dir / "config.yaml").write_text(to_yaml(Config()).replace(changed, others.get(changed, "")))
+    record = {"step": 20, "train/loss": 2.0, "epoch": 2.0}
+    (run_dir / "metrics.jsonl").write_text(json.dumps(record))
+    assert [chart.series[0].label for chart in charts_of_run(run_data.read(run_dir))] == [label]
+    (run_dir / "metrics.jsonl").write_text(json.dumps(record | {"train/objective": 2.5}))
+    assert [chart.series[0].label for chart in charts_of_run(run_data.read(run_dir))] == ["training", label]
 
 
 @pytest.mark.parametrize(
@@ -97,6 +105,13 @@ def test_learning_rates_are_one_chart(run_dir: Path, keys: list[str], labels: li
     (chart,) = charts_of_run(run_data.read(run_dir))
     assert chart.title == "Learning rate"
     assert [one.label for one in chart.series] == labels
+
+
+def test_learning_rates_of_other_sizes_have_charts_of_their_own(run_dir: Path) -> None:
+    (run_dir / "metrics.jsonl").write_text(json.dumps({"step": 20, "lr": 0.1, "lr/biases": 3.2, "lr/muon": 0.03}))
+    assert [chart.title for chart in charts_of_run(run_data.read(run_dir))] == [
+        "Learning rate: filters and matrices (SGD)", "Learning rate: biases (SGD)", "Learning rate: filters (Muon)",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
