@@ -28,6 +28,7 @@ COMMANDS = {
     "sweep": ("sweep:SweepArguments", "train with several seeds, or over a grid of settings"),
     "seeds": ("seeds:SeedsArguments", "print mean and spread of runs that differ in the seed"),
     "compare": ("compare:CompareArguments", "say whether runs computed the same"),
+    "report": ("report:ReportArguments", "write runs as an HTML file to look at"),
     "doctor": ("doctor:DoctorArguments", "check this machine: packages, devices, data, disk, limits"),
     "wandb_sync": ("wandb_sync:SyncArguments", "upload what W&B has recorded offline"),
     "bench": ("benchmarks.settings:BenchConfig", "measure this machine"),

@@ -16,7 +16,7 @@ from cifar_dist.errors import UserError
 from cifar_dist.files import read_json
 
 # Settings, or the beginning of their names, that may differ between the runs of one table: name, seed, paths, tracking.
-_MAY_DIFFER = (
+MAY_DIFFER = (
     "run.name", "run.dir", "run.seed", "run.resume", "run.stall_timeout_s", "data.dir", "data.source",
     "data.stage_dir", "track.",
 )  # fmt: skip
@@ -113,7 +113,7 @@ def _problems(values: Mapping[str, Any], config: Config) -> Iterator[str]:
 
 def settings_of(config: Config) -> dict[str, Any]:
     """The settings that all runs of one table have in common, by their full names."""
-    return {name: value for name, value in cli.settings_of(config).items() if not name.startswith(_MAY_DIFFER)}
+    return {name: value for name, value in cli.settings_of(config).items() if not name.startswith(MAY_DIFFER)}
 
 
 def _differences(first: Config, second: Config) -> str:

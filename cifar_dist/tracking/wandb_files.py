@@ -1,16 +1,19 @@
 """Reads .wandb files, in which W&B keeps what it records on this disk: RUN/wandb/[offline-]run-TIME-ID/run-ID.wandb.
 
-A run that was resumed has one file for each start. The format is LevelDB's log: blocks of 32 KiB with records, in parts
-where a record crosses a block, each record a protobuf message of W&B.
+A run that was resumed has one file for each start. The format is LevelDB's log ("Log format" in its documentation):
+blocks of 32 KiB with records, in parts where a record crosses a block, each part with its CRC-32. A record is a
+protobuf message, for which the wandb package has the classes.
 """
 
 import json
+import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_FILE_HEADER, _BLOCK, _HEADER = 7, 32_768, 7  # in bytes
-_WHOLE, _LAST = 1, 4  # kinds of parts
+HEADER, BLOCK = b":W&B\xe1\xbe\x00", 32_768  # name, magic number 0xBEE1, version 0
+_KINDS = _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4  # a whole record or a part of one
 
 
 class Held(NamedTuple):
@@ -57,7 +60,9 @@ def read_history(file: Path) -> Iterator[dict[str, Any]]:
     from wandb.proto import wandb_internal_pb2
 
     message_type: Any = wandb_internal_pb2  # which has no types
-    for message in _messages(file.read_bytes()):
+    for message in records(file.read_bytes()):
+        if isinstance(message, str):
+            return
         record = message_type.Record()
         try:
             record.ParseFromString(message)
@@ -68,18 +73,32 @@ def read_history(file: Path) -> Iterator[dict[str, Any]]:
             yield {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
-def _messages(data: bytes) -> Iterator[bytes]:
-    position, message = _FILE_HEADER, b""
-    while position < len(data):
-        left = _BLOCK - position % _BLOCK
-        if left < _HEADER:  # the rest of a block is empty
-            position += left
+def records(data: bytes) -> Iterator[bytes | str]:
+    """The records of a .wandb file; a text is the reason for which bytes before the next one, or the end, are lost."""
+    place, parts = len(HEADER), list[bytes]()
+    while place + 7 <= len(data):
+        left = BLOCK - place % BLOCK
+        if left < 7:  # no record begins in the last bytes of a block
+            place += left
             continue
-        size, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6 : position + 7]
-        position += _HEADER + size
-        if not kind or kind[0] not in range(_WHOLE, _LAST + 1) or position > len(data):
-            return
-        message += data[position - size : position]
-        if kind[0] in (_WHOLE, _LAST):
-            yield message
-            message = b""
+        checksum, length, kind = struct.unpack_from("<IHB", data, place)
+        end = place + 7 + length
+        if not (checksum or length or kind or any(data[place:])):
+            return  # zeros, which a crash of the machine left
+        if length + 7 <= left and end > len(data):
+            break
+        if length + 7 > left or zlib.crc32(data[place + 6 : end]) != checksum or kind not in _KINDS:
+            yield f"a record at byte {place:,} is damaged"
+            parts.clear()
+            place += left  # lengths cannot be trusted, so go on with the next block
+            continue
+        if kind in (_FULL, _FIRST):
+            parts.clear()
+        if kind in (_FULL, _FIRST) or parts:  # else its beginning is lost
+            parts.append(data[place + 7 : end])
+        if kind in (_FULL, _LAST) and parts:
+            yield b"".join(parts)
+            parts.clear()
+        place = end
+    if parts or any(data[place:]):
+        yield "its last record is incomplete"

@@ -27,6 +27,7 @@ from cifar_dist.fault_tolerance.watchdog import Watchdog
 from cifar_dist.files import write_json, write_text_atomic
 from cifar_dist.models.network import without_auxiliary
 from cifar_dist.phase import SLOW_S, VERY_SLOW_S, Phase, set_phase
+from cifar_dist.reports import run_report
 from cifar_dist.tracking import console, wandb_run
 from cifar_dist.tracking.curves import draw_curves
 from cifar_dist.tracking.rank_log import rank_log
@@ -189,6 +190,7 @@ class Run(Hooks):
                 "predictions.csv": lambda path: predictions.write_answers(path, test, samples),
                 "mistakes.png": lambda path: predictions.write_mistakes(path, test, samples, loader),
                 "filters.png": lambda path: predictions.write_filters(path, trainer.train_step.scored_model),
+                "report.html": lambda path: run_report.write(path.parent),
             }
             run_and_sync_errors(world, lambda: self._write_results(results, files), only_if=world.is_main)
         return results

@@ -46,7 +46,7 @@ def running_cluster() -> Iterator[SlurmCluster]:
     missing = slurm_cluster.missing_programs()
     if missing:
         text = f"SLURM IS NOT HERE ({', '.join(missing)}), SO ITS TESTS DID NOT RUN: apt-get install slurm-wlm munge"
-        assert "CIFAR_DIST_REQUIRE_SLURM" not in os.environ, text
+        assert "CIFAR_DIST_REQUIRE_PROGRAMS" not in os.environ, text
         pytest.skip(text)
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     try:

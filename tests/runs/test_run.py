@@ -117,6 +117,7 @@ def test_answers_and_pictures(run_dir: Path, cifar: Cifar10) -> None:
 
 def test_files(run_dir: Path) -> None:
     assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{100 * runs.summary(run_dir)['test_accuracy']:.2f}" in (run_dir / "report.html").read_text()
     for rank in (0, 1):
         lines = (run_dir / "logs" / f"rank-{rank}.log").read_text().splitlines()
         assert any("step 12" in line for line in lines)

@@ -72,12 +72,16 @@ def test_a_picture_decides_nothing(
         (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
     elif mistake == "folder":
         (run_dir / "curves.png").mkdir(parents=True)
+        (run_dir / "report.html").write_text("of somebody else")
     elif mistake == "library":
         (tmp_path / "matplotlib.py").write_text("raise OSError('libfreetype.so.6: cannot open shared object file')\n")
         environment["PYTHONPATH"] = f"{tmp_path}:{runs.REPOSITORY}"
     output = check(words(1, run_dir, data_dir, *NO_WANDB, "--run.name", name), run_dir, env=environment)
     assert ("warning: curves.png was not written: " in output) == warning
     assert (run_dir / "curves.png").is_file() != warning
+    refused = "report.html exists and is no report, so it is not replaced."
+    assert (refused in output) == (mistake == "folder")
+    assert (run_dir / "report.html").read_text().startswith("of somebody else" if mistake == "folder" else "<!DOCTYPE")
     assert "Warning" not in output
 
 

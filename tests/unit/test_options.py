@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from cifar_dist import cli, compare, doctor, evaluate, plan, prepare, seeds, sweep
+from cifar_dist import cli, compare, doctor, evaluate, plan, prepare, report, seeds, sweep
 from cifar_dist.benchmarks.settings import BenchConfig, CompareConfig
 from cifar_dist.cluster import slurm
 from cifar_dist.config import Config, to_plain, to_yaml
@@ -23,8 +23,8 @@ from tests.support import runs
 COMMANDS: dict[type, list[str]] = {  # with the words that each needs
     Config: [], evaluate.EvaluateArguments: ["--checkpoint", "c"], prepare.PrepareConfig: [], BenchConfig: ["all"],
     plan.PlanArguments: ["configs/quickstart.yaml"], sweep.SweepArguments: ["quickstart"],
-    seeds.SeedsArguments: ["r"], bundle.BundleConfig: ["--ffcv-wheel", "w"], lean.LeanConfig: ["--ffcv-wheel", "w"],
-    doctor.DoctorArguments: [],
+    seeds.SeedsArguments: ["r"], report.ReportArguments: ["r"], bundle.BundleConfig: ["--ffcv-wheel", "w"],
+    lean.LeanConfig: ["--ffcv-wheel", "w"], doctor.DoctorArguments: [],
 }  # fmt: skip
 
 
@@ -61,7 +61,8 @@ def test_every_path_option_of_every_command_is_expanded(cls: type) -> None:
     words = [part for name in names for part in (f"--{name}", "~/${SCRATCH}$$")]
     settings: Any = cli.parse(cls, [*COMMANDS[cls], *words], "x")
     assert {name: str(value(settings, name)) for name in names} == dict.fromkeys(names, "/my $HOME/scratch/~/$x$")
-    without = (Config, prepare.PrepareConfig, sweep.SweepArguments, bundle.BundleConfig, lean.LeanConfig)
+    without = (Config, prepare.PrepareConfig, sweep.SweepArguments, report.ReportArguments, bundle.BundleConfig,
+               lean.LeanConfig)  # fmt: skip
     assert "json" in names or cls in without
     if cls is Config:
         assert names == ["run.dir", "run.resume", "data.dir", "data.source", "data.stage_dir", "model.weights"]

@@ -1,0 +1,139 @@
+"""All that a report shows of one run, read from its directory; what is missing or damaged counts as absent."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cifar_dist.config import Config, to_yaml
+from cifar_dist.errors import UserError
+from cifar_dist.files import read_json
+from cifar_dist.tracking.metrics_file import Record, number, read_records
+from cifar_dist.yaml_file import Entry, read_entries
+
+STATES = ("done", "running", "stopped", "failed")
+Curve = list[tuple[float, float]]  # steps and values, which may be NaN or infinite
+LEFT_OUT_KEYS = ("step", "epoch", "seconds", "val/n", "test/n")  # not drawn as curves of their own
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run of this package, or of another program that W&B recorded."""
+
+    directory: Path
+    name: str
+    curves: Mapping[str, Curve]
+    """By the names of metrics.jsonl or of W&B."""
+    settings: Mapping[str, str]
+    """By their full names; empty if config.yaml cannot be read."""
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    """The values of summary.json, which a run writes when it is complete; or W&B's summary."""
+    state: str = "unknown"
+    """done, running (a killed run stays so), stopped, failed or unknown."""
+    status: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    """What a reader of the report should know about the files."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """What W&B recorded of a run of another program; empty for runs of this package."""
+    steps_per_epoch: float | None = None
+    x_names: Mapping[str, str] = field(default_factory=dict)
+    """What the curves are over, where that is not the step."""
+
+    @property
+    def num_steps(self) -> int:
+        return int(max((points[-1][0] for points in self.curves.values() if points), default=0))
+
+    @property
+    def devices(self) -> str:
+        """How many of which kind, such as 8 x NVIDIA H100; empty if that is not known."""
+        names = self.summary.get("device_names")
+        found = [str(name) for name in names] if isinstance(names, list) else []
+        return ", ".join(f"{found.count(name)} x {name}" for name in dict.fromkeys(found))
+
+    def figure(self, name: str) -> float | None:
+        """A number of summary.json; None if it has none of this name, or an impossible one."""
+        value = self.summary.get(name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            return None
+        return float(value) if 0 <= value <= (1 if "accuracy" in name else sys.float_info.max) else None
+
+
+def is_run(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in ("summary.json", "metrics.jsonl", "status.json"))
+
+
+def read(directory: Path) -> RunData:
+    """The run in `directory`, finished or not, also of another version.
+
+    Raises:
+        UserError: the directory holds no run.
+    """
+    if not is_run(directory):
+        missing = "" if directory.exists() else ", because it does not exist"
+        raise UserError(
+            f"{directory} holds no run{missing}. Give run directories, a folder of them, or a folder of W&B's offline "
+            f"runs."
+        )
+    notes = list[str]()
+    try:
+        records = read_records(directory / "metrics.jsonl")
+    except OSError as error:
+        records = []
+        notes.append(f"There are no curves: metrics.jsonl cannot be read ({error.strerror}).")
+    summary, status = read_json(directory / "summary.json"), read_json(directory / "status.json")
+    if not summary and (directory / "summary.json").exists():
+        notes.append("summary.json is damaged, so there are no results.")
+    settings = read_settings(directory / "config.yaml")
+    if not settings:
+        notes.append("config.yaml is missing or damaged, so there are no settings.")
+    name = settings.get("run.name", "none")
+    name = directory.resolve().name if name == "none" else name
+    per_epoch = next((r["step"] / r["epoch"] for r in reversed(records) if _positive(r.get("epoch"))), None)
+    curves = {key: points for key, points in _curves(records) if points}
+    state = "done" if summary else str(status.get("status"))
+    state = state if state in STATES else "unknown"
+    return RunData(directory, name, curves, settings, summary, state, status, notes, steps_per_epoch=per_epoch)
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and value > 0
+
+
+def _curves(records: Sequence[Record]) -> Iterator[tuple[str, Curve]]:
+    found: dict[str, Curve] = {}
+    for record in records:
+        for key, value in record.items():
+            if key in LEFT_OUT_KEYS or isinstance(value, (bool, list, dict)):
+                continue
+            try:
+                converted = number(value)
+            except ValueError:  # a text of an own hook
+                continue
+            if converted is not None:
+                found.setdefault(key, []).append((record["step"], converted))
+    yield from found.items()
+
+
+def read_settings(path: Path) -> dict[str, str]:
+    """The settings of a config.yaml as text, by their full names, also of another version; empty if it is damaged."""
+    try:
+        return _flat(read_entries(path.read_bytes(), path.name))
+    except (OSError, UserError):
+        return {}
+
+
+def default_settings() -> dict[str, str]:
+    """The defaults of this version, in the same form."""
+    return _flat(read_entries(to_yaml(Config()), "the defaults"))
+
+
+def _flat(entries: Mapping[str, Entry]) -> dict[str, str]:
+    sections = {section: entry.value for section, entry in entries.items() if isinstance(entry.value, dict)}
+    return {
+        f"{section}.{key}": "none" if entry.value is None else str(entry.value)
+        for section, values in sections.items()
+        for key, entry in values.items()
+    }
