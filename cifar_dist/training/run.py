@@ -185,7 +185,7 @@ class Run(Hooks):
             scores = {"accuracy": test.accuracy, "accuracy_tta": test.accuracy_tta, "loss": test.loss, "n": test.n}
             self.log_metrics(trainer.progress.step, {f"test/{name}": score for name, score in scores.items()})
             results = summarize(config, trainer, test, devices)
-            files: dict[str, Callable[[Path], None]] = {
+            files: dict[str, Callable[[Path], object]] = {
                 "curves.png": lambda path: draw_curves(directory / "metrics.jsonl", path, self.name),
                 "predictions.csv": lambda path: predictions.write_answers(path, test, samples),
                 "mistakes.png": lambda path: predictions.write_mistakes(path, test, samples, loader),
@@ -219,7 +219,7 @@ class Run(Hooks):
         if self.tracker is not None:
             self.tracker.show_test(done, total)
 
-    def _write_results(self, results: dict[str, Any], files: Mapping[str, Callable[[Path], None]]) -> None:
+    def _write_results(self, results: dict[str, Any], files: Mapping[str, Callable[[Path], object]]) -> None:
         """Write summary.json, and `files`, each by its function."""
         assert self.tracker is not None
         self.before_write()
