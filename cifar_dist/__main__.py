@@ -27,7 +27,8 @@ COMMANDS = {
     "plan": ("plan:PlanArguments", "print what a run will do, or why it cannot work"),
     "sweep": ("sweep:SweepArguments", "train with several seeds, or over a grid of settings"),
     "seeds": ("seeds:SeedsArguments", "print mean and spread of runs that differ in the seed"),
-    "compare": ("compare:CompareArguments", "say whether runs computed the same"),
+    "runs": ("runs:RunsArguments", "list runs with their states"),
+    "compare": ("compare:CompareArguments", "show where runs differ"),
     "bench": ("benchmarks.settings:BenchConfig", "measure this machine"),
     "models": ("models.__main__:NoArguments", "check parameter counts against the literature"),
 }

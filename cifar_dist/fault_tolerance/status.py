@@ -14,7 +14,7 @@ from cifar_dist.training import checkpoint
 
 
 @contextmanager
-def status_file(directory: Path, may_write: Callable[[], bool]) -> Iterator[None]:
+def status_file(directory: Path, world_size: int, may_write: Callable[[], bool]) -> Iterator[None]:
     """Write `directory`/status.json: running inside, then done, stopped (by a signal) or failed.
 
     A killed run leaves "running" with its host and process id. After an error signals are ignored, because torchrun
@@ -29,7 +29,7 @@ def status_file(directory: Path, may_write: Callable[[], bool]) -> Iterator[None
 
     def write_if_owner(status: str, exit_code: int | None, message: str = "") -> None:
         if may_write():
-            write(directory, status, exit_code, message)
+            write(directory, status, exit_code, world_size, message)
 
     write_if_owner("running", None)
     try:
@@ -43,7 +43,7 @@ def status_file(directory: Path, may_write: Callable[[], bool]) -> Iterator[None
     write_if_owner("done", 0)
 
 
-def write(directory: Path, status: str, exit_code: int | None, message: str = "") -> None:
+def write(directory: Path, status: str, exit_code: int | None, world_size: int, message: str = "") -> None:
     """Replace `directory`/status.json.
 
     Raises:
@@ -55,6 +55,7 @@ def write(directory: Path, status: str, exit_code: int | None, message: str = ""
             "status": status,
             "exit_code": exit_code,
             **({"message": message[:2000]} if message else {}),
+            "world_size": world_size,
             "last_checkpoint_step": max(checkpoint.all_steps(directory / "checkpoints"), default=None),
             "host": socket.gethostname(),
             "pid": os.getpid(),

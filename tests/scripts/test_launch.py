@@ -206,6 +206,10 @@ TESTED = {
     "python -m cifar_dist.prepare --data.source ~/Downloads/cifar10.tgz": "test_copies.py: test_forms",
     "python -m tests.support.real_gpu equal cuda": "test_exact_sum.py; on a CPU where there is no GPU",
     "python -m cifar_dist.compare runs/mine runs/other": "test_compare.py",
+    "python -m cifar_dist.runs": "test_run_table.py: test_table",
+    "python -m cifar_dist.runs runs/exp --sort accuracy --descending True": "test_run_table.py: test_table",
+    "python -m cifar_dist.runs --state running killed --format jsonl":
+        "test_run_table.py: test_a_real_run_while_it_runs_and_after_it_was_killed, test_formats",
     "python -m cifar_dist.train --config configs/quickstart.yaml --run.name mine --run.resume auto": "test_resume.py",
     "python -m cifar_dist.predict runs/mine cat.jpg": "test_inference.py: test_predict_a_folder",
     "python -m cifar_dist.predict runs/mine folder --top_k 1 --tta flip --format jsonl":
