@@ -159,7 +159,7 @@ def validate(config: Config) -> None:
     if c.data.source == Path():
         raise UserError("data.source is empty; valid: auto, official, npm or the path of a copy.")
     if c.run.resume == Path():
-        raise UserError("run.resume is empty or this folder; valid: never, auto or the path of a checkpoint.")
+        raise UserError("run.resume is empty or this folder; valid: never, auto, replace or the path of a checkpoint.")
     if model.weights == Path():
         raise UserError("model.weights is empty or this folder; valid: the path of a run or of a file of weights.")
     if c.run.name is not None and (Path(c.run.name).name != c.run.name or c.run.name in ("", "..")):
