@@ -206,6 +206,7 @@ TESTED = {
     "python -m cifar_dist.prepare --data.source ~/Downloads/cifar10.tgz": "test_copies.py: test_forms",
     "python -m tests.support.real_gpu equal cuda": "test_exact_sum.py; on a CPU where there is no GPU",
     "python -m cifar_dist.compare runs/mine runs/other": "test_compare.py",
+    "python -m cifar_dist.compare runs/mine runs/other --plot curves.png": "test_compare.py: test_plot",
     "python -m cifar_dist.runs": "test_run_table.py: test_table",
     "python -m cifar_dist.runs runs/exp --sort accuracy --descending True": "test_run_table.py: test_table",
     "python -m cifar_dist.runs --state running killed --format jsonl":

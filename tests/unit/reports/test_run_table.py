@@ -127,6 +127,15 @@ def test_a_real_run_while_it_runs_and_after_it_was_killed(data_dir: Path, tmp_pa
     assert " killed  " not in command(tmp_path / "runs", "--state", "running", "done")
 
 
+def test_a_run_that_ends_while_it_is_looked_at(tmp_path: Path) -> None:
+    """After its status was read it ends; then no process owns it."""
+    files = run_state.read_files(leave_run(tmp_path / "a", status="running", exit_code=None))
+    assert files is not None
+    shutil.rmtree(tmp_path / "a")
+    leave_run(tmp_path / "a", SUMMARY)
+    assert [run.state for run in run_state.read_states([files])] == ["done"]
+
+
 @pytest.mark.data
 @pytest.mark.run
 def test_finished_run(short_run: Path) -> None:
@@ -232,13 +241,15 @@ def test_odd_values(tmp_path: Path) -> None:
     leave_run(tmp_path / "nan", SUMMARY | {"test_accuracy": float("nan"), "train_seconds": float("nan")})
     odd = dict.fromkeys(SUMMARY, "text")
     leave_run(tmp_path / "text", odd, status=7, exit_code=[], message={"a": 1}, host=None)
+    leave_run(tmp_path / "known", SUMMARY)
     leave_run(tmp_path / "null", dict.fromkeys(SUMMARY))
     (tmp_path / "null/config.yaml").write_text("model: null\ntrain: [1]\noptim: 3\ndata: x\n")
     (tmp_path / "null/metrics.jsonl").write_text('{"step": 3, "val/accuracy": "nan"}\n{"step": 4, "val')
     found = run_table.read(tmp_path)
     for descending in (False, True):
         for column in run_table.Column.__args__:  # type: ignore[attr-defined]
-            assert len(run_table.sort(found, column, descending).runs) == 3
+            assert len(run_table.sort(found, column, descending).runs) == 4
+        assert found.name(run_table.sort(found, "accuracy", descending).runs[0]) == "known"
     for form in ("table", "csv", "jsonl"):
         assert "nan" in run_table.as_text(found, form)
     by_name = {line["name"]: line for line in run_table.records(found)}
@@ -295,6 +306,7 @@ def test_names(tmp_path: Path) -> None:
     lines = run_table.table(run_table.sort(run_table.read(tmp_path), "name", False)).splitlines()
     assert [line.split("  ")[0] for line in lines[1:]] == ["\\udcff\\x1b[31m", "e\u0301", "new\\nline", "plain", "模型"]
     assert len({cli.display_width(line) for line in lines}) == 1
+    assert lines[-1].startswith("模型" + " " * 10 + "   done ")  # as wide as four letters, of 14
     assert command(tmp_path, "--format", "jsonl").count("\n") == 5
 
 
