@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict, is_dataclass, replace
@@ -158,7 +159,7 @@ def validate(config: Config) -> None:
     if c.data.source == Path():
         raise UserError("data.source is empty; valid: auto, official, npm or the path of a copy.")
     if c.run.resume == Path():
-        raise UserError("run.resume is empty or this folder; valid: never, auto or the path of a checkpoint.")
+        raise UserError("run.resume is empty or this folder; valid: never, auto, replace or the path of a checkpoint.")
     if model.weights == Path():
         raise UserError("model.weights is empty or this folder; valid: the path of a run or of a file of weights.")
     if c.run.name is not None and (Path(c.run.name).name != c.run.name or c.run.name in ("", "..")):
@@ -258,9 +259,20 @@ def command_line() -> str:
 
 def aligned(rows: Sequence[Sequence[str]], gap: str = "   ") -> list[str]:
     """The lines of a table, its first column left-aligned, the others right-aligned; rows may be short."""
-    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
-    lines = (gap.join(f"{cell:{'>' if k else '<'}{widths[k]}}" for k, cell in enumerate(row)) for row in rows)
-    return [line.rstrip() for line in lines]
+    widths = [max(map(display_width, column)) for column in zip_longest(*rows, fillvalue="")]
+
+    def padded(k: int, cell: str) -> str:
+        blanks = " " * (widths[k] - display_width(cell))
+        return blanks + cell if k else cell + blanks
+
+    return [gap.join(padded(k, cell) for k, cell in enumerate(row)).rstrip() for row in rows]
+
+
+def display_width(text: str) -> int:
+    """Columns of a terminal that `text` takes: two for a wide character such as a Chinese one, none for an accent."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
 
 
 def json_writer(path: Path | None) -> Callable[[dict[str, Any]], None]:

@@ -1,4 +1,4 @@
-"""Whether runs computed the same, and where they first differ: `python -m cifar_dist.compare runs/A runs/B`.
+"""Where runs first differ, in which settings, and their figures: `python -m cifar_dist.compare runs/A runs/B`.
 
 The exit code is 0 if all are finished and equal, 2 if the arguments are wrong, else 1.
 """
@@ -11,23 +11,30 @@ import tyro
 
 from cifar_dist import cli, errors
 from cifar_dist.process import run_and_exit
-from cifar_dist.reports import compare
+from cifar_dist.reports import compare, curves_of_runs, side_by_side
 
 
 @dataclass(frozen=True)
 class CompareArguments:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories, two or more, finished or not. Each is compared with the first."""
+    plot: Path | None = None
+    """Also draw the curves of all runs over each other into this PNG file."""
 
 
 def main() -> None:
-    """Print a table of the runs, and for each EQUAL, UNDECIDED or the first differences."""
+    """Print a table of the runs, for each EQUAL, UNDECIDED or the first differences, and the figures side by side."""
     with errors.exit_on_error():
         text = "Whether runs computed the same, to the bit. Example: python -m cifar_dist.compare runs/mine runs/other"
-        runs = cli.parse(CompareArguments, sys.argv[1:], "compare", description=text).runs
+        arguments = cli.parse(CompareArguments, sys.argv[1:], "compare", description=text)
+        runs = arguments.runs
         compare.refuse(runs)
+        if arguments.plot is not None:  # before the comparison, which takes seconds
+            with errors.explain_os_error(f"--plot {arguments.plot} cannot be written"):
+                curves_of_runs.draw(dict(zip(side_by_side.names(runs), runs, strict=True)), arguments.plot)
         print(f"{compare.table(runs)}\n")
         equal = [_compare(runs[0], other) for other in runs[1:]]
+        print(f"\n{side_by_side.figures(runs)}")
     raise SystemExit(0 if all(equal) else 1)
 
 
@@ -37,8 +44,13 @@ def _compare(first: Path, second: Path) -> bool:
     print(f"{first} and {second}: {verdict}")
     for line in found:
         print(f"  {line}")
-    for line in compare.causes(first, second) if found else ():
+    causes, others = compare.settings(first, second)
+    for line in (*causes, *compare.other_causes(first, second)) if found else ():
         print(f"  possible cause: {line}")
+    if not found:
+        others = causes + others
+    if others:
+        print(f"  other settings{' without an effect' if not (found or missing) else ''}: {'; '.join(others)}")
     return not (found or missing)
 
 

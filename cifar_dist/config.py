@@ -19,6 +19,7 @@ LR_BATCH_SIZE = 128  # optim.lr is given for a global batch of this size
 
 Device = Literal["auto", "cpu", "cuda"]
 Source = Literal["auto", "official", "npm"] | Path
+Resume = Literal["never", "auto", "replace"] | Path
 PrecisionName = Literal["bf16", "fp16", "fp32", "fp64"]
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 NetworkName = Literal["inception_v1", "inception_v2", "inception_v2_slim"]
@@ -60,9 +61,10 @@ class RunConfig:
     """The run directory itself, in place of runs/NAME."""
     seed: Annotated[int, Range(min=0, max=2**63 - 1)] = 0
     """Seed of initialisation, sample order, augmentation and dropout."""
-    resume: Literal["never", "auto"] | Path = "never"
+    resume: Resume = "never"
     """never: refuse a directory that holds a run. auto: resume from its newest valid checkpoint, or start a new run.
-    A path: start in a new run directory from that checkpoint of another run."""
+    replace: start anew, and remove the run that is there if it was started with replace, too. A path: start in a new
+    run directory from that checkpoint of another run."""
     deterministic: bool = False
     """Use deterministic algorithms of torch and cuDNN (slower on GPUs). On GPUs, results that are equal to
     the bit need it."""
@@ -278,7 +280,8 @@ def to_plain(config: Config) -> dict[str, Any]:
         return {key: text(value) if isinstance(value, Path) else value for key, value in items}
 
     def text(path: Path) -> str:  # a file named auto is ./auto
-        return ("./" if str(path) in ("never", *get_args(get_args(Source)[0])) else "") + escape_path(str(path))
+        words = [word for kind in (Source, Resume) for word in get_args(get_args(kind)[0])]
+        return ("./" if str(path) in words else "") + escape_path(str(path))
 
     return asdict(config, dict_factory=plain)
 

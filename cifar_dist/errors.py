@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+from bdb import BdbQuit
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -109,6 +110,13 @@ def exit_on_error(on_all_ranks: bool = False) -> Iterator[None]:
         raise SystemExit(report(error, on_all_ranks)) from None
 
 
+def exit_code(error: BaseException) -> int:
+    """The exit code after an error; 130 after Ctrl-C and after `q` in pdb."""
+    if isinstance(error, (UserError, StopError)):
+        return error.exit_code
+    return 130 if isinstance(error, (KeyboardInterrupt, BdbQuit)) else 1
+
+
 @contextmanager
 def report_errors() -> Iterator[None]:
     """`report` errors before the contexts around this one close what may not end."""
@@ -126,8 +134,7 @@ def report(error: BaseException, on_all_ranks: bool = False) -> int:
 
     Returns the exit code.
     """
-    other_code = 130 if isinstance(error, KeyboardInterrupt) else 1
-    code = error.exit_code if isinstance(error, (UserError, StopError)) else other_code
+    code = exit_code(error)
     if getattr(error, "reported", False):
         return code
     begin_shutdown()
@@ -139,10 +146,11 @@ def report(error: BaseException, on_all_ranks: bool = False) -> int:
             print(f"{below_bar}error: {error}", file=sys.stderr, flush=True)
         else:
             wait_for_main_process(3 if on_all_ranks else 1)
-    elif isinstance(error, Exception):
+    elif isinstance(error, Exception) and not isinstance(error, BdbQuit):
         sys.excepthook(type(error), error, error.__traceback__)
     elif is_main_process():
-        print(f"{below_bar}{str(error) or 'interrupted'}", file=sys.stderr, flush=True)
+        default = "ended in the debugger" if isinstance(error, BdbQuit) else "interrupted"
+        print(f"{below_bar}{str(error) or default}", file=sys.stderr, flush=True)
     if isinstance(error, Exception) and is_main_process() and not (EXIT_CODES in os.environ and "RANK" in os.environ):
         suggest_doctor(code)  # of processes that a launcher started, the launcher does
     write_exit_code(code)

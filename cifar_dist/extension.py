@@ -9,6 +9,7 @@ import re
 import sys
 import sysconfig
 import traceback
+from bdb import BdbQuit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,7 +116,7 @@ def explained(what: str) -> Iterator[None]:
     """Convert an error of own code inside to a `UserError`: `what` failed, the error, and its line in own code."""
     try:
         yield
-    except UserError:
+    except (UserError, BdbQuit):  # the latter: q in pdb
         raise
     except (Exception, SystemExit) as error:  # noqa: BLE001
         raise UserError(f"{what} failed: {type(error).__name__}: {one_line(error)}{_place(error)}") from None

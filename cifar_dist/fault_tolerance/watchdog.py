@@ -244,7 +244,7 @@ class Watchdog(threading.Thread):
             # While rank 0, which held the lock, was suspended, another run may have taken the directory over.
             if self.directory is not None and owner is not None and owner[:2] == (seen[0].pid, seen[0].host):
                 with suppress(UserError):
-                    status.write(self.directory, "failed", code, notice.text)
+                    status.write(self.directory, "failed", code, self.world.size, notice.text)
         write_exit_code(code)
         time.sleep(_EXIT_DELAY_S)
         for rank in notice.silent:

@@ -164,11 +164,8 @@ def check(config: Config, plan: Figures) -> Findings:
     directory, needed = run_directory.path_of(config), plan["checkpoints_bytes"]
     try:
         with explain_os_error(f"the run directory {directory} cannot be written", "Choose another --run.dir."):
-            if config.run.resume != "auto" and run_directory.holds_run(directory):
-                findings.refusals.append(
-                    f"the run directory {directory} already holds a run. Resume it with --run.resume auto, or choose "
-                    f"another --run.name."
-                )
+            if refusal := run_directory.refusal(config, directory):
+                findings.refusals.append(refusal)
             parent = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
             tempfile.TemporaryFile(dir=parent).close()
             free = shutil.disk_usage(parent).free

@@ -15,6 +15,7 @@ from cifar_dist.yaml_file import read_entries
 
 # Besides those that define a run, settings that change how numbers round, or what is scored.
 _ROUNDING = ("run.deterministic", "train.device", "train.compile", "train.channels_last", "train.tf32", "eval.")
+_OF_ONE_RUN = ("run.name", "run.dir", "run.resume")
 _TIMES = ("seconds", "images_per_second", "data_wait", "gpu_memory_bytes")
 _ENVIRONMENT = ("git_commit", "git_diff_sha256", "versions", "device_names")
 _RESULTS = ("steps", "test_confusion", "test_loss", "model_sha256")
@@ -71,17 +72,22 @@ def undecided(first: Path, second: Path) -> str:
     return "" if len(finished) == 2 else f"only {finished[0]} is finished" if finished else "neither is finished"
 
 
-def causes(first: Path, second: Path) -> Iterator[str]:
-    """What may make the results of two runs differ: settings, code, versions, kinds of devices."""
+def settings(first: Path, second: Path) -> tuple[list[str], list[str]]:
+    """The settings that differ: those that may change results, and the others but name and place of the run."""
     from cifar_dist.training.run_directory import FIXED  # imports torch, which takes seconds
 
     a, b = (_settings(run) for run in (first, second))
-    yield from (f"{run}/config.yaml cannot be read" for run, found in ((first, a), (second, b)) if not found)
-    if a and b:
-        for name in {**a, **b}:
-            one, other = (settings.get(name, "no setting") for settings in (a, b))
-            if one != other and name.startswith((*FIXED, *_ROUNDING)):
-                yield f"{name} is {one} and {other}"
+    found = [f"{run}/config.yaml cannot be read" for run, values in ((first, a), (second, b)) if not values]
+    lists: tuple[list[str], list[str]] = (found, [])
+    for name in {**a, **b} if not found else ():
+        one, other = (values.get(name, "no setting") for values in (a, b))
+        if one != other and name not in _OF_ONE_RUN:
+            lists[not name.startswith((*FIXED, *_ROUNDING))].append(f"{name} is {one} and {other}")
+    return lists
+
+
+def other_causes(first: Path, second: Path) -> Iterator[str]:
+    """What beside settings may make the results of two runs differ: code, versions, kinds of devices."""
     summaries = [read_json(run / "summary.json") for run in (first, second)]
     if all(summaries):
         one, other = ({name: _plain(values.get(name)) for name in _ENVIRONMENT} for values in summaries)
@@ -114,7 +120,7 @@ def _unequal(one: Any, other: Any) -> str:
         return ", ".join(f"{key} {one.get(key)} and {other.get(key)}" for key in keys)
     texts = str(one), str(other)
     differing = next((k for k, (x, y) in enumerate(zip(*texts, strict=False)) if x != y), 0)
-    return " and ".join(text[max(0, differing - 20) :][:70] for text in texts)
+    return " and ".join(text[max(0, differing - 20) :][:45] for text in texts)
 
 
 def _metrics(first: Path, second: Path) -> Iterator[str]:

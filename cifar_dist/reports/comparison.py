@@ -5,6 +5,7 @@ from functools import partial
 
 from cifar_dist.reports.charts import Chart, draw
 from cifar_dist.reports.finished_runs import MAY_DIFFER
+from cifar_dist.reports.intervals import wilson
 from cifar_dist.reports.markup import (
     Html,
     LeftOutError,
@@ -25,7 +26,6 @@ from cifar_dist.reports.run_charts import (
 )
 from cifar_dist.reports.run_data import RunData
 from cifar_dist.reports.run_report import HINT, duration
-from cifar_dist.reports.scores import wilson
 from cifar_dist.reports.seeds import Spread, spread
 
 SEED = "run.seed"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cifar_dist.reports import score_sections
 from cifar_dist.reports.charts import draw
+from cifar_dist.reports.intervals import wilson
 from cifar_dist.reports.markup import (
     Html,
     LeftOutError,
@@ -21,7 +22,6 @@ from cifar_dist.reports.markup import (
 )
 from cifar_dist.reports.run_charts import charts_of_run, points_per_series
 from cifar_dist.reports.run_data import RunData, default_settings, read
-from cifar_dist.reports.scores import wilson
 
 MAX_RECEIPTS = 300  # for the size of the page; summary.json has all
 HINT = "To read values, point at a chart, or reach it with Tab and press the arrow keys."

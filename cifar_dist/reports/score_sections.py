@@ -5,6 +5,7 @@ import io
 from cifar_dist.data.cifar10 import CLASSES
 from cifar_dist.reports import scores
 from cifar_dist.reports.charts import Chart, Series, draw
+from cifar_dist.reports.intervals import wilson
 from cifar_dist.reports.markup import (
     Html,
     LeftOutError,
@@ -34,7 +35,7 @@ def classes(run: RunData) -> Html:
     rows = []
     for name, score in zip(CLASSES, scores.class_scores(_confusion(run)), strict=True):
         accuracy = score.correct / score.n
-        low, high = scores.wilson(accuracy, score.n)
+        low, high = wilson(accuracy, score.n)
         bar = element(
             "svg",
             element("rect", width=f"{accuracy:.2%}", height="100%", class_="bar"),

@@ -1,14 +1,14 @@
 """What the scores of a test say: intervals of accuracies, accuracy of each class, calibration, confident mistakes."""
 
 import csv
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from cifar_dist.reports.intervals import wilson
+
 BINS = 10
-_Z = 1.959964  # 97.5 % quantile of the normal distribution
 
 
 class Prediction(NamedTuple):
@@ -38,21 +38,6 @@ class Bin(NamedTuple):
     """Their mean probability."""
     accuracy: float
     interval: tuple[float, float]
-
-
-def wilson(accuracy: float, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a fraction that was measured on `n` images.
-
-    See Wilson, "Probable inference, the law of succession, and statistical inference" (1927).
-
-    Raises:
-        ValueError: `accuracy` is no fraction, or `n` no number of images.
-    """
-    if not (0 <= accuracy <= 1 and n >= 1):
-        raise ValueError(f"an accuracy of {accuracy} on {n} images is impossible")
-    centre = (accuracy + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z / (1 + _Z**2 / n) * math.sqrt(accuracy * (1 - accuracy) / n + _Z**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def class_scores(confusion: Sequence[Sequence[int]]) -> list[ClassScore]:

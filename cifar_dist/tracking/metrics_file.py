@@ -21,7 +21,7 @@ def read_records(path: Path) -> list[Record]:
     Raises:
         OSError: there is no such file, or it cannot be read.
     """
-    return [record for line in path.read_bytes().splitlines() if (record := _parse(line)) is not None]
+    return [record for line in path.read_bytes().splitlines() if (record := parse_line(line)) is not None]
 
 
 def number(value: Value) -> float | None:
@@ -29,7 +29,8 @@ def number(value: Value) -> float | None:
     return None if value is None else float(value)
 
 
-def _parse(line: bytes) -> Record | None:
+def parse_line(line: bytes) -> Record | None:
+    """The record in a line; None if it is torn or none."""
     try:
         record = json.loads(line)
     except ValueError:  # also UnicodeDecodeError: a torn line may end inside a character
@@ -71,7 +72,7 @@ class RecordFile:
         kept = [
             line
             for line in lines
-            if (record := _parse(line)) and "test/n" not in record and record["step"] <= start_step
+            if (record := parse_line(line)) and "test/n" not in record and record["step"] <= start_step
         ]
         after = b"".join(line + b"\n" for line in kept)
         self.num_dropped = len(lines) - len(kept)

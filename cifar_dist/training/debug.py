@@ -16,6 +16,7 @@ from cifar_dist.training.train_step import TrainStep
 from cifar_dist.training.trainer import Trainer
 
 _TARGET = 0.95
+_MAX_LINES = 30  # of the table of parameters
 
 
 def check(config: Config, trainer: Trainer, log: Callable[[str], None]) -> None:
@@ -32,20 +33,43 @@ def check(config: Config, trainer: Trainer, log: Callable[[str], None]) -> None:
     images = augment.normalize(batch.images, train_step.precision.inputs)
     if config.debug.inspect:
         model = train_step.model
-        log(f"one batch:\n{_table({**batch._asdict(), 'normalised': images})}")
-        log(f"{num_parameters(model):,} parameters:\n{_table(dict(model.named_parameters()))}")
+        parts = {**batch._asdict(), "normalised": images}
+        log(f"one batch:\n{table({name: [tensor] for name, tensor in parts.items()})}")
+        groups = grouped(dict(model.named_parameters()), _MAX_LINES)
+        log(f"{num_parameters(model):,} parameters:\n{table(groups)}")
     if config.debug.overfit_steps:
         log(_overfit(train_step, images, batch.labels, config.debug.overfit_steps))
 
 
-def _table(tensors: Mapping[str, Tensor]) -> str:
-    """A line per tensor: name, shape, dtype, number of values, device, the least and the greatest value."""
-    width = max(map(len, tensors))
-    return "\n".join(
-        f"  {name:<{width}}  {tuple(t.shape)!s:<18} {str(t.dtype).removeprefix('torch.'):<8} {t.numel():>10,}  "
-        f"{t.device}  from {t.min().item():.3g} to {t.max().item():.3g}"
-        for name, t in tensors.items()
-    )
+def grouped(tensors: Mapping[str, Tensor], most: int) -> dict[str, list[Tensor]]:
+    """Tensors by the first parts of their names: as many parts as give at most `most` groups, else one part.
+
+    Of more modules than that the last ones are one group.
+    """
+    depth = max((name.count(".") + 1 for name in tensors), default=1)
+    groups = dict[str, list[Tensor]]()
+    for parts in range(depth, 0, -1):
+        groups = {}
+        for name, tensor in tensors.items():
+            groups.setdefault(".".join(name.split(".")[:parts]), []).append(tensor)
+        if len(groups) <= most:
+            return groups
+    kept, others = list(groups.items())[: most - 1], list(groups.items())[most - 1 :]
+    return {**dict(kept), f"{len(others)} others": [tensor for _, group in others for tensor in group]}
+
+
+def table(groups: Mapping[str, list[Tensor]]) -> str:
+    """A line per group: shape or number of tensors, dtypes, number of values, device, least and greatest value."""
+    lines, width = [], max(map(len, groups))
+    for name, group in groups.items():
+        shape = str(tuple(group[0].shape)) if len(group) == 1 else f"{len(group)} tensors"
+        dtypes = ", ".join(dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in group))
+        least, greatest = (pick(getattr(t, pick.__name__)().item() for t in group) for pick in (min, max))
+        lines.append(
+            f"  {name:<{width}}  {shape:<18} {dtypes:<8} {sum(t.numel() for t in group):>10,}  {group[0].device}  "
+            f"from {least:.3g} to {greatest:.3g}"
+        )
+    return "\n".join(lines)
 
 
 def _overfit(train_step: TrainStep, images: Tensor, labels: Tensor, max_steps: int) -> str:

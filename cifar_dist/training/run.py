@@ -83,7 +83,7 @@ class Run(Hooks):
             origin, start = self._open_directory()
             watch.directory = self.directory
             with (
-                status.status_file(self.directory, self.owns_directory),
+                status.status_file(self.directory, world.size, self.owns_directory),
                 watch.share_errors(),
                 health.explain_out_of_memory(config, world.rank, world.size),
             ):

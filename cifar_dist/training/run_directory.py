@@ -11,11 +11,18 @@ from cifar_dist.cli import from_yaml, settings_of
 from cifar_dist.config import Config
 from cifar_dist.errors import CheckpointError, UserError
 from cifar_dist.training import checkpoint
+from cifar_dist.yaml_file import read_entries
 
 # Settings that define a run. The others (devices, speed, evaluation, tracking) may change in a resumed run.
 FIXED = (
     "model.", "optim.", "augment.", "run.seed", "data.subset", "data.train_on", "train.epochs", "train.max_steps",
     "train.batch_size", "train.micro_batch_size", "train.precision", "train.threads", "train.exact_sum",
+)  # fmt: skip
+# What `run.resume replace` removes. config.yaml is the last, as it is the permission to remove the others.
+_OF_A_RUN = (
+    "checkpoints/step-*.pt", "checkpoints/step-*.pt.sha256", "logs/rank-*.log", "profile/rank-*",
+    "tensorboard/events.*", "wandb_id.txt", "metrics.jsonl", "summary.json", "status.json", "curves.png",
+    "predictions.csv", "mistakes.png", "filters.png", "report.html", "config.yaml",
 )  # fmt: skip
 
 
@@ -36,23 +43,46 @@ def _unused(path: Path) -> Path:
 
 
 def check(config: Config, directory: Path) -> None:
-    """Refuse a directory that holds a run, unless `run.resume` is auto. Call with the run lock held.
+    """Refuse a directory that holds a run, unless `run.resume` is auto, or is replace, as it was for that run, too.
 
-    Temporary files of a process that was killed while writing are removed.
+    The files of a run that is replaced are removed, and temporary files of a process that was killed while writing.
+    Call with the run lock held.
 
     Raises:
         UserError: it holds a run.
     """
-    if config.run.resume != "auto" and holds_run(directory):
-        raise UserError(
-            f"the run directory {directory} already holds a run. Resume it by --run.resume auto, or choose another "
-            f"--run.name."
-        )
+    if problem := refusal(config, directory):
+        raise UserError(problem)
+    if config.run.resume == "replace":
+        for pattern in _OF_A_RUN:
+            for path in directory.glob(pattern):
+                path.unlink()
     for folder in (directory, directory / "checkpoints"):
         checkpoint.sweep(folder)
 
 
-def holds_run(directory: Path) -> bool:
+def refusal(config: Config, directory: Path) -> str:
+    """Why a run with `config` may not start in `directory`; empty if it may."""
+    resume = config.run.resume
+    if resume == "auto" or not _holds_run(directory) or (resume == "replace" and _is_replaceable(directory)):
+        return ""
+    which = ", which was started without run.resume replace" if resume == "replace" else ""
+    return (
+        f"the run directory {directory} already holds a run{which}. Resume it by --run.resume auto, or choose another "
+        f"--run.name."
+    )
+
+
+def _is_replaceable(directory: Path) -> bool:
+    """Whether config.yaml says that the run may be replaced."""
+    try:
+        section = read_entries((directory / "config.yaml").read_bytes(), "config.yaml")["run"].value
+    except (OSError, UserError, KeyError):
+        return False
+    return isinstance(section, dict) and "resume" in section and section["resume"].value == "replace"
+
+
+def _holds_run(directory: Path) -> bool:
     return (directory / "config.yaml").exists() or bool(checkpoint.all_steps(directory / "checkpoints"))
 
 
@@ -64,7 +94,7 @@ def find_start(config: Config, directory: Path, log: Callable[[str], None]) -> t
     Raises:
         CheckpointError: it is damaged, or of a run with other settings.
     """
-    if config.run.resume == "never":
+    if config.run.resume == "never" or config.run.resume == "replace":  # mypy narrows the type by each of these
         return None
     if config.run.resume == "auto":
         return newest_valid(directory / "checkpoints", config, log)

@@ -234,6 +234,11 @@ TESTED = {
     "python -m cifar_dist.doctor --json doctor.json": "test_doctor.py: test_a_machine_that_works",
     "python -m cifar_dist.doctor --only data disk --data.dir /scratch/data --run.dir /scratch/runs":
         "test_doctor.py: test_nothing_is_left_behind",
+    "python -m cifar_dist.compare runs/mine runs/other --plot curves.png": "test_compare.py: test_plot",
+    "python -m cifar_dist.runs": "test_run_table.py: test_table",
+    "python -m cifar_dist.runs runs/exp --sort accuracy --descending True": "test_run_table.py: test_table",
+    "python -m cifar_dist.runs --state running killed --format jsonl":
+        "test_run_table.py: test_a_real_run_while_it_runs_and_after_it_was_killed, test_formats",
     "python -m cifar_dist.train --config configs/quickstart.yaml --run.name mine --run.resume auto": "test_resume.py",
     "python -m cifar_dist.predict runs/mine cat.jpg": "test_inference.py: test_predict_a_folder",
     "python -m cifar_dist.predict runs/mine folder --top_k 1 --tta flip --format jsonl":

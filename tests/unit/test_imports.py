@@ -27,7 +27,7 @@ ALLOWED = {
     "tracking": {"ground"},
     "training": PARTS,
     "fault_tolerance": {"ground"},
-    "reports": {"ground", "tracking", "training"},
+    "reports": {"ground", "tracking", "training", "fault_tolerance"},
     "cluster": {"ground", "fault_tolerance", "reports"},
     "diagnosis": {"ground", "data", "tracking", "cluster", "offline"},
     "planning": PARTS | {"training", "fault_tolerance"},

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from cifar_dist import cli, compare, doctor, evaluate, plan, prepare, report, seeds, sweep
+from cifar_dist import runs as runs_command
 from cifar_dist.benchmarks.settings import BenchConfig, CompareConfig
 from cifar_dist.cluster import slurm
 from cifar_dist.config import Config, to_plain, to_yaml
@@ -74,6 +75,7 @@ def test_positional_paths_are_expanded() -> None:
         Path("/scratch/~/$x"),
     )
     assert cli.parse(compare.CompareArguments, ["$SCRATCH/b"], "x").runs == (Path("/scratch/~/$x/b"),)
+    assert cli.parse(runs_command.RunsArguments, ["$SCRATCH/c"], "x").folder == Path("/scratch/~/$x/c")
     assert cli.parse(CompareConfig, ["~", "b"], "x") == CompareConfig(Path("/my $HOME"), Path("b"))
 
 

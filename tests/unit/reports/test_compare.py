@@ -12,17 +12,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from cifar_dist.reports import curves_of_runs, side_by_side
 from cifar_dist.training import checkpoint
 from tests.support import runs
 
 pytestmark = [pytest.mark.run, pytest.mark.data]
 
 
-def compare(*run_dirs: Path, expected: int) -> str:
-    command = [sys.executable, "-m", "cifar_dist.compare", *map(str, run_dirs)]
+def compare(*words: Path | str, expected: int) -> str:
+    command = [sys.executable, "-m", "cifar_dist.compare", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=runs.REPOSITORY, check=False)
     assert done.returncode == expected, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -184,3 +187,105 @@ def test_other_log_steps_are_no_difference(short_run: Path, tmp_path: Path) -> N
 def test_what_cannot_be_compared(names: list[str], message: str, short_run: Path, tmp_path: Path) -> None:
     found = {"run": short_run, "nothing": tmp_path}
     assert message in compare(*(found[name] for name in names), expected=2)
+
+
+def new_rate(run: Path) -> None:
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace("\n  lr: ", "\n  lr: 1"))
+
+
+def other_network(run: Path) -> None:
+    path = run / "config.yaml"
+    path.write_text(
+        path.read_text()
+        .replace("name: inception_v1", "name: inception_v2")
+        .replace("\n  resume: never", "\n  resume: auto")
+    )
+    change_summary(run, params=1_234_567, model="inception_v2")
+
+
+SETTINGS: dict[Callable[[Path], None], tuple[str, ...]] = {
+    other_seed: ("possible cause: run.seed is 0 and 1",),
+    new_rate: (r"possible cause: optim\.lr is ([\d.]+) and 1\1",),
+    other_network: ("possible cause: model.name is inception_v1 and inception_v2", r"parameters +[\d,]+ +1,234,567"),
+}
+
+
+@pytest.mark.parametrize("change", SETTINGS, ids=lambda change: change.__name__)
+def test_settings_and_figures_on_one_screen(change: Callable[[Path], None], short_run: Path, tmp_path: Path) -> None:
+    """Of two runs that differ in one setting which matters, one that does not, and in their scores."""
+    other = tmp_path / "other"
+    shutil.copytree(short_run, other)
+    change(other)
+    other_loss(other)
+    change_summary(other, test_accuracy=0.5, model_sha256="0" * 64)
+    config = other / "config.yaml"
+    config.write_text(config.read_text().replace("keep_checkpoints: 3", "keep_checkpoints: 4"))
+    output = compare(short_run, other, expected=1)
+    for text in SETTINGS[change]:
+        assert re.search(text, output), output
+    assert output.count("possible cause") == 1
+    assert "\n  other settings: train.keep_checkpoints is 3 and 4\n" in output
+    first = runs.summary(short_run)
+    assert re.search(rf"test accuracy +{100 * first['test_accuracy']:.2f} %, n = 500 +50\.00 %, n = 500\n", output)
+    assert re.search(r"\n  95 % interval  .* 45\.63 to 54\.37 %\n", output)
+    assert len(output.splitlines()) <= 32
+    assert max(map(len, output[output.index("\n\n") :].replace(str(short_run), "").splitlines())) <= 120
+
+
+def test_settings_of_equal_runs_had_no_effect(short_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(short_run, tmp_path / "copy")
+    config = tmp_path / "copy/config.yaml"
+    config.write_text(config.read_text().replace("tf32: true", "tf32: false").replace("resume: never", "resume: auto"))
+    output = compare(short_run, tmp_path / "copy", expected=0)
+    assert "\n  other settings without an effect: train.tf32 is true and false\n" in output
+
+
+def test_many_runs_are_shown_in_tables_of_100_columns(short_run: Path, tmp_path: Path) -> None:
+    copies = [tmp_path / f"run-{k}" for k in range(7)]
+    for copy in copies:
+        shutil.copytree(short_run, copy)
+    tables = side_by_side.figures(copies).split("\n\n")
+    assert len(tables) > 1
+    assert max(len(line) for table in tables for line in table.splitlines()) <= 100
+    assert [name for table in tables for name in table.splitlines()[0].split()] == [copy.name for copy in copies]
+    assert all(re.search(r"\nimages/s( +[\d,]+)+\n", table) for table in tables)
+
+
+def test_figures_of_unfinished_and_damaged_runs(short_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(short_run, tmp_path / "half")
+    (tmp_path / "half/summary.json").unlink()
+    shutil.copytree(short_run, tmp_path / "odd")
+    (tmp_path / "odd/summary.json").write_text(json.dumps(dict.fromkeys(runs.summary(short_run), "x")))
+    (tmp_path / "odd/config.yaml").write_text("[")
+    (tmp_path / "none").mkdir()
+    output = side_by_side.figures([tmp_path / "half", tmp_path / "odd", tmp_path / "none"])
+    assert output.splitlines()[0].split() == ["half", "odd", "none"]
+    assert re.search(r"state +damaged +damaged +unfinished", output)
+    assert re.search(r"training loss +\d\.\d{4} +\d\.\d{4} +-", output)
+
+
+def colour_of(picture: Path, colour: str) -> int:
+    image = np.asarray(Image.open(picture).convert("RGB"))
+    return int((image == [int(colour[k : k + 2], 16) for k in (1, 3, 5)]).all(axis=-1).sum())
+
+
+def test_plot(short_run: Path, tmp_path: Path) -> None:
+    """Also of runs without metrics, of other epochs, and of names that matplotlib would read as formulas."""
+    for name in ("_a$b$", "longer"):
+        shutil.copytree(short_run, tmp_path / name)
+    path = tmp_path / "longer/metrics.jsonl"
+    records = runs.records(short_run)
+    halved = [record | {"epoch": record["epoch"] / 2} for record in records if "epoch" in record]
+    path.write_text("".join(json.dumps(record) + "\n" for record in halved))
+    (tmp_path / "_a$b$/metrics.jsonl").unlink()
+    out = tmp_path / "curves.png"
+    names: list[Path | str] = [short_run, f"{tmp_path}/_a$$b$$", tmp_path / "longer"]
+    assert "DIFFERENT" in compare(*names, "--plot", out, expected=1)  # in the epochs
+    assert Image.open(out).size == (1560, 600)
+    drawn = [colour_of(out, colour) for colour in curves_of_runs.COLOURS]
+    assert min(drawn[0], drawn[2]) > 300
+    assert 20 < drawn[1] < 200  # in the legend
+    assert drawn[3] == 0
+    message = f"--plot {tmp_path}/none/x.png cannot be written"
+    assert message in compare(*names, "--plot", tmp_path / "none/x.png", expected=2)

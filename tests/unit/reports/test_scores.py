@@ -5,23 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from scipy.stats import binomtest
 
+from cifar_dist.reports.intervals import wilson
 from cifar_dist.reports.scores import Bin, ClassScore, Prediction, calibration, class_scores, mistakes, read_predictions
-from cifar_dist.reports.scores import wilson as wilson_interval
-
-
-@pytest.mark.parametrize(("right", "n"), [(0, 1), (1, 1), (0, 500), (500, 500), (8840, 10_000), (61, 97)])
-def test_wilson(right: int, n: int) -> None:
-    interval = wilson_interval(right / n, n)
-    assert interval == pytest.approx(tuple(binomtest(right, n).proportion_ci(method="wilson")), abs=1e-6)
-    assert 0 <= interval[0] <= right / n <= interval[1] <= 1
-
-
-@pytest.mark.parametrize(("accuracy", "n"), [(1.1, 10), (-0.1, 10), (0.5, 0), (float("nan"), 10)])
-def test_wilson_of_impossible_values(accuracy: float, n: int) -> None:
-    with pytest.raises(ValueError, match="is impossible"):
-        wilson_interval(accuracy, n)
 
 
 def test_class_scores() -> None:
@@ -35,9 +21,9 @@ def test_class_scores() -> None:
 def test_calibration() -> None:
     found = [Prediction(0, 0, 0, 0.95), Prediction(1, 0, 1, 0.91), Prediction(2, 3, 3, 0.35), Prediction(3, 4, 4, 1.0)]
     bins, error = calibration(found)
-    assert bins[0] == Bin(1, 0.35, 1.0, wilson_interval(1, 1))
+    assert bins[0] == Bin(1, 0.35, 1.0, wilson(1, 1))
     assert bins[1][:3] == pytest.approx((3, (0.95 + 0.91 + 1) / 3, 2 / 3))
-    assert bins[1].interval == pytest.approx(wilson_interval(2 / 3, 3))
+    assert bins[1].interval == pytest.approx(wilson(2 / 3, 3))
     assert len(bins) == 2
     assert error == pytest.approx(0.25 * 0.65 + 0.75 * ((0.95 + 0.91 + 1) / 3 - 2 / 3))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from cifar_dist.config import Config, to_yaml
 from cifar_dist.errors import CheckpointError, UserError
 from cifar_dist.training import checkpoint
-from cifar_dist.training.run_directory import find_checkpoint
+from cifar_dist.training.run_directory import check, find_checkpoint, refusal
 
 
 @pytest.fixture
@@ -61,3 +62,62 @@ def test_a_damaged_newest_one_is_no_reason_to_take_another(run_dir: Path) -> Non
     assert find_checkpoint(run_dir, "last") == path
     with pytest.raises(CheckpointError, match="is damaged"):
         find_checkpoint(run_dir, "best")
+
+
+REPLACE = replace(Config(), run=replace(Config().run, resume="replace"))
+FILES = ("config.yaml", "metrics.jsonl", "summary.json", "logs/rank-0.log", "report.html")
+OWN = ("notes.txt", "logs/mine.log", "checkpoints/mine.pt", ".lock", "wandb/offline-run/x", "../other/config.yaml")
+
+
+def leave(run_dir: Path, config: str) -> None:
+    for name in (*FILES, *OWN):
+        path = run_dir / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (run_dir / "config.yaml").write_text(config)
+
+
+def test_replace_removes_the_files_of_a_run_and_no_others(run_dir: Path) -> None:
+    leave(run_dir, to_yaml(REPLACE))
+    check(REPLACE, run_dir)
+    assert not any((run_dir / name).exists() for name in FILES)
+    assert all((run_dir / name).exists() for name in OWN)
+    assert checkpoint.all_steps(run_dir / "checkpoints") == []
+    assert refusal(Config(), run_dir) == ""
+
+
+A_PATH = replace(Config(), run=replace(Config().run, resume=Path("replace")))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [to_yaml(Config()), to_yaml(A_PATH), "run: {", "", "run: replace"],
+    ids=["never", "a path of this name", "damaged", "empty", "odd"],
+)
+def test_replace_leaves_other_runs(config: str, run_dir: Path) -> None:
+    leave(run_dir, config)
+    with pytest.raises(UserError, match=r"already holds a run, which was started without run\.resume replace"):
+        check(REPLACE, run_dir)
+    (run_dir / "config.yaml").unlink()  # then the checkpoints are a run, of nobody knows which kind
+    with pytest.raises(UserError, match="already holds a run"):
+        check(REPLACE, run_dir)
+    assert checkpoint.all_steps(run_dir / "checkpoints") == [5, 10, 15]
+    assert all((run_dir / name).exists() for name in (*FILES[1:], *OWN))
+
+
+def test_an_interrupted_replacement_is_continued(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave(run_dir, to_yaml(REPLACE))
+    unlink = Path.unlink
+
+    def full(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "summary.json":
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", full)
+    with pytest.raises(KeyboardInterrupt):
+        check(REPLACE, run_dir)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    assert not (run_dir / "metrics.jsonl").exists()
+    check(REPLACE, run_dir)
+    assert not any((run_dir / name).exists() for name in FILES)
