@@ -231,6 +231,7 @@ TESTED = {
     "python -m cifar_dist.report ~/theirs/wandb/offline-run-20261130_154325-abc12345 --out theirs.html":
         "test_wandb_folder.py: test_the_command",
     "python -m cifar_dist.compare runs/mine runs/other": "test_compare.py",
+    "python -m cifar_dist.doctor": "test_doctor.py: test_a_machine_that_works",
     "python -m cifar_dist.doctor --json doctor.json": "test_doctor.py: test_a_machine_that_works",
     "python -m cifar_dist.doctor --only data disk --data.dir /scratch/data --run.dir /scratch/runs":
         "test_doctor.py: test_nothing_is_left_behind",
