@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from cifar_dist.diagnosis.checks import Finding, Folders, Status
 from cifar_dist.errors import one_line
-from cifar_dist.tracking.wandb_run import ENVIRONMENT_MODES, stored_mode
+from cifar_dist.tracking.wandb_run import ENVIRONMENT_MODES, stored_mode, unset_empty_variables
 
 _SERVER_S, _SINFO_S = 10, 15
 # Their values are harmless. Of the other variables of W&B only the names are printed.
@@ -32,8 +32,9 @@ _SLOW = {
 
 def wandb(_: Folders) -> Iterator[Finding]:
     """The mode that a run takes, and whether the server answers if that is online."""
+    unset_empty_variables()
     asked = os.environ.get("WANDB_MODE")
-    if asked is not None and asked not in ENVIRONMENT_MODES:  # W&B refuses an empty one, too
+    if asked is not None and asked not in ENVIRONMENT_MODES:
         yield Finding("problem", f"WANDB_MODE is {asked!r}", f"unset it; valid: {', '.join(ENVIRONMENT_MODES)}")
         return
     os.environ.update(WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")

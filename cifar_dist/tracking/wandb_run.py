@@ -107,8 +107,7 @@ def _init(mode: str, config: TrackConfig, run_dir: Path, id_: str, name: str, ru
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     # Tables wait here for their upload. W&B's own place is in the home directory, of this node.
     os.environ.setdefault("WANDB_DATA_DIR", str((run_dir / "wandb").absolute()))
-    for variable in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
-        del os.environ[variable]  # an empty one counts as unset; W&B refuses some
+    unset_empty_variables()
     import wandb  # here, because it takes half a second
 
     with stop_signals_blocked(), quiet_descriptors():  # its process must outlive this one's last step
@@ -134,6 +133,12 @@ def _init(mode: str, config: TrackConfig, run_dir: Path, id_: str, name: str, ru
     run.define_metric("step", hidden=True)
     run.define_metric("*", step_metric="step")
     return run
+
+
+def unset_empty_variables() -> None:
+    """Remove W&B's environment variables that are empty, which count as unset: W&B refuses some of them."""
+    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
+        del os.environ[name]
 
 
 def stored_mode() -> str:

@@ -150,7 +150,7 @@ class TrainStep:
 
     def _norm(self) -> Tensor:
         """Euclidean norm of the gradient of all parameters, (); does not wait for the device."""
-        norm: Tensor = torch.linalg.vector_norm(self._network.flat.grad, dtype=torch.float32)
+        norm: Tensor = torch.linalg.vector_norm(self._network.flat.grad)
         scale: Tensor = self.scaler.scale(torch.ones_like(norm))
         return norm / scale
 

@@ -171,7 +171,9 @@ def test_a_full_disk(options: str, message: str, tmp_path: Path) -> None:
     assert "--run.dir names another" in found["advice"]
 
 
-@pytest.mark.parametrize(("mode", "status"), [("online", "problem"), (None, "warning"), ("offline", "ok")])
+@pytest.mark.parametrize(
+    ("mode", "status"), [("online", "problem"), (None, "warning"), ("", "warning"), ("offline", "ok")]
+)
 def test_wandb_that_cannot_be_reached(
     mode: str | None, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

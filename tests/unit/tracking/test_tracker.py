@@ -348,6 +348,8 @@ def test_mode_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         Tracker(tmp_path, TrackConfig(), {}, 100, 0, "name")
     result = start(tmp_path / "run", "auto", env={"WANDB_MODE": "disabled"})
     assert "wandb loaded: False" in result.stdout
+    result = start(tmp_path / "other", "auto", env={"WANDB_MODE": "", "WANDB_RUN_GROUP": ""})
+    assert "W&B offline" in result.stdout, result.stdout
 
 
 def test_after_wandb_disabled(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ OWN = replace(
 )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "fp64"])
 def test_the_gradient_norm_of_a_logged_step(precision: Any, batches: list[tuple[int, Batch]]) -> None:
     """Before clipping and without the scale of fp16: the first step of SGD moves by lr x (1 + momentum) x gradient."""
     optimizer = replace(TINY.optim, name="sgd", weight_decay=0.0, bias_lr_factor=1.0, grad_clip=None)
