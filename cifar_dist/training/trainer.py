@@ -174,7 +174,7 @@ class Trainer:
             torch.cuda.synchronize(self.world.device)
         self.progress.first_step_seconds = process_age_s()
         self.progress.startup_seconds = seconds_by_phase(self.progress.first_step_seconds)
-        logger.info("startup_seconds %s", self.progress.startup_seconds)
+        logger.info("startup: %s", ", ".join(f"{name} {s:.1f} s" for name, s in self.progress.startup_seconds.items()))
 
     def _read_metrics(self, started: float) -> None:
         progress = self.progress
