@@ -66,8 +66,7 @@ class RunConfig:
     replace: start anew, and remove the run that is there if it was started with replace, too. A path: start in a new
     run directory from that checkpoint of another run."""
     deterministic: bool = False
-    """Use deterministic algorithms of torch and cuDNN (slower on GPUs). On GPUs, results that are equal to
-    the bit need it."""
+    """Use deterministic algorithms of torch and cuDNN, which results that are equal to the bit need on GPUs."""
     stall_timeout_s: Annotated[int, Range(min=0, max=500)] = 300  # 100 s below distributed.TIMEOUT_S, to report first
     """Seconds without progress after which a run names the stalled rank and exits. 0: never."""
     hooks: Annotated[str | None, tyro.conf.arg(metavar="{None}|MODULE:NAME")] = None
@@ -149,8 +148,7 @@ class TrainConfig:
     """On CPUs, threads of each process; not used on GPUs. Their number decides how sums round, so it may not change
     when a run resumes. Two processes of one thread are faster than one of two (docs/performance.md)."""
     exact_sum: Literal["on", "off"] = "on"
-    """Add gradients as 64-bit integers, which does not round: the model is the same, to the bit, on any number of
-    devices (on GPUs with run.deterministic). off: DDP's average of floats."""
+    """Add gradients as integers, which does not round: the model is equal on any number of devices. off: DDP's average."""
     tf32: bool = True
     """Use TF32 for fp32 matrix products on GPUs."""
     checkpoint_every_steps: NotNegative = 500
@@ -161,8 +159,7 @@ class TrainConfig:
     """Steps between comparisons of weights, buffers and optimizer of all ranks, done when metrics are next read; also
     before a checkpoint is saved. 0: only then."""
     log_every_steps: Positive = 20
-    """Steps between two lines of metrics. The device is waited for at these steps, at ends of epochs, validations and
-    saves only."""
+    """Steps between two lines of metrics. The device is waited for then, at ends of epochs, validations and saves."""
 
 
 @dataclass(frozen=True)
