@@ -148,7 +148,7 @@ class TrainConfig:
     """On CPUs, threads of each process; not used on GPUs. Their number decides how sums round, so it may not change
     when a run resumes. Two processes of one thread are faster than one of two (docs/performance.md)."""
     exact_sum: Literal["on", "off"] = "on"
-    """Add gradients as integers: the model is equal to the bit on any number of devices. off: DDP's average of floats."""
+    """Add gradients as integers: the model is the same, to the bit, on any number of devices. off: DDP's average."""
     tf32: bool = True
     """Use TF32 for fp32 matrix products on GPUs."""
     checkpoint_every_steps: NotNegative = 500
