@@ -29,6 +29,8 @@ def main() -> None:
         arguments = cli.parse(CompareArguments, sys.argv[1:], "compare", description=text)
         runs = arguments.runs
         compare.refuse(runs)
+        if arguments.plot is not None and arguments.plot.suffix.lower() != ".png":  # it is replaced
+            raise errors.UserError(f"--plot {arguments.plot} must end in .png.")
         if arguments.plot is not None:  # before the comparison, which takes seconds
             with errors.explain_os_error(f"--plot {arguments.plot} cannot be written"):
                 curves_of_runs.draw(dict(zip(side_by_side.names(runs), runs, strict=True)), arguments.plot)

@@ -4,6 +4,7 @@ The exit code is 0 without problems (warnings may remain), 1 with problems, 2 fo
 """
 
 import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,7 @@ def _check(arguments: DoctorArguments) -> list[tuple[Name, Finding]]:
                 findings.append((name, finding))
                 print(f"{finding.status:<9}{name:<11}{finding.found}", flush=True)
                 if finding.status != "ok" and finding.advice:
-                    print(f"{'':20}{finding.advice}", flush=True)
+                    print(textwrap.indent(finding.advice, " " * 20), flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
     return findings

@@ -151,7 +151,8 @@ def report(error: BaseException, on_all_ranks: bool = False) -> int:
     elif is_main_process():
         default = "ended in the debugger" if isinstance(error, BdbQuit) else "interrupted"
         print(f"{below_bar}{str(error) or default}", file=sys.stderr, flush=True)
-    if isinstance(error, Exception) and is_main_process() and not (EXIT_CODES in os.environ and "RANK" in os.environ):
+    trains = getattr(sys.modules["__main__"].__spec__, "name", "") == "cifar_dist.train"
+    if trains and is_main_process() and not (EXIT_CODES in os.environ and "RANK" in os.environ):
         suggest_doctor(code)  # of processes that a launcher started, the launcher does
     write_exit_code(code)
     error.reported = True  # type: ignore[attr-defined]

@@ -48,9 +48,11 @@ def main() -> None:
 
 def _read(path: Path) -> list[RunData]:
     """The runs that `path` names."""
-    if not run_data.is_run(path) and (files := wandb_folder.files_in(path)):
-        return wandb_folder.read_runs(files)
-    return [run_data.read(directory) for directory in finished_runs.run_directories([path])]
+    with errors.explain_os_error(f"{path} cannot be read"):
+        directories = finished_runs.run_directories([path])
+        if not any(map(run_data.is_run, directories)) and (files := wandb_folder.files_in(path)):
+            return wandb_folder.read_runs(files)
+        return [run_data.read(directory) for directory in directories]
 
 
 if __name__ == "__main__":

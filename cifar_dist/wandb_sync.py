@@ -3,10 +3,8 @@
 import os
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,8 +13,10 @@ import tyro
 
 from cifar_dist import cli
 from cifar_dist.errors import UserError, exit_on_error, one_line
-from cifar_dist.filesystem import LEASE_S
+from cifar_dist.fault_tolerance.liveness import living_owners
 from cifar_dist.process import run_and_exit
+from cifar_dist.tracking.wandb_files import HEADER
+from cifar_dist.tracking.wandb_run import reason_of, unset_empty_variables
 
 _ANSWER_S = 20
 
@@ -51,11 +51,18 @@ def _segments(paths: tuple[Path, ...]) -> dict[Path, list[Path]]:
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path} is no folder. Give run directories, such as runs/NAME, or folders of them.")
-        for file in sorted(path.rglob("wandb/offline-run-*/*.wandb")):
-            found.setdefault(file.parents[2], []).append(file)
+        parts = path.glob("*.wandb") if path.name.startswith("offline-run-") else path.rglob("offline-run-*/*.wandb")
+        for file in sorted(part.absolute() for part in parts):
+            if file.stat().st_size > len(HEADER):  # else its process was killed in its first second
+                found.setdefault(_shown(file.parents[2]), []).append(file)
     if not found:
         raise UserError(f"no run below {', '.join(map(str, paths))} has been recorded offline by W&B (track.wandb).")
     return found
+
+
+def _shown(run: Path) -> Path:
+    """The path of a run directory as people write it."""
+    return run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
 
 
 def _is_uploaded(file: Path) -> bool:
@@ -68,14 +75,16 @@ def _sync(run: Path, files: list[Path], dry_run: bool) -> bool:
     parts = f"{len(pending)} part{'s' * (len(pending) != 1)}"
     if not pending:
         print(f"{run}: uploaded already")
-    elif _is_running(run):
+    elif living_owners([run]):
         print(f"{run}: still running; not uploaded, as what follows would be left out")
     elif dry_run:
         print(f"{run}: {parts} to upload")
     else:
         # wandb sorts the parts by time, and uploads those of one run one after another.
         command = [sys.executable, "-m", "wandb", "sync", *(str(file.parent) for file in pending)]
-        environment = {"WANDB_DIR": str(run), "WANDB__GRAPHQL_RETRY_MAX": "3"} | os.environ
+        own = ("WANDB_SILENT", "WANDB_QUIET", "WANDB_RESUME", "WANDB_RUN_ID")  # the first two hide why it fails
+        kept = {name: value for name, value in os.environ.items() if name not in own}
+        environment = {"WANDB_DIR": str(run), "WANDB__GRAPHQL_RETRY_MAX": "3"} | kept
         result = subprocess.run(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, check=False,
@@ -87,23 +96,19 @@ def _sync(run: Path, files: list[Path], dry_run: bool) -> bool:
     return True
 
 
-def _is_running(run: Path) -> bool:
-    """Whether a process has refreshed its lease of the run directory."""
-    with suppress(OSError):
-        return time.time() - (run / ".lock").stat().st_mtime < LEASE_S
-    return False
-
-
 def _check_connection() -> None:
     """Refuse to go on without a login, or a server that answers: wandb would try for many minutes."""
     os.environ["WANDB_SILENT"] = "true"
+    unset_empty_variables()
     import wandb  # here, so that --help is fast
 
     try:
         wandb.login(verify=False)
+        server = wandb.setup().settings.base_url
     except wandb.errors.UsageError as error:
         raise UserError(f"W&B: {one_line(error)} Or set WANDB_API_KEY.") from None
-    server = wandb.setup().settings.base_url
+    except Exception as error:  # noqa: BLE001 - W&B's settings may be wrong in many ways
+        raise UserError(f"W&B: {reason_of(error)}") from None
     try:
         with urllib.request.urlopen(server, timeout=_ANSWER_S):
             pass

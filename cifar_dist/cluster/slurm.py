@@ -97,6 +97,7 @@ def _run(job: Job, arguments: Sequence[str], config: Config, directory: Path, ag
             return code
         print(f"job {job.id}: not requeued: {why_not}.", flush=True)
     if code in (1, PeerError.exit_code, DivergedError.exit_code, StopError.exit_code):
+        again = [*again, *(["--run.resume", "auto"] if config.run.resume == "replace" else [])]
         print(
             f"job {job.id}: ended with exit code {code}. To resume from the newest checkpoint, with the other options "
             f"of sbatch as before:\n  sbatch {shlex.join(again)}",

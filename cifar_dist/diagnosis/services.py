@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from cifar_dist.diagnosis.checks import Finding, Folders, Status
 from cifar_dist.errors import one_line
-from cifar_dist.tracking.wandb_run import ENVIRONMENT_MODES, stored_mode, unset_empty_variables
+from cifar_dist.tracking.wandb_run import ENVIRONMENT_MODES, reason_of, stored_mode, unset_empty_variables
 
 _SERVER_S, _SINFO_S = 10, 15
 # Their values are harmless. Of the other variables of W&B only the names are printed.
@@ -42,6 +42,9 @@ def wandb(_: Folders) -> Iterator[Finding]:
 
     try:
         url, mode = str(wandb.setup().settings.base_url), asked or stored_mode()
+    except Exception as error:  # noqa: BLE001 - W&B's settings may be wrong in many ways
+        yield Finding("problem", f"W&B cannot start: {reason_of(error)}", "Look at the variables WANDB_*")
+        return
     finally:
         wandb.teardown()
     if mode not in ("online", "run"):

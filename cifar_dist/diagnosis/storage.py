@@ -42,7 +42,7 @@ def disk(folders: Folders) -> Iterator[Finding]:
 
 
 def _folder(kind: str, path: Path, needed: int, other: str) -> Finding:
-    place = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    place = next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.exists(folder))  # noqa: PTH110 - Path raises PermissionError
     name, advice = f"{kind} {place}", f"Free some room or choose another folder: {other}"
     free, inodes = shutil.disk_usage(place).free, os.statvfs(place)
     if free < needed:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from cifar_dist.reports.markup import Html, element, joined
 
 COLOURS = 6  # of report.css; further series repeat them with dashes
+LARGEST = 1e300
 MAX_POINTS = 500  # of a series
 STEPS = ("optimizer step", "W&B step")  # names of x-axes that begin at 0
 CROSS = "\N{MULTIPLICATION SIGN}"
@@ -61,7 +62,7 @@ def axis(values: Iterable[float], count: int, whole: bool = False) -> Axis:
     """An axis with about `count` round ticks that holds all `values`, which are finite; `whole`: ticks are integers."""
     found = list(values) or [0.0, 1.0]
     low, high = min(found), max(found)
-    if high - low <= 1e-12 * max(abs(low), abs(high)):
+    if high - low <= max(1e-12 * max(abs(low), abs(high)), 1e-300):
         margin = abs(high) / 2 or 1.0
         low, high = low - margin, high + margin
     rough = (high - low) / count
@@ -111,7 +112,7 @@ def draw(chart: Chart, max_points: int = MAX_POINTS) -> Html:
         *([legend] if [one.label for one in series] != [chart.title] else []),
         element("div", *frame, class_="frame"),
         element("p", class_="readout", aria_hidden="true"),
-        _not_finite(series),
+        _not_finite(series, chart.x_name.removeprefix("optimizer ")),
         _values(chart, series, x),
         class_="chart",
     )
@@ -132,9 +133,12 @@ def _axes(chart: Chart, series: Sequence[Series]) -> tuple[Axis, Axis]:
 
 
 def _thin(series: Series, max_points: int) -> Series:
-    points = thinned(series.points, max_points)
-    every = max(1, math.ceil(len(series.limits) / max_points))
-    limits = [*series.limits[:-1:every], *series.limits[-1:]]
+    # Axes beyond LARGEST would overflow, so such values are drawn as infinite ones.
+    points = [(x, y if not abs(y) > LARGEST else math.copysign(math.inf, y)) for x, y in series.points]
+    points = thinned(points, max_points)
+    limits = [each for each in series.limits if max(map(abs, each[1:])) <= LARGEST]
+    every = max(1, math.ceil(len(limits) / max_points))
+    limits = [*limits[:-1:every], *limits[-1:]]
     return Series(series.label, points, series.kind, limits, series.colour)
 
 
@@ -146,7 +150,7 @@ def _classes(series: Series, position: int) -> str:
 def _series(series: Series, position: int, x: Axis, y: Axis) -> Iterator[Html]:
     """Band or error bars, line, markers, and a cross at the upper edge where a value is not finite."""
     classes = _classes(series, position)
-    if series.limits and series.kind != "points":
+    if len(series.limits) > 1 and series.kind != "points":
         upper = [(step, high) for step, _, high in series.limits]
         lower = [(step, low) for step, low, _ in reversed(series.limits)]
         yield _stretched(element("path", d=_path([*upper, *lower], x, y) + "Z", class_=f"band {classes}"))
@@ -177,7 +181,8 @@ def _path(points: Iterable[Point], x: Axis, y: Axis) -> str:
         if math.isfinite(value):
             words.append(f"{command}{1000 * x.share(step):.1f} {1000 * (1 - y.share(value)):.1f}")
             command = "L"
-        else:
+        elif words:
+            words.append("h0")  # makes a dot of a value between two that are not finite
             command = "M"
     return "".join(words)
 
@@ -223,12 +228,12 @@ def _told(series: Series) -> str:
     return f"{series.label} from {number(finite[0])} to {number(finite[-1])}"
 
 
-def _not_finite(series: Sequence[Series]) -> Html:
+def _not_finite(series: Sequence[Series], x_name: str) -> Html:
     places = [point for one in series for point in one.points if not math.isfinite(point[1])]
     if not places:
         return Html()
     step, value = min(places, key=lambda point: point[0])
-    text = f"{CROSS} marks values that are not finite; the first is {value} at {number(step)}."
+    text = f"{CROSS} marks values that are not finite; the first is {value} at {x_name} {step:,.12g}."
     return element("p", text, class_="note")
 
 
@@ -242,7 +247,7 @@ def _values(chart: Chart, series: Sequence[Series], x: Axis) -> Html:
             {
                 "label": one.label,
                 "colour": _classes(one, k).split()[0],
-                "x": [_short(step) for step, _ in one.points],
+                "x": [_short(step, 15) for step, _ in one.points],
                 "y": [_short(value) for _, value in one.points],
             }
             for k, one in shown
@@ -253,8 +258,8 @@ def _values(chart: Chart, series: Sequence[Series], x: Axis) -> Html:
     return Html(f'<script type="application/json">{text.replace("<", chr(92) + "u003c")}</script>')
 
 
-def _short(value: float) -> float | int | str:
+def _short(value: float, digits: int = 5) -> float | int | str:
     """The value in few characters; what JSON has no number for as text."""
     if not math.isfinite(value):
         return str(value)
-    return int(value) if value == int(value) and abs(value) < 1e15 else float(f"{value:.5g}")
+    return int(value) if value == int(value) and abs(value) < 1e15 else float(f"{value:.{digits}g}")

@@ -3,6 +3,7 @@
 Whatever cannot be read counts as missing, so that damaged runs and runs of other versions can be compared, too.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def refuse(runs: Sequence[Path]) -> None:
     if len(runs) < 2:
         raise UserError("give at least two run directories.")
     for run in runs:
-        if not (run / "config.yaml").is_file():
+        if not os.path.isfile(run / "config.yaml"):  # noqa: PTH113 - Path raises PermissionError
             raise UserError(f"{run} is no run directory: it has no config.yaml.")
     if len({run.resolve() for run in runs}) < len(runs):
         raise UserError("a run directory is given twice.")

@@ -29,7 +29,7 @@ from cifar_dist.reports.run_report import HINT, duration
 from cifar_dist.reports.seeds import Spread, spread
 
 SEED = "run.seed"
-MAX_ROWS = 60  # of a table of settings or of a summary
+MAX_ROWS, MAX_RUNS = 60, 500  # of a table of settings or of a summary; of the table of runs
 
 
 def page_of_foreign_run(run: RunData) -> str:
@@ -108,9 +108,9 @@ def _differing(runs: Sequence[RunData]) -> list[str]:
 def results(runs: Sequence[RunData], labels: Sequence[str]) -> Html:
     """A row per run: state, accuracies, time, devices."""
     rows = []
-    for run, label in zip(runs, labels, strict=True):
+    for run, label in zip(runs[:MAX_RUNS], labels, strict=False):
         accuracy, n, seconds = (run.figure(name) for name in ("test_accuracy", "test_n", "train_seconds"))
-        low, high = wilson(accuracy, int(n)) if accuracy is not None and n else (None, None)
+        low, high = wilson(accuracy, int(n)) if accuracy is not None and n is not None and n >= 1 else (None, None)
         rows.append((
             label,
             element("span", run.state),
@@ -129,6 +129,8 @@ def results(runs: Sequence[RunData], labels: Sequence[str]) -> Html:
         "training time", "images/s", "devices",
     )  # fmt: skip
     text = "Interval: Wilson score interval over the test images. TTA: test-time augmentation."
+    if len(runs) > MAX_RUNS:
+        text += f" {len(runs) - MAX_RUNS} more runs are left out; `python -m cifar_dist.runs` lists all."
     return joined([table(head, rows, "results"), element("p", text, class_="note")])
 
 
@@ -192,7 +194,7 @@ def curves(groups: Sequence[Group]) -> Html:
     if num_left_out:
         texts.append(f"{num_left_out} more curves are left out.")
     if len(groups) > MAX_LINES:
-        texts.append(f"{len(groups) - MAX_LINES} more runs are left out of the charts.")
+        texts.append(f"{sum(len(g.runs) for g in groups[MAX_LINES:])} more runs are left out of the charts.")
     foreign = any(run.facts for group in groups for run in group.runs)
     parts: list[object] = [element("p", text, class_="hint") for text in texts]
     for prefix, found in by_prefix(charts) if foreign else [("", charts)]:

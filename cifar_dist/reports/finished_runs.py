@@ -4,6 +4,7 @@ Does not import torch, so that a table appears at once. Every refusal is a UserE
 """
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -52,7 +53,7 @@ def run_directories(paths: Sequence[Path]) -> list[Path]:
 
 
 def _holds_run(directory: Path) -> bool:
-    return any((directory / name).exists() for name in ("config.yaml", "summary.json", "checkpoints"))
+    return any(os.path.exists(directory / name) for name in ("config.yaml", "summary.json", "checkpoints"))  # noqa: PTH110 - Path raises PermissionError
 
 
 def read_runs(paths: Sequence[Path]) -> list[FinishedRun]:

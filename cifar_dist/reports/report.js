@@ -2,8 +2,8 @@
 "use strict";
 
 const SVG = "http://www.w3.org/2000/svg";
-const text = (value) => (typeof value === "string" ? value : Number(value.toPrecision(5)).toLocaleString("en-US", {
-  maximumSignificantDigits: 5,
+const text = (value, digits = 5) => (typeof value === "string" ? value : value.toLocaleString("en-US", {
+  maximumSignificantDigits: digits,
 }));
 
 // The last index whose x is not above `place`, or -1.
@@ -36,11 +36,11 @@ function followCursor(figure) {
     cursor.setAttribute("x2", share);
     cursor.classList.add("on");
     const epoch = values.perEpoch ? ` (epoch ${(place / values.perEpoch).toFixed(2)})` : "";
-    const parts = [[`${values.x} ${text(place)}${epoch}`, "", ""]];
+    const parts = [[`${values.x} ${text(place, 15)}${epoch}`, "", ""]];
     for (const one of values.series) {
       const at = before(one.x, place);
       // A value from before the cursor is shown with its own place.
-      const from = at >= 0 && one.x[at] !== place ? ` (at ${text(one.x[at])})` : "";
+      const from = at >= 0 && one.x[at] !== place ? ` (at ${text(one.x[at], 15)})` : "";
       if (at >= 0) parts.push([`${one.label} `, `${text(one.y[at])}`, from, one.colour]);
     }
     readout.replaceChildren(...parts.map(([name, value, from, colour], k) => {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,10 +12,10 @@ from typing import Any
 from cifar_dist.config import Config, to_yaml
 from cifar_dist.errors import UserError
 from cifar_dist.files import read_json
+from cifar_dist.reports import run_state
 from cifar_dist.tracking.metrics_file import Record, number, read_records
 from cifar_dist.yaml_file import Entry, read_entries
 
-STATES = ("done", "running", "stopped", "failed")
 Curve = list[tuple[float, float]]  # steps and values, which may be NaN or infinite
 LEFT_OUT_KEYS = ("step", "epoch", "seconds", "val/n", "test/n")  # not drawn as curves of their own
 
@@ -32,7 +33,7 @@ class RunData:
     summary: Mapping[str, Any] = field(default_factory=dict)
     """The values of summary.json, which a run writes when it is complete; or W&B's summary."""
     state: str = "unknown"
-    """done, running (a killed run stays so), stopped, failed or unknown."""
+    """As `runs` lists it: done, running, killed, stopped, failed; unknown for all else."""
     status: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
     """What a reader of the report should know about the files."""
@@ -61,8 +62,13 @@ class RunData:
         return float(value) if 0 <= value <= (1 if "accuracy" in name else sys.float_info.max) else None
 
 
+def _is_special(path: Path) -> bool:
+    """Whether it is a pipe, a device or a folder; reading a pipe would wait for ever."""
+    return os.path.lexists(path) and not os.path.isfile(path)  # noqa: PTH113 - Path raises PermissionError
+
+
 def is_run(directory: Path) -> bool:
-    return any((directory / name).is_file() for name in ("summary.json", "metrics.jsonl", "status.json"))
+    return any(os.path.isfile(directory / name) for name in ("summary.json", "metrics.jsonl", "status.json"))  # noqa: PTH113
 
 
 def read(directory: Path) -> RunData:
@@ -79,7 +85,7 @@ def read(directory: Path) -> RunData:
         )
     notes = list[str]()
     try:
-        records = read_records(directory / "metrics.jsonl")
+        records = read_records(directory / "metrics.jsonl") if not _is_special(directory / "metrics.jsonl") else []
     except OSError as error:
         records = []
         notes.append(f"There are no curves: metrics.jsonl cannot be read ({error.strerror}).")
@@ -93,9 +99,16 @@ def read(directory: Path) -> RunData:
     name = directory.resolve().name if name == "none" else name
     per_epoch = next((r["step"] / r["epoch"] for r in reversed(records) if _positive(r.get("epoch"))), None)
     curves = {key: points for key, points in _curves(records) if points}
-    state = "done" if summary else str(status.get("status"))
-    state = state if state in STATES else "unknown"
+    state = _state(directory, bool(summary))
     return RunData(directory, name, curves, settings, summary, state, status, notes, steps_per_epoch=per_epoch)
+
+
+def _state(directory: Path, has_summary: bool) -> str:
+    files = run_state.read_files(directory)
+    state = run_state.read_states([files])[0].state if files else "unknown"
+    if has_summary and state in ("running", "unknown"):  # a run that ends writes its own report
+        return "done"
+    return state if state in ("done", "running", "killed", "stopped", "failed") else "unknown"
 
 
 def _positive(value: object) -> bool:

@@ -56,7 +56,7 @@ def headline(run: RunData) -> Html:
     """The score with its interval, the state, and what was trained on what."""
     parts: list[object] = [element("p", f"Run in {run.directory.resolve()}", class_="path"), element("h1", run.name)]
     accuracy, n = run.figure("test_accuracy"), run.figure("test_n")
-    if accuracy is not None and n:
+    if accuracy is not None and n is not None and n >= 1:
         parts.append(
             element(
                 "p",
@@ -73,10 +73,11 @@ def headline(run: RunData) -> Html:
 def _state(run: RunData) -> Html:
     time = str(run.status.get("time", "an unknown time"))
     texts = {
-        "running": f"This run is not finished. It was running on {time}; a killed run leaves this state, too.",
+        "running": "This run is not finished; its process is running.",
+        "killed": f"This run was killed, after {time}. Resume it with --run.resume auto.",
         "stopped": f"This run was stopped on {time}. Resume it with --run.resume auto.",
         "failed": f"This run failed on {time}.",
-        "unknown": "This run is not finished, and status.json is missing or damaged.",
+        "unknown": "This run is not finished, or its files are damaged.",
     }
     message = str(run.status.get("message", ""))
     parts = [element("p", texts[run.state])] if run.state != "done" else []
@@ -138,7 +139,9 @@ def configuration(run: RunData) -> Html:
     ]
     parts: list[object] = []
     if command := run.summary.get("command"):
-        parts += [element("h3", "Command"), element("pre", command, class_="copy", tabindex=0)]
+        processes = run.figure("world_size") or 1
+        title = "Command" if processes == 1 else f"Command of each of {processes:.0f} processes"
+        parts += [element("h3", title), element("pre", command, class_="copy", tabindex=0)]
     parts += [element("h3", f"{len(changed)} settings differ from the defaults")]
     parts.append(table(("setting", "this run", "default"), changed))
     return joined([*parts, details(f"All {len(rows)} settings", table(("setting", "value"), rows))])

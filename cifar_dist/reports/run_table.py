@@ -51,6 +51,7 @@ def read(folder: Path) -> RunList:
         os.scandir(folder).close()
     todo, seen = deque([(folder, 0)]), set[tuple[int, int]]()
     runs, unreadable, tops, with_runs = list[RunFiles](), list[RunState](), list[str](), set[str]()
+    own = set[tuple[int, int]]()
     while todo:
         directory, depth = todo.popleft()
         top = directory.relative_to(folder).parts[:1]
@@ -58,10 +59,11 @@ def read(folder: Path) -> RunList:
             tops.append(top[0])
         try:
             found = directory.stat()
-            if (found.st_dev, found.st_ino) in seen:
-                with_runs.update(top)  # listed under another name
+            place = found.st_dev, found.st_ino
+            if place in seen:
+                with_runs.update(top if depth == 1 or place in own else ())  # listed under another name
                 continue
-            seen.add((found.st_dev, found.st_ino))
+            seen.add(place)
             files = read_files(directory)
             if files is None and depth < MAX_DEPTH:
                 folders = sorted(path for path in directory.iterdir() if path.is_dir() and path.name[0] != ".")
@@ -73,6 +75,7 @@ def read(folder: Path) -> RunList:
             with_runs.update(top)
             continue
         if files is not None:
+            own.add(place)
             runs.append(files)
             with_runs.update(top)
     states = [*read_states(runs), *unreadable]

@@ -19,7 +19,7 @@ from cifar_dist.tracking.wandb_files import HEADER, records
 STEP = "_step"
 _RUN = ("display_name", "project", "entity", "run_group", "job_type", "notes", "host")
 _ENVIRONMENT = ("os", "python", "cpu_count", "gpu_type", "gpu_count", "cuda_version")
-_SECRET = re.compile(r"api.?key|token|secret|passw|credential", re.IGNORECASE)
+_SECRET = re.compile(r"api.?key|token(?![a-z])|secret|passw|pwd|bearer|credential", re.IGNORECASE)
 
 
 @dataclass
@@ -68,7 +68,7 @@ def _read(path: Path) -> _Segment:
 
     with explain_os_error(f"{path} cannot be read"):
         data = path.read_bytes()
-    if data[: len(HEADER)] != HEADER:
+    if not data.startswith(HEADER[: len(data)]):  # a shorter one has just begun
         raise UserError(f"{path} is no file of W&B, or of a version that is not known here.")
     segment = _Segment(path)
     for content in records(data):
@@ -152,7 +152,11 @@ def _joined(run_id: str, segments: Sequence[_Segment]) -> RunData:
         name=facts.pop("display_name", "") or run_id,
         curves={key: curve for key, curve in curves.items() if curve},
         settings={key: "not shown" if _SECRET.search(key) else _text(value) for key, value in sorted(config.items())},
-        summary={key: value for key, value in sorted(summary.items()) if not key.startswith("_")},
+        summary={
+            key: "not shown" if _SECRET.search(key) else value
+            for key, value in sorted(summary.items())
+            if not key.startswith("_")
+        },
         state="running" if exit_code is None else "failed" if exit_code else "done",
         notes=list(_notes(segments)),
         facts={"id": run_id, "started": _time(segments[0].started), **facts},
@@ -164,7 +168,7 @@ def _continue_steps(segments: Sequence[_Segment]) -> None:
     """Let the steps of each segment follow those before: offline, a resumed run counts from 0 again."""
     last = -1
     for segment in segments:
-        if segment.history and segment.history[0][STEP] <= last and not segment.starting_step:
+        if segment.history and segment.history[0][STEP] == 0 <= last and not segment.starting_step:
             for row in segment.history:
                 row[STEP] += last + 1
         last = max([last, *(row[STEP] for row in segment.history)])
@@ -213,4 +217,5 @@ def _time(seconds: float) -> str:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else json.dumps(value)
+    return re.sub(r"//[^/@\s]*@", "//", text)  # names and passwords in addresses

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import os
 import warnings
@@ -53,8 +54,8 @@ def draw_curves(metrics_path: Path, out: Path, title: str) -> None:
         figure = Figure(figsize=(13, 4.5), dpi=120, layout="constrained")
         figure.suptitle(title, fontsize=12, parse_math=False)
         loss, accuracy, rate = figure.subplots(1, 3)
-        both = any("train/objective" in record for record in records)  # else only the objective was logged
-        _line(loss, records, "train/loss", "training" if both else "training, with label smoothing", TRAIN)
+        plain = all("train/objective" in record for record in records if "train/loss" in record)
+        _line(loss, records, "train/loss", "training" if plain else "training (older: with label smoothing)", TRAIN)
         _line(loss, records, "val/loss", "validation", VALIDATION, marked=True)
         _line(accuracy, records, "train/accuracy", "training", TRAIN, scale=100)
         _line(accuracy, records, "val/accuracy", "validation", VALIDATION, scale=100, marked=True)
@@ -86,8 +87,9 @@ def _line(
 def _rates(axes: Axes, records: list[Record]) -> None:
     """The learning rates of all groups, on a logarithmic axis where one is far above another."""
     keys = dict.fromkeys(key for record in records for key in record if key == "lr" or key.startswith("lr/"))
-    for key, colour in zip(keys, RATES, strict=False):
-        _line(axes, records, key, RATE_NAMES.get(key, key) if len(keys) > 1 else "", colour)
+    names = RATE_NAMES if keys.keys() <= RATE_NAMES.keys() else {}  # those of own optimizers have numbers
+    for key, colour in zip(keys, itertools.cycle(RATES), strict=False):
+        _line(axes, records, key, names.get(key, key) if len(keys) > 1 else "", colour)
     highest = [max(number(record.get(key)) or 0.0 for record in records) for key in keys]
     if highest and max(highest) > 10 * min(highest) > 0:
         axes.set_yscale("log")

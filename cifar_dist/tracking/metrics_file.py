@@ -26,14 +26,17 @@ def read_records(path: Path) -> list[Record]:
 
 def number(value: Value) -> float | None:
     """The value as a float, "nan", "inf" and "-inf" turned back; None for null."""
-    return None if value is None else float(value)
+    try:
+        return None if value is None else float(value)
+    except OverflowError:  # an integer beyond all floats
+        raise ValueError(f"{value} is too large") from None
 
 
 def parse_line(line: bytes) -> Record | None:
     """The record in a line; None if it is torn or none."""
     try:
         record = json.loads(line)
-    except ValueError:  # also UnicodeDecodeError: a torn line may end inside a character
+    except (ValueError, RecursionError):  # also UnicodeDecodeError: a torn line may end inside a character
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
@@ -59,7 +62,7 @@ class RecordFile:
 
     def __init__(self, path: Path, start_step: int) -> None:
         self.path = path
-        self.num_dropped = 0
+        self.num_dropped, self.kept = 0, list[Record]()
         with self._explain_unwritable():
             if path.is_file():
                 self._cut(start_step)
@@ -69,11 +72,11 @@ class RecordFile:
         before = self.path.read_bytes()
         lines = before.splitlines()
         # The final test is dropped, too: a run that stopped after it repeats it.
-        kept = [
-            line
-            for line in lines
-            if (record := parse_line(line)) and "test/n" not in record and record["step"] <= start_step
-        ]
+        kept = list[bytes]()
+        for line in lines:
+            if (record := parse_line(line)) and "test/n" not in record and record["step"] <= start_step:
+                kept.append(line)
+                self.kept.append(record)
         after = b"".join(line + b"\n" for line in kept)
         self.num_dropped = len(lines) - len(kept)
         if after != before:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from cifar_dist.errors import UserError
+from cifar_dist.errors import UserError, one_line
 from cifar_dist.tracking.metrics_file import Value, number
 from cifar_dist.tracking.wandb_media import pictures
 
@@ -30,13 +30,13 @@ def start_tensorboard(run_dir: Path, run_config: dict[str, Any]) -> TensorBoard:
         from torch.utils.tensorboard import SummaryWriter  # here, because it takes a second
 
         writer = SummaryWriter(str(folder), purge_step=0, flush_secs=FLUSH_S)
-    except ImportError:
-        raise UserError(
-            "track.tensorboard is True, but tensorboard is not installed. Run `pip install 'cifar_dist[tensorboard]'`, "
-            "or leave the setting out."
-        ) from None
     except OSError as error:
         raise UserError(f"track.tensorboard: {folder} cannot be written: {error.strerror or error}.") from None
+    except Exception as error:  # noqa: BLE001 - the package is missing, or one that it needs does not fit
+        raise UserError(
+            f"track.tensorboard is True, but tensorboard cannot be imported: {one_line(error)}\n"
+            f"Run `pip install 'cifar_dist[tensorboard]'`, or leave the setting out."
+        ) from None
     text = yaml.safe_dump(run_config, sort_keys=False, allow_unicode=True)
     writer.add_text("configuration", "\n".join(f"    {line}" for line in text.splitlines()))  # a code block
     return TensorBoard(writer)

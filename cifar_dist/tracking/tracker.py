@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 from cifar_dist.config import TrackConfig
 from cifar_dist.errors import NonFiniteError, StopError, UserError, one_line
 from cifar_dist.tracking.console import Console
-from cifar_dist.tracking.metrics_file import RecordFile, Value, read_records
+from cifar_dist.tracking.metrics_file import RecordFile, Value
 from cifar_dist.tracking.tensorboard import start_tensorboard
 from cifar_dist.tracking.wandb_run import start_wandb
 
@@ -71,7 +71,7 @@ class Tracker:
                 self._sinks.append(self.wandb)
             stack.pop_all()  # no error: keep them open
         self._num_lines = 0
-        for record in read_records(self._records.path):
+        for record in self._records.kept:
             self._log_line(record.pop("step"), record)
         if self._records.num_dropped:
             self.log(
@@ -86,7 +86,8 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._console.close()
-        if isinstance(error, NonFiniteError | StopError):
+        interrupted = isinstance(error, StopError) and "SIGINT" in str(error)  # somebody is there and knows
+        if isinstance(error, NonFiniteError | StopError) and not interrupted:
             title = "Training stopped: not finite" if isinstance(error, NonFiniteError) else "Training was preempted"
             self._each("at an alert", lambda sink: sink.alert(title, str(error)))
         self._finish(0 if error is None else 1)

@@ -44,7 +44,7 @@ def held_in(run_dir: Path, run_id: str, at_server: int | None) -> Held:
     for file in run_dir.glob(f"wandb/*run-*-{run_id}/*.wandb"):
         found = {row["_step"]: row["step"] for row in read_history(file) if "step" in row}
         steps |= found
-        if at_server is None or file.parent.name.startswith("offline-"):
+        if at_server is None:
             rows = max([rows, *(row + 1 for row in found)])
     last = steps.get(rows - 1)
     return Held(rows, last, sum(step == last for row, step in steps.items() if row < rows))

@@ -72,8 +72,9 @@ def log_checkpoint(run: wandb.Run, directory: Path) -> None:
     scores = [(number(r.get("val/accuracy")), r["step"]) for r in read_records(directory / "metrics.jsonl")]
     best = max((score for score in scores if score[0] is not None), key=lambda score: score[0] or 0, default=None)
     path, alias = files[-1], "last"
-    if best is not None:
-        path, alias = directory / "checkpoints" / f"step-{best[1]:08d}.pt", "best"
+    named = directory / "checkpoints" / f"step-{best[1] if best else 0:08d}.pt"
+    if named.exists():  # not if the run started from a checkpoint of another one, whose best still counts
+        path, alias = named, "best"
     artifact = wandb.Artifact(f"model-{run.id}", "model", metadata={"step": int(path.stem.removeprefix("step-"))})
     artifact.add_file(str(path), policy="immutable", skip_cache=True)  # no copy
     run.log_artifact(artifact, aliases=[alias])

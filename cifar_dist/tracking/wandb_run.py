@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 INIT_TIMEOUT_S = 20.0
 FINISH_TIMEOUT_S = 30.0  # a preempted job may have no more; what is not uploaded stays on disk
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_MAX_TAG = 64  # characters, of W&B
 FLUSH_S = 1.0  # W&B's own 15 s are what a killed run would lose of its .wandb file
 # Values of WANDB_MODE; run and dryrun are W&B's older names of online and offline.
 ENVIRONMENT_MODES = ("online", "run", "offline", "dryrun", "disabled")
@@ -47,6 +49,7 @@ def start_wandb(
     explicit = mode != "auto"
     if mode == "disabled":
         return None
+    _tags(config)
     for attempt in (mode,) if explicit else ("auto", "offline"):
         try:
             run = _init(attempt, config, run_dir, _run_id(run_dir), name, run_config)
@@ -55,7 +58,7 @@ def start_wandb(
             held = held_in(run_dir, run.id, None if run.offline else run.starting_step)
         except Exception as error:
             _teardown()  # else the failed run keeps its id occupied
-            reason = one_line(error)
+            reason = reason_of(error)
             if explicit:
                 others = "offline or disabled" if mode in ("online", "run") else "disabled"
                 raise UserError(
@@ -67,7 +70,9 @@ def start_wandb(
         if run.offline:
             log(f"W&B offline: `launch/wandb-sync {run_dir}` uploads it")
         else:
-            log(f"W&B online: {run.url}")
+            for part in run_dir.glob(f"wandb/offline-run-*-{run.id}/*.wandb"):
+                part.with_name(f"{part.name}.synced").touch()  # this start sends these rows itself, in their order
+            log(f"W&B online: {re.sub(r'//[^/@]*@', '//', run.url or '')}")  # without a password
         return WandbRun(run, held, config.artifact, log)
     return None
 
@@ -92,7 +97,7 @@ def system_metrics_of_node(
         run = _init(mode, replace(config, job_type="node"), run_dir, f"{run_id}-node-{node}", f"{name}-node-{node}", {})
     except Exception as error:  # noqa: BLE001 - a tracker never stops a run
         _teardown()
-        log(f"W&B records no system metrics of node {node}: {one_line(error)}")
+        log(f"W&B records no system metrics of node {node}: {reason_of(error)}")
     try:
         yield
     finally:
@@ -124,15 +129,26 @@ def _init(mode: str, config: TrackConfig, run_dir: Path, id_: str, name: str, ru
         "finish_timeout_raises": True,
         "x_transaction_log_flush_interval": FLUSH_S,
     }
-    tags = [tag.strip() for tag in (config.tags or "").split(",") if tag.strip()]
     run = wandb.init(
         project=config.project, entity=config.entity, dir=str(run_dir), id=id_, resume="allow", name=name,
-        group=config.group, job_type=config.job_type, tags=tags or None, notes=config.notes,
+        group=config.group, job_type=config.job_type, tags=_tags(config), notes=config.notes,
         config=run_config, settings=wandb.Settings(**settings),
     )  # fmt: skip
     run.define_metric("step", hidden=True)
     run.define_metric("*", step_metric="step")
     return run
+
+
+def _tags(config: TrackConfig) -> list[str] | None:
+    tags = [tag.strip() for tag in (config.tags or "").split(",") if tag.strip()]
+    if long := [tag for tag in tags if len(tag) > _MAX_TAG]:
+        raise UserError(f"track.tags: {long[0]!r} has {len(long[0])} characters; W&B takes {_MAX_TAG}.")
+    return tags or None
+
+
+def reason_of(error: BaseException) -> str:
+    """The text of an error of W&B without the value of a setting, which may hold a password."""
+    return one_line(error).partition(" [type=")[0]
 
 
 def unset_empty_variables() -> None:
@@ -164,10 +180,12 @@ def _run_id(run_dir: Path) -> str:
     """
     path = run_dir / "wandb_id.txt"
     if not path.exists():
-        given = os.environ.get("WANDB_RUN_ID")  # of the agent of a sweep
-        write_text_atomic(path, (given or secrets.token_hex(4)) + "\n")
+        given = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)  # of the agent of a sweep
+        if not _ID.fullmatch(given):
+            raise UserError(f"WANDB_RUN_ID is {given[:80]!r}; valid: at most 64 letters, digits, - and _.")
+        write_text_atomic(path, f"{given}\n")
     found = path.read_text(errors="replace").strip()
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", found):
+    if not _ID.fullmatch(found):
         raise UserError(f"{path} holds no W&B run id: {found[:80]!r}. Delete it for a new W&B run.")
     return found
 

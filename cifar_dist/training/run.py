@@ -20,7 +20,7 @@ from cifar_dist.data.dataset import prepared_folder, read_split, scored_samples
 from cifar_dist.data.loader import BetonLoader
 from cifar_dist.data.order import Split
 from cifar_dist.distributed import World, all_gather_text, broadcast_bytes, broadcast_from_main, run_and_sync_errors
-from cifar_dist.errors import UserError, explain_os_error, one_line
+from cifar_dist.errors import UserError, begin_shutdown, explain_os_error, one_line
 from cifar_dist.fault_tolerance import health, run_lock, signals, status
 from cifar_dist.fault_tolerance.stop_consensus import StopConsensus
 from cifar_dist.fault_tolerance.watchdog import Watchdog
@@ -71,7 +71,8 @@ class Run(Hooks):
             StopError: a signal came, and the state is saved.
         """
         config, world = self.config, self.world
-        with Watchdog(world, config.run.stall_timeout_s, self._stop.connection_error, self._announce) as watch:
+        announce = lambda phase: self.log(f"starting: {phase} ...")  # noqa: E731
+        with Watchdog(world, config.run.stall_timeout_s, self._stop.connection_error, announce) as watch:
             set_phase(Phase("importing own code", limit_s=SLOW_S))
             run_and_sync_errors(world, self._import_own_code)
             set_phase(Phase("preparing or verifying the dataset", limit_s=VERY_SLOW_S))
@@ -192,6 +193,7 @@ class Run(Hooks):
                 "filters.png": lambda path: predictions.write_filters(path, trainer.train_step.scored_model),
                 "report.html": lambda path: run_report.write(path.parent),
             }
+            begin_shutdown()  # a signal would end a run that is complete without its pictures and W&B's results
             run_and_sync_errors(world, lambda: self._write_results(results, files), only_if=world.is_main)
         return results
 
@@ -238,9 +240,6 @@ class Run(Hooks):
             self.tracker.log(text)
         elif self.world.is_main:
             print(text, flush=True)
-
-    def _announce(self, phase: str) -> None:
-        self.log(f"starting: {phase} ...")
 
     def owns_directory(self) -> bool:
         return self.lock is not None and self.lock.held()

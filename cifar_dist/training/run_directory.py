@@ -20,7 +20,7 @@ FIXED = (
 )  # fmt: skip
 # What `run.resume replace` removes. config.yaml is the last, as it is the permission to remove the others.
 _OF_A_RUN = (
-    "checkpoints/step-*.pt", "checkpoints/step-*.pt.sha256", "logs/rank-*.log", "profile/rank-*",
+    "logs/rank-*.log", "profile/rank-*",
     "tensorboard/events.*", "wandb_id.txt", "metrics.jsonl", "summary.json", "status.json", "curves.png",
     "predictions.csv", "mistakes.png", "filters.png", "report.html", "config.yaml",
 )  # fmt: skip
@@ -53,7 +53,11 @@ def check(config: Config, directory: Path) -> None:
     """
     if problem := refusal(config, directory):
         raise UserError(problem)
-    if config.run.resume == "replace":
+    if config.run.resume == "replace" and _is_replaceable(directory):  # else config.yaml is missing: not a run's files
+        for step in checkpoint.all_steps(directory / "checkpoints"):
+            path = checkpoint.path_of(directory / "checkpoints", step)
+            path.unlink()
+            checkpoint.digest_path(path).unlink(missing_ok=True)
         for pattern in _OF_A_RUN:
             for path in directory.glob(pattern):
                 path.unlink()
@@ -66,10 +70,10 @@ def refusal(config: Config, directory: Path) -> str:
     resume = config.run.resume
     if resume == "auto" or not _holds_run(directory) or (resume == "replace" and _is_replaceable(directory)):
         return ""
-    which = ", which was started without run.resume replace" if resume == "replace" else ""
+    which = ", whose config.yaml does not say run.resume replace" if resume == "replace" else ""
     return (
-        f"the run directory {directory} already holds a run{which}. Resume it by --run.resume auto, or choose another "
-        f"--run.name."
+        f"the run directory {directory} already holds a run{which}. Resume it by --run.resume auto, choose another "
+        f"--run.name, or remove the directory."
     )
 
 

@@ -168,6 +168,6 @@ def test_a_debug_run_replaces_the_last_one(data_dir: Path, tmp_path: Path) -> No
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace("resume: replace", "resume: auto"))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    message = "runs/debug already holds a run, which was started without run.resume replace"
+    message = "runs/debug already holds a run, whose config.yaml does not say run.resume replace"
     assert message in runs.finish(runs.start_command(again, tmp_path), expected=2)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

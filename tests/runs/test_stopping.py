@@ -229,3 +229,31 @@ def test_codes_of_failures(data_dir: Path, tmp_path: Path) -> None:
 )
 def test_most_informative_exit_code(failures: list[int], left: set[int], code: int) -> None:
     assert failure_code(failures, left) == code
+
+
+STOPS_LATE = """
+import os, signal, threading, time
+from pathlib import Path
+from cifar_dist.training.trainer import Hooks
+
+class Late(Hooks):
+    def log_metrics(self, step, metrics):
+        if "test/n" in metrics:
+            threading.Thread(target=self.stop, daemon=True).start()
+
+    def stop(self):
+        while not Path("late/summary.json").exists():
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_signal_after_the_results_changes_nothing(world_size: int, data_dir: Path, tmp_path: Path) -> None:
+    """The run is complete by then, and a resume would not write its pictures and its report again."""
+    (tmp_path / "stops_late.py").write_text(STOPS_LATE)
+    options = (*runs.SMALL, "--data.dir", data_dir, "--run.dir", "late", "--run.hooks", "stops_late:Late")
+    runs.finish(runs.start(world_size, *options, cwd=tmp_path))
+    assert status(tmp_path / "late")["status"] == "done"
+    names = {path.name for path in (tmp_path / "late").iterdir()}
+    assert names >= {"curves.png", "predictions.csv", "mistakes.png", "filters.png", "report.html"}

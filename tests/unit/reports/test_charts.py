@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 
 import pytest
 
@@ -65,7 +66,18 @@ def test_a_value_that_is_not_finite_breaks_the_line_and_is_marked() -> None:
     assert line
     assert [len(part.split("L")) for part in line[1].split("M")[1:]] == [2, 1]
     assert text.count('class="cross') == 2
-    assert "the first is nan at 3." in text
+    assert "the first is nan at step 3." in text
+
+
+@pytest.mark.parametrize("value", [sys.float_info.max, -1e308, 5e-324, -sys.float_info.max])
+def test_extreme_values_cost_no_chart(value: float) -> None:
+    points = [(1.0, 2.0), (2.0, value), (3.0, NAN), (4.0, 1.0), (5.0, INF)]
+    assert 'class="curve' in draw(Chart("Loss", "nats", [Series("training", points)]))
+
+
+def test_steps_are_read_with_all_digits() -> None:
+    points = [(1_764_500_000.25, 1.0), (1_764_500_001.5, 2.0)]
+    assert '"x":[1764500000.25,1764500001.5]' in draw(Chart("Loss", "nats", [Series("training", points)]))
 
 
 def test_values_for_the_readout() -> None:

@@ -158,10 +158,10 @@ def test_predictions_of_another_test_are_not_shown(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(("status", "text"), [
-    ("running", "It was running on 2026-11-30; a killed run leaves this state, too."),
+    ("running", "This run was killed, after 2026-11-30. Resume it with --run.resume auto."),
     ("stopped", "This run was stopped on 2026-11-30. Resume it with --run.resume auto."),
     ("failed", "This run failed on 2026-11-30.</p><pre>the loss is &lt;nan&gt;</pre>"),
-    ("other", "status.json is missing or damaged"),
+    ("other", "This run is not finished, or its files are damaged."),
 ])  # fmt: skip
 def test_runs_that_are_not_finished(run_dir: Path, status: str, text: str) -> None:
     (run_dir / "summary.json").unlink()

@@ -167,9 +167,11 @@ def test_the_status_of_a_process_that_has_not_exited_yet(tmp_path: Path, holders
 
 
 def wandb_run(folder: Path) -> None:
-    (folder / "files").mkdir(parents=True)
-    (folder / "files/config.yaml").write_text("lr:\n  desc: null\n  value: 0.1\n")
-    (folder / "files/wandb-summary.json").write_text('{"val/accuracy": 0.5}')
+    files = folder / "offline-run-1/files"
+    files.mkdir(parents=True)
+    (files / "config.yaml").write_text("lr:\n  desc: null\n  value: 0.1\n")
+    (files / "wandb-summary.json").write_text('{"val/accuracy": 0.5}')
+    (folder / "latest-run").symlink_to("offline-run-1")
 
 
 def other_program(folder: Path) -> None:
@@ -203,6 +205,12 @@ def test_what_is_no_run(make: Callable[[Path], None], tmp_path: Path) -> None:
     assert found.others == (["other"] if (tmp_path / "other").exists() else [])
     if found.others:
         assert run_table.table(found).endswith("\n\n1 other folder without a run of this project: other")
+
+
+def test_a_number_of_400_digits_costs_only_its_run(tmp_path: Path) -> None:
+    leave_run(tmp_path / "mine", SUMMARY)
+    leave_run(tmp_path / "odd", SUMMARY | {"train_seconds": 10**400})
+    assert run_table.table(run_table.read(tmp_path)).count("done") == 2
 
 
 def a_pipe(path: Path) -> None:

@@ -102,7 +102,7 @@ def test_package_that_is_missing(tmp_path: Path) -> None:
     result = start(tmp_path / "run", "disabled", env=ON | {"TEST_PATH": str(tmp_path / "shadow")})
     assert result.returncode == 2
     assert result.stderr == (
-        "error: track.tensorboard is True, but tensorboard is not installed. Run `pip install "
-        "'cifar_dist[tensorboard]'`, or leave the setting out.\n"
+        "error: track.tensorboard is True, but tensorboard cannot be imported: no tensorboard\n"
+        "Run `pip install 'cifar_dist[tensorboard]'`, or leave the setting out.\n"
     )
     assert strict_lines(tmp_path / "run") == []

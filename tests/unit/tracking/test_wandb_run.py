@@ -54,6 +54,44 @@ def test_online_history_after_a_kill(sent: bool, server: Server, tmp_path: Path)
     assert len(server.runs) == 1
 
 
+def test_offline_then_online_then_uploaded(server: Server, tmp_path: Path) -> None:
+    """The online start sends what was recorded offline, so nothing is left to upload."""
+    run = tmp_path / "run"
+    assert start(run, "offline", event="killed").returncode == -signal.SIGKILL
+    assert start(run, "online", start=50, env=server.login).returncode == 0
+    *rows, last = history(server, run)
+    assert rows == lines(run)[:-1]
+    assert last.items() >= lines(run)[-1].items()
+    (uploaded,) = server.runs.values()
+    assert uploaded.summary["model_sha256"] == "abcd"
+    (part,) = run.glob("wandb/offline-run-*/*.wandb")
+    assert part.with_name(f"{part.name}.synced").exists()
+
+
+def test_a_password_in_the_address_is_not_printed(server: Server, tmp_path: Path) -> None:
+    address = server.url.replace("//", "//me:my-password@")
+    result = start(tmp_path / "run", "online", env=server.login | {"WANDB_BASE_URL": address})
+    assert "my-password" not in result.stdout + result.stderr
+
+
+def test_a_password_in_a_wrong_address_is_in_no_file(tmp_path: Path) -> None:
+    result = start(tmp_path / "run", "online", env={"WANDB_BASE_URL": "https//me:my-password@host"})
+    assert result.returncode == 2
+    assert "W&B online was asked for and failed" in result.stderr
+    assert "my-password" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(("variables", "message"), [
+    ({"WANDB_RUN_ID": "a/b"}, "WANDB_RUN_ID is 'a/b'; valid: at most 64 letters, digits, - and _."),
+    ({"TEST_TRACK": json.dumps({"tags": f"short,{'x' * 65}"})}, "has 65 characters; W&B takes 64."),
+])  # fmt: skip
+def test_names_that_w_and_b_does_not_take(variables: dict[str, str], message: str, tmp_path: Path) -> None:
+    result = start(tmp_path / "run", "offline", env=variables)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not (tmp_path / "run/wandb_id.txt").exists() or "WANDB_RUN_ID" not in variables
+
+
 def test_values_that_are_not_finite(server: Server, tmp_path: Path) -> None:
     """Also those that W&B gets from metrics.jsonl, as it was off before."""
     run = tmp_path / "run"

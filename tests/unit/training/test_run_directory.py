@@ -96,13 +96,32 @@ A_PATH = replace(Config(), run=replace(Config().run, resume=Path("replace")))
 )
 def test_replace_leaves_other_runs(config: str, run_dir: Path) -> None:
     leave(run_dir, config)
-    with pytest.raises(UserError, match=r"already holds a run, which was started without run\.resume replace"):
+    with pytest.raises(UserError, match=r"already holds a run, whose config\.yaml does not say run\.resume replace"):
         check(REPLACE, run_dir)
     (run_dir / "config.yaml").unlink()  # then the checkpoints are a run, of nobody knows which kind
     with pytest.raises(UserError, match="already holds a run"):
         check(REPLACE, run_dir)
     assert checkpoint.all_steps(run_dir / "checkpoints") == [5, 10, 15]
     assert all((run_dir / name).exists() for name in (*FILES[1:], *OWN))
+
+
+def test_replace_removes_nothing_where_no_run_is(tmp_path: Path) -> None:
+    names = (
+        "metrics.jsonl",
+        "summary.json",
+        "report.html",
+        "predictions.csv",
+        "logs/rank-0.log",
+        "checkpoints/step-a.pt",
+    )
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    check(REPLACE, tmp_path)
+    assert all((tmp_path / name).exists() for name in names)
+    (tmp_path / "config.yaml").write_text(to_yaml(REPLACE))
+    check(REPLACE, tmp_path)
+    assert [name for name in names if (tmp_path / name).exists()] == ["checkpoints/step-a.pt"]
 
 
 def test_an_interrupted_replacement_is_continued(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
