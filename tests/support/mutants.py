@@ -54,7 +54,8 @@ MUTANTS = (
     Mutant("concatenated in NCHW order", "models/inception.py", "return torch.compiler.is_compiling() and ",
            "return False and ", ("test_cuda_code.py::test_each_kind_of_module",)),
     # Gradients and the loss.
-    Mutant("no division by the accumulation steps", "training/flat_network.py", "objective / self.num_added,", "objective,",
+    Mutant("no division by the accumulation steps", "training/flat_network.py",
+           "objective / self.num_added,", "objective,",
            ("test_train_step.py::test_small_micro_batches_step_like_one_large",)),
     Mutant("label smoothing ignored", "training/flat_network.py",
            "label_smoothing=label_smoothing)", "label_smoothing=0.0)",
