@@ -193,7 +193,7 @@ class Run(Hooks):
                 "filters.png": lambda path: predictions.write_filters(path, trainer.train_step.scored_model),
                 "report.html": lambda path: run_report.write(path.parent),
             }
-            begin_shutdown()  # a signal would end a run that is complete without its pictures and W&B's results
+            run_and_sync_errors(world, begin_shutdown)  # or a signal costs a complete run its pictures and its report
             run_and_sync_errors(world, lambda: self._write_results(results, files), only_if=world.is_main)
         return results
 

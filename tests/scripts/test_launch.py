@@ -83,7 +83,7 @@ def test_test_explains_its_arguments() -> None:
 def test_quickstart_trains_and_resumes(data_dir: Path, tmp_path: Path) -> None:
     arguments = (*TINY[2:], "--data.dir", data_dir, "--run.dir", tmp_path / "my run")
     output = runs.finish(start("quickstart", *arguments))
-    assert re.search(r"test accuracy [\d.]+% on 10000 images", output)
+    assert re.search(r"test accuracy [\d.]+% on 10,000 images", output)
     figures = runs.summary(tmp_path / "my run")
     assert figures["world_size"] == min(2, os.cpu_count() or 1)
     assert (figures["steps"], figures["train_n"]) == (2, 256)

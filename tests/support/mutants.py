@@ -139,7 +139,7 @@ MUTANTS = (
     Mutant("files removed where no run was", "training/run_directory.py",
            'if config.run.resume == "replace" and _is_replaceable(directory):', 'if config.run.resume == "replace":',
            ("test_run_directory.py::test_replace_removes_nothing_where_no_run_is",)),
-    Mutant("results lost by a late signal", "training/run.py", "            begin_shutdown()", "            pass",
+    Mutant("results lost by a late signal", "training/run.py", "run_and_sync_errors(world, begin_shutdown)", "pass",
            ("test_stopping.py::test_a_signal_after_the_results_changes_nothing[1]",)),
     # Errors and lost ranks.
     Mutant("process group left after an error", "distributed.py", *GROUP_LEFT,
