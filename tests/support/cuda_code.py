@@ -43,9 +43,8 @@ H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, warp_size=32,
     max_threads_per_multi_processor=2048, max_threads_per_block=1024, regs_per_multiprocessor=65536,
     shared_memory_per_block=48 << 10, shared_memory_per_block_optin=227 << 10,
-    shared_memory_per_multiprocessor=228 << 10,
-    L2_cache_size=50 << 20, clock_rate=1_980_000, memory_clock_rate=2_619_000, memory_bus_width=5120, gcnArchName="",
-    is_integrated=0, is_multi_gpu_board=0,
+    shared_memory_per_multiprocessor=228 << 10, L2_cache_size=50 << 20, clock_rate=1_980_000,
+    memory_clock_rate=2_619_000, memory_bus_width=5120, gcnArchName="", is_integrated=0, is_multi_gpu_board=0,
 )  # fmt: skip
 
 

@@ -11,8 +11,8 @@ import pytest
 from cifar_dist.fault_tolerance import run_lock
 from cifar_dist.tracking.wandb_files import HEADER
 from tests.support import runs
+from tests.support.tracked import environment, start
 from tests.support.wandb_server import KEY, serve
-from tests.unit.tracking.test_tracker import environment, start
 
 
 def sync(home: Path, *arguments: str | Path, **login: str) -> tuple[int, str]:

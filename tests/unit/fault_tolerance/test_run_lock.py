@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,44 +20,10 @@ from cifar_dist.errors import RunInUseError
 from cifar_dist.fault_tolerance import run_lock
 from cifar_dist.fault_tolerance.run_lock import JOB, LOCK, REQUEST, acquire
 from tests.support import runs
+from tests.support.lock_holders import LEASE_S, elsewhere, holder, owner, wait_for_owner
 
 pytestmark = pytest.mark.xdist_group("clock")
 OPTIONS = (*runs.SHORT, "--run.resume", "auto")
-LEASE_S = 6.0  # three heartbeats; whole runs here use the real lease
-# Arguments: directory, EXIT_S, seconds to hold the lock, LEASE_S.
-HOLD = """
-import sys, time
-from pathlib import Path
-from cifar_dist.errors import exit_on_error
-from cifar_dist.fault_tolerance import run_lock
-
-run_lock.EXIT_S, run_lock.LEASE_S = float(sys.argv[2]), float(sys.argv[4])
-with exit_on_error():
-    lock = run_lock.acquire(Path(sys.argv[1]), True, print)
-    print("acquired", flush=True)
-    end = time.monotonic() + float(sys.argv[3])
-    while time.monotonic() < end:
-        time.sleep(0.1)
-        lock.check()
-    lock.release()
-"""
-
-
-def holder(directory: Path, hold_s: float, *, exit_s: float = 60, host: str = "", **env: str) -> subprocess.Popen[str]:
-    """A process that only holds the lock of `directory`, under another host name if `host` is given."""
-    words = [sys.executable, "-c", HOLD, str(directory), str(exit_s), str(hold_s), str(LEASE_S)]
-    return subprocess.Popen(
-        elsewhere(words, host) if host else words,
-        env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-
-
-def elsewhere(words: list[str], host: str) -> list[str]:
-    """The command, under another host name."""
-    enter = ["unshare", "--uts"]
-    if subprocess.run([*enter, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("NOT TESTED: another machine, as this user may not change the host name (unshare --uts)")
-    return [*enter, "sh", "-c", 'hostname "$0"; exec "$@"', host, *words]
 
 
 @pytest.fixture
@@ -67,28 +32,8 @@ def _short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lock, "WAIT_S", 4.0)
 
 
-def owner(directory: Path) -> tuple[int, str]:
-    """Process id and host of the owner; (0, "") without one."""
-    found = run_lock.owner(directory)
-    return (0, "") if found is None else (found.pid, found.host)
-
-
-def wait_for_owner(directory: Path, process: subprocess.Popen[str]) -> None:
-    runs.wait_until(lambda: owner(directory)[0] == process.pid, process)
-
-
 def left(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir() if path.name.startswith(".lock"))
-
-
-@pytest.fixture
-def started() -> Iterator[list[subprocess.Popen[str]]]:
-    """Processes put in here are killed at the end."""
-    children: list[subprocess.Popen[str]] = []
-    yield children
-    for child in children:
-        child.kill()
-        child.communicate()
 
 
 @pytest.mark.usefixtures("_short_lease")

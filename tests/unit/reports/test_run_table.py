@@ -22,10 +22,8 @@ from cifar_dist.errors import UserError
 from cifar_dist.reports import run_state, run_table
 from cifar_dist.reports.run_state import RunState, total_steps
 from tests.support import runs
-from tests.unit.fault_tolerance.test_liveness import holders
-from tests.unit.fault_tolerance.test_run_lock import holder, wait_for_owner
+from tests.support.lock_holders import holder, wait_for_owner
 
-__all__ = ["holders"]  # the fixture
 pytestmark = pytest.mark.xdist_group("clock")
 SUMMARY = {
     "test_accuracy": 0.884, "test_n": 10_000, "params": 385_290, "steps": 2_730, "images_per_second": 1_234.5,
@@ -147,22 +145,22 @@ def test_finished_run(short_run: Path) -> None:
     assert total_steps(config.config) == 60
 
 
-def test_an_owner_without_a_status_yet(tmp_path: Path, holders: list[subprocess.Popen[str]]) -> None:
+def test_an_owner_without_a_status_yet(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
     """Of a new run, and of a stopped one that is resumed."""
     leave_run(tmp_path / "b", status="stopped")
     (tmp_path / "a").mkdir()
     for name in "ab":
-        holders.append(holder(tmp_path / name, 600))
-        wait_for_owner(tmp_path / name, holders[-1])
+        started.append(holder(tmp_path / name, 600))
+        wait_for_owner(tmp_path / name, started[-1])
     assert [listed(tmp_path)[name].state for name in "ab"] == ["running", "running"]
 
 
-def test_the_status_of_a_process_that_has_not_exited_yet(tmp_path: Path, holders: list[subprocess.Popen[str]]) -> None:
+def test_the_status_of_a_process_that_has_not_exited_yet(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
     """It ended its run, and uploads what is left to W&B."""
     (tmp_path / "a").mkdir()
-    holders.append(holder(tmp_path / "a", 600))
-    wait_for_owner(tmp_path / "a", holders[-1])
-    shutil.copytree(leave_run(tmp_path / "b", SUMMARY, pid=holders[-1].pid), tmp_path / "a", dirs_exist_ok=True)
+    started.append(holder(tmp_path / "a", 600))
+    wait_for_owner(tmp_path / "a", started[-1])
+    shutil.copytree(leave_run(tmp_path / "b", SUMMARY, pid=started[-1].pid), tmp_path / "a", dirs_exist_ok=True)
     assert listed(tmp_path)["a"].state == "done"
 
 

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cifar_dist.process import kill_process_tree
 from tests.support import runs
-from tests.unit.tracking.test_tracker import start, strict_lines
+from tests.support.tracked import start, strict_lines
 
 ON = {"TEST_TRACK": '{"tensorboard": true}'}
 

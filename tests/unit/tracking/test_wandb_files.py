@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cifar_dist.tracking.wandb_files import Held, held_in, read_history
-from tests.unit.tracking.test_tracker import start, strict_lines
+from tests.support.tracked import start, strict_lines
 
 
 @pytest.mark.parametrize(

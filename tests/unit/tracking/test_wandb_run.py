@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.support.tracked import start, strict_lines
 from tests.support.wandb_server import Server, serve
-from tests.unit.tracking.test_tracker import start, strict_lines
 
 TRACK = json.dumps({"entity": "somebody", "group": "sweep", "job_type": "setting-0", "tags": "a, b c", "notes": "why"})
 
