@@ -232,7 +232,7 @@ class TrackConfig:
     entity: str | None = None
     """W&B user or team. None: the default of the login."""
     group: str | None = None
-    """W&B group. Unless it is given, sweeps set it to their name, and runs on several nodes to theirs."""
+    """W&B group. None: in a sweep the name of the sweep, on several nodes the name of the run."""
     job_type: str | None = None
     """W&B job type. Unless it is given, sweeps over a grid set it to the folder of the settings, such as setting-0."""
     tags: str | None = None

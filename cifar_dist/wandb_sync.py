@@ -97,7 +97,7 @@ def _sync(run: Path, files: list[Path], dry_run: bool) -> bool:
 
 
 def _check_connection() -> None:
-    """Refuse to go on without a login, or a server that answers: wandb would try for many minutes."""
+    """Raise a UserError without a login, or if the server does not answer: wandb would retry for many minutes."""
     os.environ["WANDB_SILENT"] = "true"
     unset_empty_variables()
     import wandb  # here, so that --help is fast

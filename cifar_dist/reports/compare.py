@@ -11,8 +11,8 @@ from typing import Any
 from cifar_dist import cli
 from cifar_dist.errors import CheckpointError, UserError
 from cifar_dist.files import read_json
+from cifar_dist.reports.run_data import read_settings
 from cifar_dist.tracking.metrics_file import read_records
-from cifar_dist.yaml_file import read_entries
 
 # Besides those that define a run, settings that change how numbers round, or what is scored.
 _ROUNDING = ("run.deterministic", "train.device", "train.compile", "train.channels_last", "train.tf32", "eval.")
@@ -77,7 +77,7 @@ def settings(first: Path, second: Path) -> tuple[list[str], list[str]]:
     """The settings that differ: those that may change results, and the others but name and place of the run."""
     from cifar_dist.training.run_directory import FIXED  # imports torch, which takes seconds
 
-    a, b = (_settings(run) for run in (first, second))
+    a, b = (read_settings(run / "config.yaml") for run in (first, second))
     found = [f"{run}/config.yaml cannot be read" for run, values in ((first, a), (second, b)) if not values]
     lists: tuple[list[str], list[str]] = (found, [])
     for name in {**a, **b} if not found else ():
@@ -93,16 +93,6 @@ def other_causes(first: Path, second: Path) -> Iterator[str]:
     if all(summaries):
         one, other = ({name: _plain(values.get(name)) for name in _ENVIRONMENT} for values in summaries)
         yield from (f"{name}: {_unequal(one[name], other[name])}" for name in one if one[name] != other[name])
-
-
-def _settings(run: Path) -> dict[str, Any]:
-    """The settings of a run by their full names, also of a version with other names."""
-    try:
-        entries = read_entries((run / "config.yaml").read_bytes(), "config.yaml")
-    except (OSError, UserError):
-        return {}
-    sections = {section: entry.value for section, entry in entries.items() if isinstance(entry.value, dict)}
-    return {f"{section}.{key}": entry.value for section, values in sections.items() for key, entry in values.items()}
 
 
 def _receipts(summary: Mapping[str, Any]) -> list[Any]:

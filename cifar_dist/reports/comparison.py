@@ -5,7 +5,6 @@ from functools import partial
 
 from cifar_dist.reports.charts import Chart, draw
 from cifar_dist.reports.finished_runs import MAY_DIFFER
-from cifar_dist.reports.intervals import wilson
 from cifar_dist.reports.markup import (
     Html,
     LeftOutError,
@@ -109,14 +108,13 @@ def results(runs: Sequence[RunData], labels: Sequence[str]) -> Html:
     """A row per run: state, accuracies, time, devices."""
     rows = []
     for run, label in zip(runs[:MAX_RUNS], labels, strict=False):
-        accuracy, n, seconds = (run.figure(name) for name in ("test_accuracy", "test_n", "train_seconds"))
-        low, high = wilson(accuracy, int(n)) if accuracy is not None and n is not None and n >= 1 else (None, None)
+        interval, seconds = run.test_interval, run.figure("train_seconds")
         rows.append((
             label,
             element("span", run.state),
-            _percent(accuracy),
-            "-" if low is None or high is None else f"{100 * low:.2f} to {100 * high:.2f}",
-            _count(n),
+            _percent(run.figure("test_accuracy")),
+            "-" if interval is None else "{:.2f} to {:.2f}".format(*(100 * end for end in interval)),
+            _count(run.figure("test_n")),
             _percent(run.figure("test_accuracy_tta")),
             _percent(run.figure("val_accuracy")),
             f"{run.num_steps:,}",

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
-import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cifar_dist.files import write_bytes_atomic
-from cifar_dist.tracking.curves import INK, STYLE
-from cifar_dist.tracking.metrics_file import Record, number, read_records
+from cifar_dist.tracking.curves import INK, picture
+from cifar_dist.tracking.metrics_file import Record, number, read_records, steps_per_epoch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,17 +36,12 @@ def draw(runs: Mapping[str, Path], out: Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's is inherited, and may not exist here
-    from matplotlib import rc_context, rcParamsDefault
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     metrics = {name: _read(directory) for name, directory in runs.items()}
-    lengths = {name: length for name, records in metrics.items() if (length := _steps_per_epoch(records))}
+    lengths = {name: length for name, records in metrics.items() if (length := steps_per_epoch(records))}
     by_epoch = len({round(length, 3) for length in lengths.values()}) > 1
-    with rc_context(dict(rcParamsDefault) | STYLE | {"text.parse_math": False}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure = Figure(figsize=(13, 5), dpi=120, layout="constrained")
+    with picture(out, 5, parse_math=False) as figure:
         handles = []
         panels = figure.subplots(1, len(_PANELS))
         for k, (name, records) in enumerate(metrics.items()):
@@ -73,9 +64,6 @@ def draw(runs: Mapping[str, Path], out: Path) -> None:
             kinds["learning rate of Muon"] = _PANELS["learning rate"]["lr/muon"]
         handles += [Line2D([], [], color=INK, label=kind, **style) for kind, style in kinds.items()]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6))
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-    write_bytes_atomic(out, buffer.getvalue())
 
 
 def _read(directory: Path) -> list[Record]:
@@ -83,10 +71,6 @@ def _read(directory: Path) -> list[Record]:
         return read_records(directory / "metrics.jsonl")
     except OSError:
         return []
-
-
-def _steps_per_epoch(records: list[Record]) -> float | None:
-    return next((record["step"] / record["epoch"] for record in reversed(records) if record.get("epoch")), None)
 
 
 def _line(axes: Axes, records: list[Record], key: str, steps_per_unit: float, style: Mapping[str, Any]) -> None:

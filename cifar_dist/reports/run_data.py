@@ -13,7 +13,8 @@ from cifar_dist.config import Config, to_yaml
 from cifar_dist.errors import UserError
 from cifar_dist.files import read_json
 from cifar_dist.reports import run_state
-from cifar_dist.tracking.metrics_file import Record, number, read_records
+from cifar_dist.reports.intervals import wilson
+from cifar_dist.tracking.metrics_file import Record, number, read_records, steps_per_epoch
 from cifar_dist.yaml_file import Entry, read_entries
 
 Curve = list[tuple[float, float]]  # steps and values, which may be NaN or infinite
@@ -54,6 +55,12 @@ class RunData:
         found = [str(name) for name in names] if isinstance(names, list) else []
         return ", ".join(f"{found.count(name)} x {name}" for name in dict.fromkeys(found))
 
+    @property
+    def test_interval(self) -> tuple[float, float] | None:
+        """95 % interval of the test accuracy; None without a test."""
+        accuracy, n = self.figure("test_accuracy"), self.figure("test_n")
+        return wilson(accuracy, int(n)) if accuracy is not None and n is not None and n >= 1 else None
+
     def figure(self, name: str) -> float | None:
         """A number of summary.json; None if it has none of this name, or an impossible one."""
         value = self.summary.get(name)
@@ -92,14 +99,13 @@ def read(directory: Path) -> RunData:
     summary, status = read_json(directory / "summary.json"), read_json(directory / "status.json")
     if not summary and (directory / "summary.json").exists():
         notes.append("summary.json is damaged, so there are no results.")
-    settings = read_settings(directory / "config.yaml")
+    settings = as_text(read_settings(directory / "config.yaml"))
     if not settings:
         notes.append("config.yaml is missing or damaged, so there are no settings.")
     name = settings.get("run.name", "none")
     name = directory.resolve().name if name == "none" else name
-    per_epoch = next((r["step"] / r["epoch"] for r in reversed(records) if _positive(r.get("epoch"))), None)
     curves = {key: points for key, points in _curves(records) if points}
-    state = _state(directory, bool(summary))
+    state, per_epoch = _state(directory, bool(summary)), steps_per_epoch(records)
     return RunData(directory, name, curves, settings, summary, state, status, notes, steps_per_epoch=per_epoch)
 
 
@@ -109,10 +115,6 @@ def _state(directory: Path, has_summary: bool) -> str:
     if has_summary and state in ("running", "unknown"):  # a run that ends writes its own report
         return "done"
     return state if state in ("done", "running", "killed", "stopped", "failed") else "unknown"
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and value > 0
 
 
 def _curves(records: Sequence[Record]) -> Iterator[tuple[str, Curve]]:
@@ -130,23 +132,23 @@ def _curves(records: Sequence[Record]) -> Iterator[tuple[str, Curve]]:
     yield from found.items()
 
 
-def read_settings(path: Path) -> dict[str, str]:
-    """The settings of a config.yaml as text, by their full names, also of another version; empty if it is damaged."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings of a config.yaml by their full names, also of another version; empty if it is damaged."""
     try:
         return _flat(read_entries(path.read_bytes(), path.name))
     except (OSError, UserError):
         return {}
 
 
+def as_text(settings: Mapping[str, Any]) -> dict[str, str]:
+    return {name: "none" if value is None else str(value) for name, value in settings.items()}
+
+
 def default_settings() -> dict[str, str]:
-    """The defaults of this version, in the same form."""
-    return _flat(read_entries(to_yaml(Config()), "the defaults"))
+    """The defaults of this version, as text."""
+    return as_text(_flat(read_entries(to_yaml(Config()), "the defaults")))
 
 
-def _flat(entries: Mapping[str, Entry]) -> dict[str, str]:
+def _flat(entries: Mapping[str, Entry]) -> dict[str, Any]:
     sections = {section: entry.value for section, entry in entries.items() if isinstance(entry.value, dict)}
-    return {
-        f"{section}.{key}": "none" if entry.value is None else str(entry.value)
-        for section, values in sections.items()
-        for key, entry in values.items()
-    }
+    return {f"{section}.{key}": entry.value for section, values in sections.items() for key, entry in values.items()}

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from cifar_dist.reports import score_sections
 from cifar_dist.reports.charts import draw
-from cifar_dist.reports.intervals import wilson
 from cifar_dist.reports.markup import (
     Html,
     LeftOutError,
@@ -55,16 +54,12 @@ def page_of(run: RunData) -> str:
 def headline(run: RunData) -> Html:
     """The score with its interval, the state, and what was trained on what."""
     parts: list[object] = [element("p", f"Run in {run.directory.resolve()}", class_="path"), element("h1", run.name)]
-    accuracy, n = run.figure("test_accuracy"), run.figure("test_n")
-    if accuracy is not None and n is not None and n >= 1:
-        parts.append(
-            element(
-                "p",
-                element("span", percent(accuracy), class_="score", id="test-accuracy"),
-                element("span", f"test accuracy; {_interval(accuracy, int(n))}", class_="interval"),
-                class_="headline",
-            )
-        )
+    accuracy, n, interval = run.figure("test_accuracy"), run.figure("test_n"), run.test_interval
+    if accuracy is not None and interval is not None:
+        low, high = interval
+        told = f"test accuracy; 95 % interval {100 * low:.2f} to {percent(high)}, n = {n:,.0f} images"
+        score = element("span", percent(accuracy), class_="score", id="test-accuracy")
+        parts.append(element("p", score, element("span", told, class_="interval"), class_="headline"))
     parts.append(_state(run))
     parts += [element("p", note, class_="note") for note in run.notes]
     return element("header", *parts, tiles(_facts(run)))
@@ -83,11 +78,6 @@ def _state(run: RunData) -> Html:
     parts = [element("p", texts[run.state])] if run.state != "done" else []
     parts += [element("pre", message)] if message and run.state != "done" else []
     return element("div", *parts, class_=f"state {run.state}") if parts else Html()
-
-
-def _interval(accuracy: float, n: int) -> str:
-    low, high = wilson(accuracy, n)
-    return f"95 % interval {100 * low:.2f} to {percent(high)}, n = {n:,} images"
 
 
 def _facts(run: RunData) -> Mapping[str, str]:

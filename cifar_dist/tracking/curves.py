@@ -7,14 +7,17 @@ import itertools
 import math
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar_dist.files import write_bytes_atomic
-from cifar_dist.tracking.metrics_file import Record, number, read_records
+from cifar_dist.tracking.metrics_file import Record, number, read_records, steps_per_epoch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, distinguishable for the colour-blind; one per series, in every panel.
 TRAIN, VALIDATION, TEST = "#0072B2", "#D55E00", "#009E73"
@@ -31,6 +34,31 @@ STYLE: dict[Any, Any] = {
 }  # fmt: skip
 
 
+@contextmanager
+def picture(out: Path, height: float, parse_math: bool = True) -> Iterator[Figure]:
+    """A figure to draw on, 13 inches wide and `height` high at 120 dots per inch, which becomes the PNG `out`.
+
+    Args:
+        parse_math: whether text between dollar signs is a formula, as matplotlib's labels of logarithmic axes are.
+
+    Raises:
+        OSError: the file cannot be written; it is replaced atomically.
+    """
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's is inherited, and may not exist here
+    # The object interface: pyplot keeps global state and chooses a window system.
+    from matplotlib import rc_context, rcParamsDefault
+    from matplotlib.figure import Figure
+
+    buffer = io.BytesIO()
+    style = STYLE | {"text.parse_math": parse_math}
+    with rc_context(dict(rcParamsDefault) | style), warnings.catch_warnings():  # not the user's matplotlibrc
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # in a name; a box stands for it
+        figure = Figure(figsize=(13, height), dpi=120, layout="constrained")
+        yield figure
+        figure.savefig(buffer, format="png")
+    write_bytes_atomic(out, buffer.getvalue())
+
+
 def draw_curves(metrics_path: Path, out: Path, title: str) -> None:
     """Draw loss, accuracy in % and learning rates over the steps, with the epochs along the top.
 
@@ -43,15 +71,8 @@ def draw_curves(metrics_path: Path, out: Path, title: str) -> None:
     Raises:
         OSError: the metrics cannot be read, or the file cannot be written.
     """
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's is inherited, and may not exist here
-    # The object interface: pyplot keeps global state and chooses a window system.
-    from matplotlib import rc_context, rcParamsDefault
-    from matplotlib.figure import Figure
-
     records = read_records(metrics_path)
-    with rc_context(dict(rcParamsDefault) | STYLE), warnings.catch_warnings():  # not the user's matplotlibrc
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # in a name; a box stands for it
-        figure = Figure(figsize=(13, 4.5), dpi=120, layout="constrained")
+    with picture(out, 4.5) as figure:
         figure.suptitle(title, fontsize=12, parse_math=False)
         loss, accuracy, rate = figure.subplots(1, 3)
         plain = all("train/objective" in record for record in records if "train/loss" in record)
@@ -61,12 +82,8 @@ def draw_curves(metrics_path: Path, out: Path, title: str) -> None:
         _line(accuracy, records, "val/accuracy", "validation", VALIDATION, scale=100, marked=True)
         _test_point(accuracy, records)
         _rates(rate, records)
-        steps_per_epoch = next((r["step"] / r["epoch"] for r in reversed(records) if r.get("epoch")), None)
         for axes, name in ((loss, "cross-entropy"), (accuracy, "accuracy (%)"), (rate, "learning rate")):
-            _furnish(axes, name, steps_per_epoch)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-    write_bytes_atomic(out, buffer.getvalue())
+            _furnish(axes, name, steps_per_epoch(records))
 
 
 def _line(
@@ -106,7 +123,7 @@ def _test_point(axes: Axes, records: list[Record]) -> None:
             axes.plot(record["step"], value, "D", color=TEST, label=label, markersize=7, zorder=4, clip_on=False)
 
 
-def _furnish(axes: Axes, name: str, steps_per_epoch: float | None) -> None:
+def _furnish(axes: Axes, name: str, per_epoch: float | None) -> None:
     import numpy as np
 
     axes.set_xlabel("step")
@@ -119,8 +136,8 @@ def _furnish(axes: Axes, name: str, steps_per_epoch: float | None) -> None:
     axes.locator_params(axis="x", integer=True)
     if axes.get_legend_handles_labels()[1]:
         axes.legend()
-    if steps_per_epoch is not None:
-        k = steps_per_epoch
+    if per_epoch is not None:
+        k = per_epoch
         top = axes.secondary_xaxis("top", functions=(lambda x: np.divide(x, k), lambda x: np.multiply(x, k)))
         top.set_xlabel("epoch")
         top.spines["top"].set_visible(False)

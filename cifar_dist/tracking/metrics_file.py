@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,15 @@ def read_records(path: Path) -> list[Record]:
         OSError: there is no such file, or it cannot be read.
     """
     return [record for line in path.read_bytes().splitlines() if (record := parse_line(line)) is not None]
+
+
+def steps_per_epoch(records: Sequence[Record]) -> float | None:
+    """Of the run that wrote `records`; None if no line tells."""
+    for record in reversed(records):
+        epoch = record.get("epoch")
+        if isinstance(epoch, (int, float)) and epoch > 0:
+            return float(record["step"] / epoch)
+    return None
 
 
 def number(value: Value) -> float | None:

@@ -15,7 +15,7 @@ from cifar_dist.tracking.wandb_run import start_wandb
 
 
 class Sink(Protocol):
-    """Where metrics go beside metrics.jsonl. Any method may raise; the tracker then goes on without this sink."""
+    """A destination of metrics beside metrics.jsonl. After a method has raised, the tracker calls only `abandon`."""
 
     name: str
 

@@ -37,8 +37,8 @@ def held_in(run_dir: Path, run_id: str, at_server: int | None) -> Held:
     """What W&B has of the run in `run_dir`.
 
     Args:
-        at_server: rows that its server has. What was recorded offline counts, too, as it will be uploaded. None: it is
-            offline now, so all that is on this disk counts.
+        at_server: rows that its server has, which are all that count online. None: W&B is offline now, so what is
+            recorded on this disk counts.
     """
     steps, rows = dict[int, int](), at_server or 0
     for file in run_dir.glob(f"wandb/*run-*-{run_id}/*.wandb"):

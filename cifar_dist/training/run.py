@@ -27,7 +27,6 @@ from cifar_dist.fault_tolerance.watchdog import Watchdog
 from cifar_dist.files import write_json, write_text_atomic
 from cifar_dist.models.network import without_auxiliary
 from cifar_dist.phase import SLOW_S, VERY_SLOW_S, Phase, set_phase
-from cifar_dist.reports import run_report
 from cifar_dist.tracking import console, wandb_run
 from cifar_dist.tracking.curves import draw_curves
 from cifar_dist.tracking.rank_log import rank_log
@@ -44,6 +43,12 @@ from cifar_dist.training.weights import load_start_weights
 from cifar_dist.training.whitening import fit_whitening
 
 logger = logging.getLogger("cifar_dist")
+
+
+def _write_report(path: Path) -> None:
+    from cifar_dist.reports import run_report  # here, as only the end of a run needs it
+
+    run_report.write(path.parent)
 
 
 class Run(Hooks):
@@ -71,8 +76,8 @@ class Run(Hooks):
             StopError: a signal came, and the state is saved.
         """
         config, world = self.config, self.world
-        announce = lambda phase: self.log(f"starting: {phase} ...")  # noqa: E731
-        with Watchdog(world, config.run.stall_timeout_s, self._stop.connection_error, announce) as watch:
+        stall_s, connection_error = config.run.stall_timeout_s, self._stop.connection_error
+        with Watchdog(world, stall_s, connection_error, lambda phase: self.log(f"starting: {phase} ...")) as watch:
             set_phase(Phase("importing own code", limit_s=SLOW_S))
             run_and_sync_errors(world, self._import_own_code)
             set_phase(Phase("preparing or verifying the dataset", limit_s=VERY_SLOW_S))
@@ -168,11 +173,9 @@ class Run(Hooks):
             trainer.train()
         results = self._test(trainer, data_dir, devices)
         n, seconds = results["test_n"], trainer.progress.train_seconds
-        part = "" if n == NUM_TEST else f" of {NUM_TEST:,} (eval.test_subset)"
-        self.log(
-            f"test accuracy {results['test_accuracy']:.2%} on {n:,}{part} images; {seconds:.0f} s of training; "
-            f"see {summary} and curves.png"
-        )
+        on = f"on {n:,}" + ("" if n == NUM_TEST else f" of {NUM_TEST:,} (eval.test_subset)")
+        told = f"test accuracy {results['test_accuracy']:.2%} {on} images; {seconds:.0f} s of training"
+        self.log(f"{told}; see {summary} and curves.png")
         self._own_hooks.after_run(results)
 
     def _test(self, trainer: Trainer, data_dir: Path, devices: list[str]) -> dict[str, Any]:
@@ -181,7 +184,8 @@ class Run(Hooks):
         set_phase(Phase("the final test", limit_s=SLOW_S))
         samples = scored_samples(config.eval, data_dir, world)
         with trainer.loader.for_file(data_dir / "test.beton") as loader:
-            test = trainer.evaluator.score(loader, samples, config.eval.tta, self._show_test)
+            show = None if self.tracker is None else self.tracker.show_test
+            test = trainer.evaluator.score(loader, samples, config.eval.tta, show)
             set_phase(Phase("writing the results", limit_s=SLOW_S))
             scores = {"accuracy": test.accuracy, "accuracy_tta": test.accuracy_tta, "loss": test.loss, "n": test.n}
             self.log_metrics(trainer.progress.step, {f"test/{name}": score for name, score in scores.items()})
@@ -191,7 +195,7 @@ class Run(Hooks):
                 "predictions.csv": lambda path: predictions.write_answers(path, test, samples),
                 "mistakes.png": lambda path: predictions.write_mistakes(path, test, samples, loader),
                 "filters.png": lambda path: predictions.write_filters(path, trainer.train_step.scored_model),
-                "report.html": lambda path: run_report.write(path.parent),
+                "report.html": _write_report,
             }
             run_and_sync_errors(world, begin_shutdown)  # or a signal costs a complete run its pictures and its report
             run_and_sync_errors(world, lambda: self._write_results(results, files), only_if=world.is_main)
@@ -216,10 +220,6 @@ class Run(Hooks):
             self.stack.enter_context(
                 wandb_run.system_metrics_of_node(track, self.directory, main, node, self.name, self.log)
             )
-
-    def _show_test(self, done: int, total: int) -> None:
-        if self.tracker is not None:
-            self.tracker.show_test(done, total)
 
     def _write_results(self, results: dict[str, Any], files: Mapping[str, Callable[[Path], object]]) -> None:
         """Write summary.json, and `files`, each by its function."""

@@ -228,7 +228,7 @@ TESTED = {
     "python -m tests.support.real_gpu equal cuda": "test_exact_sum.py; on a CPU where there is no GPU",
     "python -m cifar_dist.report runs/mine": "test_report_page.py: pages",
     "python -m cifar_dist.report runs/exp --out exp.html": "test_report_page.py: pages",
-    "python -m cifar_dist.report ~/theirs/wandb/offline-run-20261130_154325-abc12345 --out theirs.html":
+    "python -m cifar_dist.report ~/other/wandb/offline-run-20261130_154325-abc12345 --out other.html":
         "test_wandb_folder.py: test_the_command",
     "python -m cifar_dist.compare runs/mine runs/other": "test_compare.py",
     "python -m cifar_dist.doctor": "test_doctor.py: test_a_machine_that_works",
