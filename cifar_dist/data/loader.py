@@ -6,7 +6,6 @@ torch keeps its thread count.
 """
 
 import copy
-import hashlib
 import itertools
 import os
 import queue
@@ -24,6 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cifar_dist import machine_code
 from cifar_dist.errors import DataError, UserError, one_line
 
 _POLL_S = 1.0
@@ -74,16 +74,8 @@ def _find_bytes(address: Any, file: Any) -> Any:
 
 @cache
 def _compiled_reader() -> Any:
-    """`_find_bytes` as machine code: compiled once per process, and kept on disk by numba if it can write there."""
     signature = numba.uint8[::1](numba.uint64, OSCacheManager.state_type.fget(None))
-    options = {"fastmath": True, "nogil": True, "error_model": "numpy"}  # as ffcv.pipeline.compiler
-    try:
-        processor = repr(numba.core.registry.cpu_target.target_context.codegen().magic_tuple())
-        # Part of the cached file's name, so that different machines with one shared folder do not read each other's.
-        _find_bytes.__qualname__ = f"find_bytes_{hashlib.sha256(processor.encode()).hexdigest()[:12]}"
-        return numba.njit(signature, cache=True, **options)(_find_bytes)
-    except Exception:  # noqa: BLE001 - whatever is wrong with the cache
-        return numba.njit(signature, **options)(_find_bytes)
+    return machine_code.compiled(_find_bytes, signature, fastmath=True)  # as ffcv.pipeline.compiler
 
 
 OSCacheManager.compile_reader = lambda _: _compiled_reader()

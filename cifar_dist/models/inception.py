@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cifar_dist.models.fused import MaxPool3x3, norm_relu
 from cifar_dist.models.layers import DEFAULT, ConvNormAct, Variant, halving_pool, scaled
 
 KERNELS = {"paper": (5,), "5x5": (5,), "double3x3": (3, 3), "3x3": (3,)}
@@ -87,25 +88,40 @@ class Inception(nn.Module):
         return _concatenate([branch(x) for branch in self.children()])
 
     def _forward_merged(self, x: Tensor) -> Tensor:
-        readers = [] if self.branch1x1 is None else [self.branch1x1]
-        readers += [cast(ConvNormAct, self.branch3x3[0]), cast(ConvNormAct, self.branch5x5[0])]
-        sizes = [reader.conv.out_channels for reader in readers]
+        """In training mode: the 1x1 convolutions on `x` as one, uncompiled also the norms of the branches' outputs."""
+        first = [] if self.branch1x1 is None else [self.branch1x1]
+        branches = [cast(list[ConvNormAct], list(branch)) for branch in (self.branch3x3, self.branch5x5)]
+        pool, *projections = cast(list[ConvNormAct], list(self.branch_pool))
+        reductions = [layers[0] for layers in branches]
+        sizes = [layer.conv.out_channels for layer in (*first, *reductions)]
         if self._merge_projection:
-            pool, projection = self.branch_pool[0], cast(ConvNormAct, self.branch_pool[1])
-            raw = _convolve(x, [*readers, projection])
-            raw, projected = _split(raw, [sum(sizes), projection.conv.out_channels])
+            raw = _convolve(x, [*first, *reductions, *projections])
+            raw, projected = _split(raw, [sum(sizes), projections[0].conv.out_channels])
             # Layers after a split copy their strided input, forward and backward; one dense copy costs less.
-            raw, pooled = raw.clone(), _norm_act(pool(projected.clone()), [projection])
+            pooled = pool(projected.clone())
         else:
-            raw = _convolve(x, readers)
-            pooled = self.branch_pool(x)
-        *first, reduced3x3, reduced5x5 = _split(_norm_act(raw, readers), sizes)
-        reduced3x3, reduced5x5 = reduced3x3.clone(), reduced5x5.clone()
-        for layer in list(self.branch3x3)[1:]:
-            reduced3x3 = layer(reduced3x3)
-        for layer in list(self.branch5x5)[1:]:
-            reduced5x5 = layer(reduced5x5)
-        return _concatenate([*first, reduced3x3, reduced5x5, pooled])
+            raw, pooled = _convolve(x, [*first, *reductions]), pool(x)
+            pooled = projections[0].conv(pooled) if projections else pooled
+        compiled = torch.compiler.is_compiling()  # inductor fuses a norm with its neighbours, but not a concatenation
+        if compiled:
+            raw = raw.clone() if self._merge_projection else raw
+            *outputs, reduced3x3, reduced5x5 = _split(_norm_act(raw, [*first, *reductions]), sizes)
+        else:
+            *outputs, reduced = _split(raw, [*sizes[:-2], sum(sizes[-2:])])
+            reduced3x3, reduced5x5 = _split(_norm_act(reduced.clone(), reductions), sizes[-2:])
+        for reduced, (_, *inner, last) in zip((reduced3x3, reduced5x5), branches, strict=True):
+            hidden = reduced.clone()
+            for layer in inner:
+                hidden = layer(hidden)
+            outputs.append(last.conv(hidden))
+        layers = [*first, *(layers[-1] for layers in branches), *projections]
+        outputs.append(pooled)
+        if not compiled:
+            joined = _norm_act(_concatenate(outputs[: len(layers)]), layers)
+            return joined if projections else _concatenate([joined, pooled])
+        for k in range(len(first), len(layers)):
+            outputs[k] = _norm_act(outputs[k], [layers[k]])
+        return _concatenate(outputs)
 
 
 def _concatenate(parts: list[Tensor]) -> Tensor:
@@ -130,7 +146,7 @@ def _is_compiled_channels_last(x: Tensor) -> bool:
 def _pool(row: Row, variant: Variant) -> nn.Module:
     if row.stride == 2:
         return halving_pool(variant)
-    return nn.AvgPool2d(3, stride=1, padding=1) if row.pool == "avg" else nn.MaxPool2d(3, stride=1, padding=1)
+    return nn.AvgPool2d(3, stride=1, padding=1) if row.pool == "avg" else MaxPool3x3()
 
 
 def _convolve(x: Tensor, layers: Iterable[ConvNormAct]) -> Tensor:
@@ -146,4 +162,4 @@ def _norm_act(x: Tensor, layers: Iterable[ConvNormAct]) -> Tensor:
     if not norms:
         return F.relu_(x)
     weight, bias = torch.cat([norm.weight for norm in norms]), torch.cat([norm.bias for norm in norms])
-    return F.relu_(F.batch_norm(x, None, None, weight, bias, training=True, eps=norms[0].eps))
+    return norm_relu(x, weight, bias, norms[0].eps)

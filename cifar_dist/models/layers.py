@@ -7,6 +7,8 @@ from typing import Literal, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cifar_dist.models.fused import norm_relu
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -84,6 +86,14 @@ class ConvNormAct(nn.Sequential):
         conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias)
         norms = [BatchNorm2d(out_channels, variant.eps)] if variant.norm == "batch" else []
         super().__init__(conv, *norms, nn.ReLU(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        if norm is None or not self.training or norm.recalibrating:
+            for layer in self:
+                x = layer(x)
+            return x
+        return norm_relu(self.conv(x), norm.weight, norm.bias, norm.eps)
 
     @property
     def conv(self) -> nn.Conv2d:

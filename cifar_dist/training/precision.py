@@ -36,8 +36,8 @@ class Precision:
 
     @property
     def muon(self) -> torch.dtype:
-        """Dtype of Muon's iterations: bfloat16 on GPUs that train in bf16, whose matrix products are fastest in it."""
-        return torch.bfloat16 if self.name == "bf16" and self.device_type == "cuda" else self.parameters
+        """Dtype of Muon's iterations."""
+        return torch.bfloat16 if self.name == "bf16" else self.parameters
 
     def autocast(self) -> Any:
         return torch.autocast(self.device_type, self.inputs, enabled=self.name in _AUTOCAST)

@@ -19,9 +19,10 @@ from torch._functorch.aot_autograd import make_boxed_func  # type: ignore[attr-d
 from cifar_dist.config import AugmentConfig, Config, ModelConfig, OptimConfig, TrainConfig
 from cifar_dist.data.loader import Batch, BetonLoader
 from cifar_dist.distributed import World
+from cifar_dist.models import fused
 from cifar_dist.models.inception import Inception
 from cifar_dist.training.metrics import Metrics
-from cifar_dist.training.muon import Layout, MuonSGD, stack_limit
+from cifar_dist.training.muon import MuonSGD, PaddedStacks
 from cifar_dist.training.precision import choose_precision
 from cifar_dist.training.schedule import LOW_RESOLUTION, Step
 from cifar_dist.training.train_step import TrainStep
@@ -49,11 +50,17 @@ class Cost(NamedTuple):
 # prints the table that it has found.
 COUNTED_WITH = "2.15.0"
 COSTS = {
-    "inception_v1 off": Cost(877, 807, 3),
-    "inception_v1 on": Cost(751, 807, 3),
-    "inception_v2 off": Cost(985, 767, 3),
-    "inception_v2 on": Cost(865, 767, 3),
+    "inception_v1 off": Cost(877, 657, 3),
+    "inception_v1 on": Cost(697, 657, 3),
+    "inception_v2 off": Cost(985, 639, 3),
+    "inception_v2 on": Cost(796, 639, 3),
 }
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the machine code for one CPU thread."""
+    monkeypatch.setattr(fused, "_can_use_kernels", lambda _: False)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +141,7 @@ def test_operations_outside_compiled_graphs(
     train_step = train_step_of(replace(config, train=train))
     assert isinstance(train_step.optimizer, MuonSGD)
     filters = [p for p in train_step.model.parameters() if p.ndim == 4 and p.requires_grad]
-    train_step.optimizer.layout = Layout(filters, stack_limit("cuda"))
+    train_step.optimizer.layout = PaddedStacks(filters)
     for _ in range(2):
         operations.by_place.clear()
         with operations:
@@ -159,14 +166,17 @@ def test_the_same_operations_in_every_step(key: str, batches: dict[int, Batch]) 
 def test_activations_stay_as_they_are(key: str, side: int | None, batches: dict[int, Batch]) -> None:
     """In channels-last order, in bfloat16, and where they are, but for the copies that `Inception` explains.
 
-    A pool whose output is itself a branch gets its share of the concatenation's gradient, and copies it inside.
+    A convolution or pool whose output is concatenated gets a share of the gradient, and copies it inside.
     """
     train_step = train_step_of(config_of(key))
     operations = counted(train_step, batches[12], side=side)
-    passed_on = sum(len(block.branch_pool) == 1 for block in modules(train_step))
-    assert [text.split()[0] for text in operations.not_channels_last] == [
-        "max_pool2d_with_indices_backward"
-    ] * passed_on
+    blocks = modules(train_step)
+    shares = Counter(max_pool2d_with_indices_backward=sum(len(block.branch_pool) == 1 for block in blocks))
+    for block in blocks:
+        if block.merge_1x1:
+            shares["convolution_backward"] += 2 + (len(block.branch_pool) == 2 and not block._merge_projection)
+            shares["avg_pool2d_backward"] += block._merge_projection
+    assert Counter(text.split()[0] for text in operations.not_channels_last) == +shares
     assert operations.widened == []
     reduced = side is not None  # which is computed in float32
     assert operations.copies == Counter(clone=known_copies(train_step), _to_copy=int(reduced))
@@ -178,7 +188,7 @@ def modules(train_step: TrainStep) -> list[Inception]:
 
 def known_copies(train_step: TrainStep) -> int:
     merged = [module for module in modules(train_step) if module.merge_1x1]
-    return 2 * len(merged) + 2 * sum(module._merge_projection for module in merged)
+    return 3 * len(merged) + sum(module._merge_projection for module in merged)
 
 
 VIOLATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -200,7 +210,7 @@ def test_a_violation_is_seen(violation: str, batches: dict[int, Batch]) -> None:
     bad.model.get_submodule("blocks.4a").register_forward_hook(hook)
     before, after = counted(good, batches[12]), counted(bad, batches[12])
     assert after.by_place["a forward or backward pass"] > before.by_place["a forward or backward pass"]
-    assert bool(after.not_channels_last) == (violation == "planes")
+    assert (len(after.not_channels_last) > len(before.not_channels_last)) == (violation == "planes")
     assert bool(after.widened) == (violation == "float32")
     assert (after.copies.total() > known_copies(bad)) == (violation != "an operation")
 

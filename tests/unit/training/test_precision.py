@@ -48,7 +48,7 @@ def test_fp16_on_a_cpu_is_warned_of_once(
         ("fp16", "cuda", torch.float32),
         ("fp32", "cuda", torch.float32),
         ("fp64", "cuda", torch.float64),
-        ("bf16", "cpu", torch.float32),
+        ("bf16", "cpu", torch.bfloat16),
     ],
 )
 def test_number_format_of_muon(name: PrecisionName, device_type: str, expected: torch.dtype) -> None:
