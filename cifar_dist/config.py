@@ -203,7 +203,7 @@ class AugmentConfig:
     cutout: Annotated[int, Range(min=0, max=32)] = 8
     """Size in pixels of a square set to the mean colour (arXiv 1708.04552). 0: none."""
     low_resolution_share: Fraction = 0.0
-    """Fraction of all steps, the first ones, with images resized to 24x24, 56 % of the pixels (arXiv 2104.00298)."""
+    """Fraction of all steps, the first ones, with images of 20x20, then 24x24, then 28x28 pixels (arXiv 2104.00298)."""
     extra: Annotated[str | None, tyro.conf.arg(metavar="{None}|MODULE:NAME")] = None
     """Own augmentation, after the others (docs/extending.md)."""
 

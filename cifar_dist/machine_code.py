@@ -1,7 +1,9 @@
 """Python functions as machine code, by numba, and numbers of bfloat16 in them, which numba does not know."""
 
 import hashlib
+import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -16,10 +18,13 @@ def compiled(function: Callable[..., Any], signature: Any, fastmath: bool = Fals
     """
     options = {"fastmath": fastmath, "nogil": True, "error_model": "numpy"}
     try:
-        processor = repr(numba.core.registry.cpu_target.target_context.codegen().magic_tuple())
-        # Part of the cached file's name, so that different machines with one shared folder do not read each other's.
-        name = function.__name__.strip("_")
-        function.__qualname__ = f"{name}_{hashlib.sha256(processor.encode()).hexdigest()[:12]}"
+        # Part of the cached files' names. The processor, so that different machines with one shared folder do not read
+        # each other's; the types, as numba may lose one of two that are compiled at once; all the code, as it looks at
+        # the function's own file alone.
+        processor = numba.core.registry.cpu_target.target_context.codegen().magic_tuple()
+        sources = [Path(path).read_bytes() for path in (__file__, inspect.getfile(function))]
+        digest = hashlib.sha256(repr((processor, signature, sources)).encode()).hexdigest()
+        function.__qualname__ = f"{function.__name__.strip('_')}_{digest[:12]}"
         return numba.njit(signature, cache=True, **options)(function)
     except Exception:  # noqa: BLE001 - whatever is wrong with the cache
         return numba.njit(signature, **options)(function)
@@ -54,6 +59,7 @@ def _implement_to_bits(value: Any, like: Any) -> Any:  # noqa: ARG001
 
     def of_bfloat16(value: Any, like: Any) -> Any:  # noqa: ARG001
         bits = np.float32(value).view(np.int32)
-        return np.int32(bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> np.int32(16)
+        rounded = np.int32(bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> np.int32(16)
+        return rounded if value == value else np.int32(0x7FC0)  # rounding may make NaN a number
 
     return of_float32 if like.dtype.bitwidth == 32 else of_bfloat16

@@ -44,7 +44,7 @@ class Augmentation(Protocol):
         """Augment a micro-batch after the built-in augmentations, by `words` alone, which may be changed in place.
 
         Shapes: normalised images (N, 3, S, S), in float32 or the dtype of train.precision, to the same shape. S is 32,
-        or 24 with augment.low_resolution_share.
+        or 20, 24 and 28 with augment.low_resolution_share.
         words: (N, num_words) int64, uniform from 0 to 2**32 - 1. Must not wait for the device. It may be compiled.
         """
 

@@ -1,7 +1,7 @@
 """Batch norm with ReLU, and max-pool of 3x3: by `kernels` on one CPU thread, else by torch.
 
 torch's take half of a training step of a narrow network there: it goes over the data more often than necessary, and in
-max-pools handles each number by itself. The mathematics is the same; sums are rounded less.
+max-pools handles each number by itself.
 """
 
 from typing import Any
@@ -9,13 +9,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
 def norm_relu(x: Tensor, scale: Tensor, bias: Tensor, eps: float) -> Tensor:
     """ReLU of batch norm (arXiv 1502.03167) with the statistics of `x`, (N, C, H, W)."""
-    if _can_use_kernels(x) and scale.dtype == torch.float32:
+    if _can_use_kernels(x) and x.numel() > x.shape[1] and _is_simple(scale, x) and _is_simple(bias, x):
         output: Tensor = _NormRelu.apply(x, scale, bias, eps)
         return output
     return F.relu_(F.batch_norm(x, None, None, scale, bias, training=True, eps=eps))
@@ -39,23 +40,29 @@ class MaxPool3x3(nn.MaxPool2d):
 
 def _can_use_kernels(x: Tensor) -> bool:
     simple = x.device.type == "cpu" and x.dtype in _BITS and x.is_contiguous(memory_format=torch.channels_last)
-    return simple and not torch.compiler.is_compiling() and torch.get_num_threads() == 1
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or type(x) is not Tensor
+    return simple and not traced and torch.get_num_threads() == 1
+
+
+def _is_simple(parameter: Tensor, x: Tensor) -> bool:
+    """Whether there is a float32 number for each channel; what is wrong otherwise torch says."""
+    return parameter.shape == x.shape[1:2] and parameter.dtype == torch.float32 and parameter.is_contiguous()
 
 
 class _NormRelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, bias: Tensor, eps: float) -> Tensor:
-        y = torch.empty_like(x)
-        mean, inverse = torch.empty_like(scale), torch.empty_like(scale)
-        _run("norm_forward", x, y, scale, bias, eps, mean, inverse)
-        ctx.save_for_backward(x, y, scale, mean, inverse)
+        y, statistics = torch.empty_like(x), scale.new_empty(4, len(scale))
+        _run("norm_forward", x, scale, bias, eps, y, statistics)
+        ctx.save_for_backward(x, statistics)
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, y, scale, mean, inverse = ctx.saved_tensors
-        results = torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)
-        _run("norm_backward", x, y, _dense(gradient), scale, mean, inverse, *results)
+        x, statistics = ctx.saved_tensors
+        results = torch.empty_like(x), torch.empty_like(statistics[0]), torch.empty_like(statistics[0])
+        _run("norm_backward", x, _dense(gradient), statistics, *results)
         return *results, None
 
 
@@ -68,6 +75,7 @@ class _MaxPool(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, y = ctx.saved_tensors
         result = torch.empty_like(x)

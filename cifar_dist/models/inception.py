@@ -91,13 +91,13 @@ class Inception(nn.Module):
         """In training mode: the 1x1 convolutions on `x` as one, uncompiled also the norms of the branches' outputs."""
         first = [] if self.branch1x1 is None else [self.branch1x1]
         branches = [cast(list[ConvNormAct], list(branch)) for branch in (self.branch3x3, self.branch5x5)]
-        pool, *projections = cast(list[ConvNormAct], list(self.branch_pool))
-        reductions = [layers[0] for layers in branches]
+        pool, projections = self.branch_pool[0], cast(list[ConvNormAct], list(self.branch_pool[1:]))
+        reductions = [branch[0] for branch in branches]
         sizes = [layer.conv.out_channels for layer in (*first, *reductions)]
+        # Below, layers after a split would copy their strided input, forward and backward; one dense copy costs less.
         if self._merge_projection:
             raw = _convolve(x, [*first, *reductions, *projections])
             raw, projected = _split(raw, [sum(sizes), projections[0].conv.out_channels])
-            # Layers after a split copy their strided input, forward and backward; one dense copy costs less.
             pooled = pool(projected.clone())
         else:
             raw, pooled = _convolve(x, [*first, *reductions]), pool(x)
@@ -107,14 +107,14 @@ class Inception(nn.Module):
             raw = raw.clone() if self._merge_projection else raw
             *outputs, reduced3x3, reduced5x5 = _split(_norm_act(raw, [*first, *reductions]), sizes)
         else:
-            *outputs, reduced = _split(raw, [*sizes[:-2], sum(sizes[-2:])])
-            reduced3x3, reduced5x5 = _split(_norm_act(reduced.clone(), reductions), sizes[-2:])
+            *outputs, both = _split(raw, [*sizes[:-2], sum(sizes[-2:])])
+            reduced3x3, reduced5x5 = _split(_norm_act(both.clone(), reductions), sizes[-2:])
         for reduced, (_, *inner, last) in zip((reduced3x3, reduced5x5), branches, strict=True):
             hidden = reduced.clone()
             for layer in inner:
                 hidden = layer(hidden)
             outputs.append(last.conv(hidden))
-        layers = [*first, *(layers[-1] for layers in branches), *projections]
+        layers = [*first, *(branch[-1] for branch in branches), *projections]
         outputs.append(pooled)
         if not compiled:
             joined = _norm_act(_concatenate(outputs[: len(layers)]), layers)

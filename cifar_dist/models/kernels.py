@@ -1,8 +1,8 @@
 """Machine code for one CPU thread: batch norm with ReLU, and max-pool of 3x3, forward and backward; by numba.
 
-Tensors (N, H, W, C) come as arrays of the bits of their numbers: int16 for bfloat16, int32 for float32. All is
-computed in float32. Inner loops are over adjacent numbers, so that LLVM makes vector instructions of them. It reorders
-no sum for that, so results do not depend on the processor.
+Tensors (N, H, W, C) come as arrays of the bits of their numbers: int16 for bfloat16, int32 for float32. All is computed
+in float32, long sums in float64. Inner loops are over adjacent numbers, so that LLVM makes vector instructions of them.
+It reorders no sum for that, so results do not depend on the processor.
 """
 
 from collections.abc import Callable
@@ -17,68 +17,64 @@ from cifar_dist.machine_code import to_bits, to_float
 
 _function: Callable[[Any], Any] = numba.njit(error_model="numpy", nogil=True)
 _LENGTH = 768  # of inner loops of `norm_forward` and `norm_backward`, about
+_ROWS = 64  # how many numbers are added in float32, before the sum goes to one in float64
 
 
 @cache
 def compiled(function: Any, itemsize: int) -> Any:
     """One of the four functions below for numbers of `itemsize` bytes."""
     images = numba.types.Array({2: numba.int16, 4: numba.int32}[itemsize], 4, "C")
-    channels = numba.float32[::1]
+    channels, statistics = numba.float32[::1], numba.float32[:, ::1]
     types = {
-        norm_forward: (images, images, channels, channels, numba.float64, channels, channels),
-        norm_backward: (*[images] * 3, *[channels] * 3, images, channels, channels),
+        norm_forward: (images, channels, channels, numba.float64, images, statistics),
+        norm_backward: (images, images, statistics, images, channels, channels),
         pool_forward: (images, images),
         pool_backward: (images, images, images, images),
     }
     return machine_code.compiled(function, numba.void(*types[function]))
 
 
-def norm_forward(x: Any, y: Any, scale: Any, bias: Any, eps: float, mean: Any, inverse: Any) -> None:
-    """Write max(0, batch norm of x) into y, and per channel the mean and 1 / standard deviation."""
+def norm_forward(x: Any, scale: Any, bias: Any, eps: float, y: Any, statistics: Any) -> None:
+    """Write max(0, batch norm of x) into y.
+
+    statistics: (4, C); gets mean, 1 / standard deviation, and the factor and the term that together are the norm.
+    """
+    mean, inverse, factor, term = statistics
     count, channels = x.size // len(scale), len(scale)
-    pixels = _pixels(x)
-    length = pixels * channels
-    flat, offset = x.reshape(-1), np.empty(length, np.float32)
-    _load(offset[:channels], flat[:channels])  # sums of differences from any value of the channel round less
-    for t in range(channels, length):
-        offset[t] = offset[t - channels]
-    sums, squares = np.zeros(length, np.float32), np.zeros(length, np.float32)
-    _add_moments(sums, squares, flat, offset)
-    factor, term = np.empty(length, np.float32), np.empty(length, np.float32)
+    length = _pixels(x) * channels
+    flat, offset = x.reshape(-1), np.zeros(channels, np.float32)
+    sums, squares = np.zeros(length, np.float64), np.zeros(length, np.float64)
+    _add_moments(sums, squares, x[0].reshape(-1), _repeated(offset, length))
+    for c in range(channels):
+        offset[c] = _sum(sums, c, channels) / x[0].size * channels  # differences from about the mean round less
+    sums[:], squares[:] = 0, 0
+    _add_moments(sums, squares, flat, _repeated(offset, length))
     for c in range(channels):
         difference = _sum(sums, c, channels) / count
         variance = max(_sum(squares, c, channels) / count - difference * difference, 0.0)
         mean[c], inverse[c] = offset[c] + difference, 1 / np.sqrt(variance + eps)
-        factor[c::channels] = scale[c] * inverse[c]
-        term[c::channels] = bias[c] - mean[c] * factor[c]
-    _scale_relu(y.reshape(-1), flat, factor, term)
+        factor[c] = scale[c] * inverse[c]
+        term[c] = bias[c] - mean[c] * factor[c]
+    _scale_relu(y.reshape(-1), flat, _repeated(factor, length), _repeated(term, length))
 
 
-def norm_backward(
-    x: Any, y: Any, gradient: Any, scale: Any, mean: Any, inverse: Any, of_x: Any, of_scale: Any, of_bias: Any
-) -> None:
-    """Write the gradients of x, scale and bias, given that of y, into the last three arguments."""
-    count, channels = x.size // len(scale), len(scale)
+def norm_backward(x: Any, gradient: Any, statistics: Any, of_x: Any, of_scale: Any, of_bias: Any) -> None:
+    """Write the gradients of x, scale and bias into the last three arguments, given that of y."""
+    mean, inverse, factor, term = statistics
+    count, channels = x.size // len(mean), len(mean)
     length = _pixels(x) * channels
-    inputs, outputs, gradients, result = x.reshape(-1), y.reshape(-1), gradient.reshape(-1), of_x.reshape(-1)
-    means = np.empty(length, np.float32)
-    for t in range(length):
-        means[t] = mean[t % channels]
-    sums, products = np.zeros(length, np.float32), np.zeros(length, np.float32)
-    _add_products(sums, products, inputs, outputs, gradients, means)
-    of_gradient, of_input, term = (
-        np.empty(length, np.float32),
-        np.empty(length, np.float32),
-        np.empty(length, np.float32),
-    )
+    inputs, gradients = x.reshape(-1), gradient.reshape(-1)
+    factors, terms = _repeated(factor, length), _repeated(term, length)
+    sums, products = np.zeros(length, np.float64), np.zeros(length, np.float64)
+    _add_products(sums, products, inputs, gradients, factors, terms, _repeated(mean, length))
+    slope, constant = np.empty(channels, np.float32), np.empty(channels, np.float32)
     for c in range(channels):
         total, product = _sum(sums, c, channels), _sum(products, c, channels)
         of_bias[c], of_scale[c] = total, product * inverse[c]
-        factor = np.float64(scale[c]) * inverse[c]
-        slope = -factor * inverse[c] * inverse[c] * product / count
-        of_gradient[c::channels], of_input[c::channels] = factor, slope
-        term[c::channels] = -factor * total / count - slope * mean[c]
-    _combine(result, inputs, outputs, gradients, of_gradient, of_input, term)
+        exact = -factor[c] * inverse[c] * inverse[c] * product / count
+        slope[c], constant[c] = exact, -factor[c] * total / count - exact * mean[c]
+    slopes, constants = _repeated(slope, length), _repeated(constant, length)
+    _combine(of_x.reshape(-1), inputs, gradients, factors, terms, slopes, constants)
 
 
 def pool_forward(x: Any, y: Any) -> None:
@@ -168,6 +164,14 @@ def _pixels(x: Any) -> Any:
 
 
 @_function
+def _repeated(values: Any, length: int) -> Any:
+    result = np.empty(length, np.float32)
+    for t in range(length):
+        result[t] = values[t % values.size]
+    return result
+
+
+@_function
 def _sum(values: Any, channel: int, channels: int) -> float:
     total = 0.0
     for t in range(channel, values.size, channels):
@@ -178,12 +182,16 @@ def _sum(values: Any, channel: int, channels: int) -> float:
 @_function
 def _add_moments(sums: Any, squares: Any, x: Any, offset: Any) -> None:
     length = sums.size
-    for start in range(0, x.size, length):
-        row = x[start : start + length]
-        for t in range(length):
-            difference = to_float(row[t]) - offset[t]
-            sums[t] += difference
-            squares[t] += difference * difference
+    for block in range(0, x.size, _ROWS * length):
+        some, some_squares = np.zeros(length, np.float32), np.zeros(length, np.float32)
+        for start in range(block, min(block + _ROWS * length, x.size), length):
+            row = x[start : start + length]
+            for t in range(length):
+                difference = to_float(row[t]) - offset[t]
+                some[t] += difference
+                some_squares[t] += difference * difference
+        sums += some
+        squares += some_squares
 
 
 @_function
@@ -197,24 +205,28 @@ def _scale_relu(y: Any, x: Any, factor: Any, term: Any) -> None:
 
 
 @_function
-def _add_products(sums: Any, products: Any, x: Any, y: Any, gradient: Any, mean: Any) -> None:
+def _add_products(sums: Any, products: Any, x: Any, gradient: Any, factor: Any, term: Any, mean: Any) -> None:
     length = sums.size
-    for start in range(0, x.size, length):
-        end = start + length
-        inputs, outputs, gradients = x[start:end], y[start:end], gradient[start:end]
-        for t in range(length):
-            passed = to_float(gradients[t]) if outputs[t] > 0 else np.float32(0)
-            sums[t] += passed
-            products[t] += passed * (to_float(inputs[t]) - mean[t])
+    for block in range(0, x.size, _ROWS * length):
+        some, some_products = np.zeros(length, np.float32), np.zeros(length, np.float32)
+        for start in range(block, min(block + _ROWS * length, x.size), length):
+            inputs, gradients = x[start : start + length], gradient[start : start + length]
+            for t in range(length):
+                value = to_float(inputs[t])
+                passed = to_float(gradients[t]) if value * factor[t] + term[t] > 0 else np.float32(0)
+                some[t] += passed
+                some_products[t] += passed * (value - mean[t])
+        sums += some
+        products += some_products
 
 
 @_function
-def _combine(of_x: Any, x: Any, y: Any, gradient: Any, of_gradient: Any, of_input: Any, term: Any) -> None:
+def _combine(of_x: Any, x: Any, gradient: Any, factor: Any, term: Any, slope: Any, constant: Any) -> None:
     length = term.size
     for start in range(0, x.size, length):
-        end = start + length
-        inputs, outputs, gradients, to = x[start:end], y[start:end], gradient[start:end], of_x[start:end]
+        inputs, gradients = x[start : start + length], gradient[start : start + length]
+        to = of_x[start : start + length]
         for t in range(length):
-            passed = to_float(gradients[t]) if outputs[t] > 0 else np.float32(0)
-            value = passed * of_gradient[t] + (to_float(inputs[t]) * of_input[t] + term[t])
-            to[t] = to_bits(value, x)
+            value = to_float(inputs[t])
+            passed = to_float(gradients[t]) if value * factor[t] + term[t] > 0 else np.float32(0)
+            to[t] = to_bits(passed * factor[t] + (value * slope[t] + constant[t]), x)

@@ -76,6 +76,8 @@ class BatchNorm2d(WithoutAverages, nn.BatchNorm2d):
 class ConvNormAct(nn.Sequential):
     """Convolution, batch norm (unless `variant.norm` is none), ReLU. With stride 1 the grid keeps its size.
 
+    In training norm and ReLU are one function, so hooks on these two layers are not called.
+
     Shapes: (N, `in_channels`, H, W) to (N, `out_channels`, H / stride, W / stride).
     """
 
@@ -89,7 +91,7 @@ class ConvNormAct(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         norm = self.norm
-        if norm is None or not self.training or norm.recalibrating:
+        if norm is None or not norm.training or norm.recalibrating:
             for layer in self:
                 x = layer(x)
             return x

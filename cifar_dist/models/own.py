@@ -20,7 +20,7 @@ class Network(Protocol):
     def __call__(self, config: ModelConfig, num_classes: int) -> nn.Module:
         """The network on the CPU, in float32, with random weights from torch's global generator, which is seeded.
 
-        Shapes: normalised images (N, 3, S, S) to logits (N, num_classes). S is 32, in training also 24 with
+        Shapes: normalised images (N, 3, S, S) to logits (N, num_classes). S is 32, in training also 20, 24 and 28 with
         `augment.low_resolution_share`. The settings in `config` may be used or not. In training it may return `Logits`
         whose auxiliary ones come from its submodule `auxiliary`, an nn.ModuleDict that is emptied for evaluation.
         """

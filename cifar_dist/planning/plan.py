@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import repeat
@@ -26,7 +27,7 @@ from cifar_dist.models.layers import num_parameters
 from cifar_dist.training import checkpoint, run_directory
 from cifar_dist.training.metrics import Metrics
 from cifar_dist.training.precision import Precision, choose_precision, set_backends
-from cifar_dist.training.schedule import LOW_RESOLUTION, Schedule, Step
+from cifar_dist.training.schedule import Schedule, Step
 from cifar_dist.training.summary import device_name
 from cifar_dist.training.train_step import TrainStep
 
@@ -140,12 +141,12 @@ def measure(config: Config, plan: Figures) -> TrainingTime:
         indices = torch.arange(num, device=device)
         images = torch.zeros(num, 32, 32, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)  # as the loader's
         batches = repeat((0, Batch(images, torch.zeros_like(indices), indices)))
-        seconds, low = 0.0, plan["low_resolution_steps"]
-        for image_size, count in ((LOW_RESOLUTION, low), (None, plan["steps"] - low)):
-            if count:
-                step = partial(train_step.run, Step(0, 0.0, image_size), batches, Metrics(world))
-                timer = Timer("step()", globals={"step": step}, num_threads=threads)  # waits for the GPU, warms up
-                seconds += count * timer.blocked_autorange(min_run_time=_MEASURE_S).median
+        schedule, seconds = Schedule(config, plan["steps_per_epoch"]), 0.0
+        sizes = Counter(schedule.step(number).image_size for number in range(plan["steps"]))
+        for image_size, count in sizes.items():
+            step = partial(train_step.run, Step(0, 0.0, image_size), batches, Metrics(world))
+            timer = Timer("step()", globals={"step": step}, num_threads=threads)  # waits for the GPU, warms up
+            seconds += count * timer.blocked_autorange(min_run_time=_MEASURE_S).median
         memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     name = device_name(device) + f", {threads} threads" * (device.type == "cpu")
     source = f"measured here, {name}, without reading data and without other devices"

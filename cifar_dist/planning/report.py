@@ -25,7 +25,7 @@ def page(config: Config, plan: Figures, time: TrainingTime | None, findings: Fin
     rows = [
         ("network", f"{network}; {plan['precision']}"),
         ("devices", devices.format(gpus=plan["world_size"] // plan["nodes"], **plan)),
-        ("steps", steps.format(**plan) + (f"; the first {low:,} steps at 24 x 24 pixels" if low else "")),
+        ("steps", steps.format(**plan) + (f"; the first {low:,} steps with small images" if low else "")),
         *zip_longest(["learning rate"], _learning_rates(plan), fillvalue=""),
         ("memory", f"{memory / 2**30:.2f} GiB per GPU (torch.cuda.max_memory_allocated)" if memory else ""),
         ("time", _time(plan, time)),

@@ -67,6 +67,8 @@ class FlatNetwork(nn.Module):
         # Those of odd sizes last, so that the others begin at multiples of 16 bytes, which GPUs read faster.
         trained.sort(key=lambda item: item[1].numel() % 4 > 0)
         self._names = [name for name, _ in trained]
+        every = list(network.named_parameters(remove_duplicate=False))
+        self._ties = len(every) > len(list(network.named_parameters()))  # looking for ties in each pass takes time
         self._parameters_of_network = tuple(p for _, p in trained)
         self._formats = [Format.of(p) for _, p in trained]
         self.flat = nn.Parameter(flatten(p.detach() for _, p in trained))
@@ -81,7 +83,7 @@ class FlatNetwork(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         parameters = dict(zip(self._names, parts(self.flat, self._formats), strict=True))
-        outputs = functional_call(self._network[0], parameters, (images,))
+        outputs = functional_call(self._network[0], parameters, (images,), tie_weights=self._ties)
         logits, auxiliary = outputs if isinstance(outputs, Logits) else (outputs, ())
         loss = objective = self._loss(logits, labels, self.label_smoothing)
         for output in auxiliary:

@@ -19,7 +19,7 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 
 # Coefficients a, b, c of the polynomials a x + b x^3 + c x^5, one for each iteration. Each is the best approximation of
 # 1 on the interval to which the one before it maps [0.01, 1] (Amsel et al. 2025, arXiv 2505.16932). Together they bring
-# singular values of at least 0.01 to between 0.73 and 1.27.
+# singular values of at least 0.01 to between 0.71 and 1.27.
 _POLYNOMIALS = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 _SAFETY = 1.01  # singular values are divided by it, as rounding may bring them above 1, where the first one is steep
 _MIN_ROWS_BF16 = 128  # on CPUs products of smaller matrices are faster in float32
@@ -84,16 +84,17 @@ class StackPerShape:
             self._members[_wide(bank).shape].append(k)
 
     def orthogonalize(self, banks: Tensors, norms: Tensor, dtype: torch.dtype, results: Tensors) -> None:
-        """Write the orthogonalized matrices of `banks` into `results`, iterating in `dtype` where that is fast.
+        """Write the orthogonalized matrices of `banks` into `results`, iterating in `dtype` if they are large.
 
         norms: of each bank, (F,).
         """
         units = torch._foreach_div(banks, list(norms.unbind()))
         for (rows, _), numbers in self._members.items():
             stack = torch.stack([_wide(units[k]) for k in numbers])
-            fast = dtype if rows >= _MIN_ROWS_BF16 else stack.dtype
-            for k, matrix in zip(numbers, orthogonalized(stack.to(fast)), strict=True):
-                _wide(results[k]).copy_(matrix)
+            large = rows >= _MIN_ROWS_BF16
+            for k, matrix in zip(numbers, orthogonalized(stack.to(dtype) if large else stack), strict=True):
+                _wide(units[k]).copy_(matrix)  # not into results, whose order of memory may be another
+        torch._foreach_copy_(results, units)
 
     def scale(self, banks: Tensors, factors: Tensor) -> None:
         """Multiply each bank by its factor, (F,), in place."""

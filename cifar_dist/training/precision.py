@@ -36,8 +36,9 @@ class Precision:
 
     @property
     def muon(self) -> torch.dtype:
-        """Dtype of Muon's iterations."""
-        return torch.bfloat16 if self.name == "bf16" else self.parameters
+        """Dtype of Muon's iterations: bfloat16 for runs in bf16, if the device has products of such numbers."""
+        fast = self.name == "bf16" and (self.device_type == "cuda" or _cpu_has_bf16())
+        return torch.bfloat16 if fast else self.parameters
 
     def autocast(self) -> Any:
         return torch.autocast(self.device_type, self.inputs, enabled=self.name in _AUTOCAST)

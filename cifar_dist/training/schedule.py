@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from cifar_dist.config import Config, OptimConfig
 
-LOW_RESOLUTION = 24  # image size in pixels: 56 % of those of 32 x 32
+LOW_RESOLUTIONS = (20, 24, 28)  # image sizes in pixels, one after the other, each for as many steps
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Schedule:
         return round(self.config.augment.low_resolution_share * self.total_steps)
 
     def step(self, number: int) -> Step:
-        image_size = LOW_RESOLUTION if number < self.low_resolution_steps else None
+        low = self.low_resolution_steps
+        image_size = LOW_RESOLUTIONS[number * len(LOW_RESOLUTIONS) // low] if number < low else None
         rate = lr_fraction(number, self.total_steps, self.config.optim)
         return Step(number, rate, image_size, logged=self.should_log(number + 1))
 

@@ -23,7 +23,7 @@ from cifar_dist.training.flat_network import FlatNetwork
 from cifar_dist.training.metrics import Metrics
 from cifar_dist.training.optim import learning_rates
 from cifar_dist.training.precision import Precision, compile_for_training, is_compiled
-from cifar_dist.training.schedule import LOW_RESOLUTION, Step
+from cifar_dist.training.schedule import LOW_RESOLUTIONS, Step
 
 _BUILD = Phase("building and compiling the network", limit_s=SLOW_S)
 _COMPILE = _BUILD._replace(limit_s=VERY_SLOW_S)
@@ -108,10 +108,11 @@ class TrainStep:
 
     def _pass_zeros(self) -> None:
         """A forward and backward pass of zeros per image size, two at least."""
-        num, fraction = self.config.train.micro_batch_size, self.config.augment.low_resolution_share
+        num, share = self.config.train.micro_batch_size, self.config.augment.low_resolution_share
         images = torch.zeros(num, 32, 32, 3, dtype=torch.uint8, device=self.world.device).permute(0, 3, 1, 2)
         batch = Batch(images, *torch.zeros(2, num, dtype=torch.int64, device=self.world.device))
-        for image_size in (LOW_RESOLUTION if fraction > 0 else None, None if fraction < 1 else LOW_RESOLUTION):
+        sizes = (*LOW_RESOLUTIONS, *([None] if share < 1 else [])) if share > 0 else (None, None)
+        for image_size in sizes:
             loss, _ = self._forward(self._inputs(batch, 0, image_size)[0], batch.labels)
             torch.autograd.backward(loss * 0)
 

@@ -60,10 +60,43 @@ def test_norm_with_relu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert found[0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_large_mean_costs_no_digits() -> None:
-    x = random((32, 8, 16, 16), torch.float32) + 4000
-    found = norm_relu(x, torch.ones(8), torch.zeros(8), 1e-5)
-    assert (found - plain(x.double(), torch.ones(8).double(), torch.zeros(8).double())).abs().max() < 1e-3
+@pytest.mark.parametrize("case", ["large mean", "first pixel far away", "many channels"])
+def test_sums_keep_their_digits(case: str) -> None:
+    x = random((64, 400 if case == "many channels" else 8, 16, 16), torch.float32)
+    if case == "large mean":
+        x += 4000
+    elif case == "first pixel far away":
+        x[0, :, 0, 0] = 1000
+    ones = torch.ones(x.shape[1])
+    found, exact = norm_relu(x, ones, 0 * ones, 1e-5), plain(x.double(), ones.double(), 0 * ones.double())
+    assert (found - exact).norm() < (3e-4 if case == "large mean" else 1e-6) * exact.norm()
+
+
+@pytest.mark.parametrize(
+    ("scale", "bias"),
+    [(torch.ones(9), torch.zeros(8)), (torch.ones(8), torch.zeros(4)), (torch.ones(1000), torch.zeros(1000))],
+)
+def test_wrong_parameters_are_refused_as_by_torch(scale: Tensor, bias: Tensor) -> None:
+    with pytest.raises(RuntimeError, match="elements"):
+        norm_relu(random((2, 8, 4, 4), torch.float32), scale, bias, 1e-5)
+
+
+def test_parameters_and_inputs_that_the_kernels_do_not_take() -> None:
+    x, wide = random((2, 8, 4, 4), torch.float32), torch.randn(8, 2)
+    expected = plain(x, wide[:, 0], wide[:, 1])
+    assert torch.allclose(norm_relu(x, wide[:, 0], wide[:, 1], 1e-5), expected, atol=1e-5)
+    assert norm_relu(x[:0], torch.ones(8), torch.zeros(8), 1e-5).shape == (0, 8, 4, 4)
+    assert MaxPool3x3()(x[:0]).shape == (0, 8, 4, 4)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        norm_relu(x[:1, :, :1, :1], torch.ones(8), torch.zeros(8), 1e-5)
+
+
+def test_no_wrong_second_derivatives() -> None:
+    for function in (MaxPool3x3(), lambda x: norm_relu(x, torch.ones(8), torch.zeros(8), 1e-5)):
+        x = random((2, 8, 4, 4), torch.float32).requires_grad_()
+        (gradient,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="twice"):
+            torch.autograd.backward((gradient.square() + x.square()).sum())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

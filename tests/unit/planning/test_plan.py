@@ -127,7 +127,7 @@ def test_without_validation() -> None:
     assert (found["steps"], found["samples_dropped_per_epoch"], found["validations"]) == (780, 80, [])
     assert (found["checkpoints_written"], found["checkpoints_kept"]) == (1, 1)
     assert found["checkpoints_bytes"] == found["checkpoint_bytes"]
-    assert found["low_resolution_steps"] == 390
+    assert found["low_resolution_steps"] == 624
     peak = found["learning_rate"]["peak"]
     assert [peak[name] for name in ("SGD", "SGD (biases)", "Muon")] == pytest.approx([0.1, 3.2, 0.03])
 

@@ -84,16 +84,16 @@ def num_graphs() -> int:
 
 @pytest.mark.parametrize(("name", "merge"), [("inception_v1", "off"), ("inception_v2", "on")])
 def test_compiled_once(name: Any, merge: Any, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Augmentation and network for two sizes: four graphs, all there before the first step."""
+    """Augmentation and network for four sizes: eight graphs, all there before the first step."""
     config = replace(CONFIG, model=replace(CONFIG.model, name=name, merge_1x1=merge))
     with BetonLoader(data_dir / "train.beton", ALONE.device) as loader:
         trainer = trainer_of(config, loader, tmp_path)
         train_from_here = note_after_preparation(trainer, monkeypatch)
         trainer.train()
-    assert train_from_here == [4]
+    assert train_from_here == [8]
     assert trainer.progress.step == 20
     assert trainer.progress.last_validation is not None
-    assert num_graphs() == 4
+    assert num_graphs() == 8
     assert not counters["graph_break"]
 
 
@@ -119,8 +119,9 @@ def test_no_gradients_are_exchanged_before_all_is_compiled(
     config = replace(CONFIG, augment=AugmentConfig(low_resolution_share=share))
     config = replace(config, train=replace(config.train, exact_sum=exact_sum))
     TrainStep(config, ALONE, Precision("bf16", "cpu")).prepare()
-    assert events[:2] == [("compilation", VERY_SLOW_S)] * 2  # augmentation and network
-    assert set(events[2:]) == {("exchange", SLOW_S)}
+    num = 2 * (1 if share == 0 else 3)  # augmentation and network, for each size
+    assert events[:num] == [("compilation", VERY_SLOW_S)] * num
+    assert set(events[num:]) == {("exchange", SLOW_S)}
 
 
 def test_a_break_is_seen(monkeypatch: pytest.MonkeyPatch, data_dir: Path, tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def test_a_break_is_seen(monkeypatch: pytest.MonkeyPatch, data_dir: Path, tmp_pa
     monkeypatch.setattr(Inception, "forward", broken)
     with BetonLoader(data_dir / "train.beton", ALONE.device) as loader:
         trainer_of(CONFIG, loader, tmp_path).train_step.prepare()
-    assert num_graphs() > 4
+    assert num_graphs() > 8
     assert counters["graph_break"]
 
 
@@ -142,6 +143,6 @@ def test_a_recompilation_is_seen(monkeypatch: pytest.MonkeyPatch, data_dir: Path
     with BetonLoader(data_dir / "train.beton", ALONE.device) as loader:
         trainer = trainer_of(CONFIG, loader, tmp_path)
         note_after_preparation(trainer, monkeypatch)
-        monkeypatch.setattr(schedule, "LOW_RESOLUTION", 28)
+        monkeypatch.setattr(schedule, "LOW_RESOLUTIONS", (20, 24, 26))
         with pytest.raises(RecompileError):
             trainer.train()

@@ -34,8 +34,10 @@ def batch() -> tuple[Tensor, Tensor]:
 def loss_by_hand(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     outputs = network(images)
     main, auxiliary = outputs if isinstance(outputs, Logits) else (outputs, ())
-    losses = [nn.functional.cross_entropy(logits, labels, label_smoothing=0.1) for logits in (main, *auxiliary)]
-    return losses[0] + 0.3 * sum(losses[1:])
+    first, *others = [nn.functional.cross_entropy(each, labels, label_smoothing=0.1) for each in (main, *auxiliary)]
+    for loss in others:
+        first = first + 0.3 * loss
+    return first
 
 
 @pytest.mark.parametrize("values", [{}, {"name": "inception_v2", "merge_1x1": "on"}, {"auxiliary": True}])

@@ -24,7 +24,7 @@ from cifar_dist.models.inception import Inception
 from cifar_dist.training.metrics import Metrics
 from cifar_dist.training.muon import MuonSGD, PaddedStacks
 from cifar_dist.training.precision import choose_precision
-from cifar_dist.training.schedule import LOW_RESOLUTION, Step
+from cifar_dist.training.schedule import LOW_RESOLUTIONS, Step
 from cifar_dist.training.train_step import TrainStep
 from tests.support.counting import Operations
 
@@ -161,7 +161,7 @@ def test_the_same_operations_in_every_step(key: str, batches: dict[int, Batch]) 
     assert first.by_name == later.by_name == larger.by_name
 
 
-@pytest.mark.parametrize("side", [None, LOW_RESOLUTION])
+@pytest.mark.parametrize("side", [None, *LOW_RESOLUTIONS])
 @pytest.mark.parametrize("key", COSTS)
 def test_activations_stay_as_they_are(key: str, side: int | None, batches: dict[int, Batch]) -> None:
     """In channels-last order, in bfloat16, and where they are, but for the copies that `Inception` explains.

@@ -48,11 +48,15 @@ def test_fp16_on_a_cpu_is_warned_of_once(
         ("fp16", "cuda", torch.float32),
         ("fp32", "cuda", torch.float32),
         ("fp64", "cuda", torch.float64),
-        ("bf16", "cpu", torch.bfloat16),
+        ("bf16", "cpu with bf16", torch.bfloat16),
+        ("bf16", "cpu without", torch.float32),
     ],
 )
-def test_number_format_of_muon(name: PrecisionName, device_type: str, expected: torch.dtype) -> None:
-    assert Precision(name, device_type).muon == expected
+def test_number_format_of_muon(
+    name: PrecisionName, device_type: str, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: device_type == "cpu with bf16")
+    assert Precision(name, device_type.split()[0]).muon == expected
 
 
 @pytest.mark.parametrize(

@@ -33,4 +33,4 @@ def test_schedule_counts_in_steps() -> None:
     assert {schedule.step(done).image_size for done in range(15)} == {None}
     assert Schedule(replace(config, train=TrainConfig(max_steps=7)), 5).total_steps == 7
     small = Schedule(replace(config, augment=AugmentConfig(low_resolution_share=0.4)), 5)
-    assert [small.step(done).image_size for done in range(15)] == [24] * 6 + [None] * 9
+    assert [small.step(done).image_size for done in range(15)] == [20, 20, 24, 24, 28, 28] + [None] * 9
