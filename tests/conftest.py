@@ -95,6 +95,12 @@ def _left_behind() -> list[str]:
     return found
 
 
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks run torch's operations alone, as on a GPU, without the machine code for one CPU thread."""
+    monkeypatch.setattr("cifar_dist.models.fused.can_use_kernels", lambda _: False)
+
+
 @pytest.fixture(autouse=True)
 def _threads_of_torch() -> Iterator[None]:
     """Undo what a test left: with two threads in each of two workers, both would wait for each other's processors."""

@@ -19,6 +19,8 @@ from cifar_dist.benchmarks.measure import Case, Table, interleaved, torch_as_in_
 from cifar_dist.benchmarks.settings import BenchConfig, Stem
 from cifar_dist.config import AugmentConfig, ModelConfig
 from cifar_dist.data import augment
+from cifar_dist.models.fused import can_use_kernels
+from cifar_dist.models.network import InceptionNetwork
 from cifar_dist.training.precision import Precision, compile_for_training
 
 
@@ -100,12 +102,12 @@ def _networks(config: BenchConfig, precision: Precision, stem: Stem, num: int, l
         add(TORCHVISION_NCHW, partial(baselines.torchvision_step, stem, num, precision))
         add(TORCHVISION_NHWC, partial(baselines.torchvision_step, stem, num, precision, channels_last=True))
     rows = interleaved({name: (num, step) for name, step in steps.items()}, config)
-    machine_code = config.device == "cpu" and torch.get_num_threads() == 1  # see models/fused.py
     for row in rows:
         step, (flops, num_bytes), steps_per_second = steps[row.name], costs[row.name], row.median / num
         row.more["TFLOP/s"] = steps_per_second * flops / 1e12
         row.more["% of product"] = 100 * row.more["TFLOP/s"] / limits[0]
-        if step.network is step.model and not machine_code:  # compiled operations move other bytes
+        machine_code = isinstance(step.model, InceptionNetwork) and can_use_kernels(step.images)
+        if step.network is step.model and not machine_code:  # both move other bytes than the operations
             row.more["% of copy"] = 100 * steps_per_second * num_bytes / 1e9 / limits[1]
     if config.width != 1:
         notes.append(f"width {config.width:g}; without torchvision's googlenet, which has no width")

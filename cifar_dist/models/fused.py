@@ -16,7 +16,7 @@ _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 def norm_relu(x: Tensor, scale: Tensor, bias: Tensor, eps: float) -> Tensor:
     """ReLU of batch norm (arXiv 1502.03167) with the statistics of `x`, (N, C, H, W)."""
-    if _can_use_kernels(x) and x.numel() > x.shape[1] and _is_simple(scale, x) and _is_simple(bias, x):
+    if can_use_kernels(x) and x.numel() > x.shape[1] and _is_simple(scale, x) and _is_simple(bias, x):
         output: Tensor = _NormRelu.apply(x, scale, bias, eps)
         return output
     return F.relu_(F.batch_norm(x, None, None, scale, bias, training=True, eps=eps))
@@ -32,13 +32,14 @@ class MaxPool3x3(nn.MaxPool2d):
         super().__init__(3, stride=1, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if _can_use_kernels(x):
+        if can_use_kernels(x):
             output: Tensor = _MaxPool.apply(x)
             return output
         return F.max_pool2d(x, 3, stride=1, padding=1)
 
 
-def _can_use_kernels(x: Tensor) -> bool:
+def can_use_kernels(x: Tensor) -> bool:
+    """Whether `kernels` handle activations like `x`, (N, C, H, W), instead of torch's operations."""
     simple = x.device.type == "cpu" and x.dtype in _BITS and x.is_contiguous(memory_format=torch.channels_last)
     traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or type(x) is not Tensor
     return simple and not traced and torch.get_num_threads() == 1

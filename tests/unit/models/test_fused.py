@@ -48,7 +48,7 @@ def test_norm_with_relu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, gradient = random(shape, dtype) * 3 + 7, random(shape, dtype, seed=1)
     torch.manual_seed(0)  # with which no output is as good as zero, where rounding decides on the gradient
     scale, bias = torch.rand(shape[1]) + 0.5, torch.randn(shape[1])
-    assert fused._can_use_kernels(x)
+    assert fused.can_use_kernels(x)
     found = gradients(lambda x, scale, bias: norm_relu(x, scale, bias, 1e-5), gradient, x, scale, bias)
     exact = gradients(plain, gradient.double(), x.double(), scale.double(), bias.double())
     for ours, wanted in zip(found, exact, strict=True):
@@ -130,7 +130,7 @@ def test_gradients_in_another_order_of_memory() -> None:
 @pytest.mark.parametrize("why", ["threads", "float64", "planes", "compiled", "GPU"])
 def test_otherwise_by_torch(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = random((2, 8, 4, 4), torch.float64 if why == "float64" else torch.float32)
-    assert fused._can_use_kernels(x) == (why != "float64")
+    assert fused.can_use_kernels(x) == (why != "float64")
     if why == "threads":
         torch.set_num_threads(2)
     elif why == "planes":

@@ -21,18 +21,13 @@ from torch import Tensor
 
 from cifar_dist.config import Config
 from cifar_dist.data.loader import BetonLoader
-from cifar_dist.models import fused
 from cifar_dist.training.precision import Precision
 from cifar_dist.training.train_step import TrainStep
 from cifar_dist.training.trainer import Trainer
 from tests.support.counting import CpuReads, Wait, Waits
 from tests.support.real_gpu import ALONE, CONFIGS, SAMPLES, SMALL
 
-
-@pytest.fixture(autouse=True)
-def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the machine code for one CPU thread, which reads tensors as arrays."""
-    monkeypatch.setattr(fused, "_can_use_kernels", lambda _: False)
+pytestmark = pytest.mark.usefixtures("without_kernels")  # which read tensors as arrays; as on a GPU
 
 
 def waits_of(trainer: Trainer) -> list[Wait]:

@@ -19,7 +19,6 @@ from torch._functorch.aot_autograd import make_boxed_func  # type: ignore[attr-d
 from cifar_dist.config import AugmentConfig, Config, ModelConfig, OptimConfig, TrainConfig
 from cifar_dist.data.loader import Batch, BetonLoader
 from cifar_dist.distributed import World
-from cifar_dist.models import fused
 from cifar_dist.models.inception import Inception
 from cifar_dist.training.metrics import Metrics
 from cifar_dist.training.muon import MuonSGD, PaddedStacks
@@ -28,6 +27,7 @@ from cifar_dist.training.schedule import LOW_RESOLUTIONS, Step
 from cifar_dist.training.train_step import TrainStep
 from tests.support.counting import Operations
 
+pytestmark = pytest.mark.usefixtures("without_kernels")  # as on a GPU
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 SIZES = (12, 20)  # of micro-batches; channels come in eights
 BASE = Config(
@@ -55,12 +55,6 @@ COSTS = {
     "inception_v2 off": Cost(985, 640, 3),
     "inception_v2 on": Cost(796, 640, 3),
 }
-
-
-@pytest.fixture(autouse=True)
-def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the machine code for one CPU thread."""
-    monkeypatch.setattr(fused, "_can_use_kernels", lambda _: False)
 
 
 @pytest.fixture(scope="module")
