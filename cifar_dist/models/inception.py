@@ -105,10 +105,11 @@ class Inception(nn.Module):
         compiled = torch.compiler.is_compiling()  # inductor fuses a norm with its neighbours, but not a concatenation
         if compiled:
             raw = raw.clone() if self._merge_projection else raw
-            *outputs, reduced3x3, reduced5x5 = _split(_norm_act(raw, [*first, *reductions]), sizes)
+            *before, reduced3x3, reduced5x5 = _split(_norm_act(raw, [*first, *reductions]), sizes)
         else:
-            *outputs, both = _split(raw, [*sizes[:-2], sum(sizes[-2:])])
+            *before, both = _split(raw, [*sizes[:-2], sum(sizes[-2:])])
             reduced3x3, reduced5x5 = _split(_norm_act(both.clone(), reductions), sizes[-2:])
+        outputs = list(before)  # to the compiler of torch 2.11, `before` is a tuple
         for reduced, (_, *inner, last) in zip((reduced3x3, reduced5x5), branches, strict=True):
             hidden = reduced.clone()
             for layer in inner:
