@@ -76,14 +76,50 @@ def table(runs: Sequence[FinishedRun]) -> str:
     """One line per seed, then mean, standard deviation and interval."""
     rows = [["", *TITLES, "commit"]]
     for run in runs:
-        commit, dash, dirty = (run.figures["git_commit"] or "-").partition("-")
         cells = [_cell(name, run.figures[name]) for name in COLUMNS]
-        rows.append([f"seed {run.figures['seed']}", *cells, commit[:7] + dash + dirty])
+        rows.append([f"seed {run.figures['seed']}", *cells, _commit(run)])
     rows.append([])
     for label, key in STATISTICS.items():
         rows.append([label, *(_cell(name, getattr(value, key, None)) for name, value in spreads(runs).items())])
     note = "standard deviation (divided by n - 1) and interval (Student's t, n - 1 degrees of freedom) need n > 1 runs"
-    return "\n".join([*_heading(runs), "", *aligned(rows), "", note])
+    return "\n".join([*_heading(runs), "", *aligned(rows), "", note, "", "for a README:", "", *markdown(runs)])
+
+
+def markdown(runs: Sequence[FinishedRun]) -> list[str]:
+    """The lines of a table for a README, and of what its figures include and leave out."""
+    figures, name, num = runs[0].figures, runs[0].config.model.name, len(runs)
+    seconds = [run.figures["train_seconds"] for run in runs]
+    whole = [run.figures["train_seconds"] + run.figures["first_step_seconds"] for run in runs]
+    accuracy = spread([run.figures["test_accuracy"] for run in runs])
+    row = {
+        "network": f"{name}, {figures['params']:,} parameters",
+        "seeds": str(num),
+        "training": _with_deviation("train_seconds", spread(seconds), " s"),
+        "with preparation": _with_deviation("train_seconds", spread(whole), " s"),
+        "test accuracy": _with_deviation("test_accuracy", accuracy, " %"),
+        "95 % interval of the mean": _cell("test_accuracy", accuracy.interval_95).replace("..", " to "),
+    }
+    seeds = ", ".join(str(run.figures["seed"]) for run in runs)
+    trained = "all training images" if figures["val_n"] is None else f"the training images but {figures['val_n']:,}"
+    return [
+        f"| {' | '.join(row)} |",
+        "|" + "---|" * len(row),
+        f"| {' | '.join(row.values())} |",
+        "",
+        f"Mean +- standard deviation over the seeds {seeds}. Accuracy: of the last epoch, on all "
+        f"{figures['test_n']:,} test images, which decide nothing; one view per image. "
+        f"Training: {figures['steps']:,} steps of {figures['batch_size']} images, {figures['epochs']:g} epochs of "
+        f"{trained}, in {figures['precision']}. Preparation: imports, verification of the dataset, compilation, "
+        f"whitening, the first step. Not included: download and conversion of the dataset, validation, checkpoints, "
+        f"the final statistics of batch norms, the test. {'; '.join(_machines(runs))}; "
+        f"commit {', '.join(dict.fromkeys(_commit(run) for run in runs))}.",
+    ]
+
+
+def _with_deviation(column: str, value: Spread, unit: str) -> str:
+    """The mean and, of several runs, the standard deviation in the format of `column`."""
+    deviation = "" if value.standard_deviation is None else f" +- {_cell(column, value.standard_deviation)}"
+    return f"{_cell(column, value.mean)}{unit}{deviation}"
 
 
 def compare(groups: Mapping[str, Sequence[Path]], output: Path) -> str:
@@ -110,18 +146,28 @@ def _heading(runs: Sequence[FinishedRun]) -> list[str]:
     figures, config, num = runs[0].figures, runs[0].config, len(runs)
     val_n = figures["val_n"]
     validation = "none, trained on all" if val_n is None else f"n = {val_n:,} images held out from training"
-    machines = []
-    for run in runs:
-        devices, torch = run.figures["device_names"], run.figures["versions"].get("torch")
-        machines.append(f"{len(devices)} x {', '.join(set(devices))}; torch {torch}")
     return [
         f"{num} run{'s that differ only in the seed' if num > 1 else ''}: {config.model.name}, "
         f"{figures['params']:,} parameters, {figures['epochs']:g} epochs of batch {figures['batch_size']}, "
         f"{figures['precision']}",
         f"test accuracy, last epoch, n = {figures['test_n']:,} images, TTA: {config.eval.tta}; validation accuracy: "
         f"{validation}; in percent",
-        f"on {', and on '.join(dict.fromkeys(machines))}",
+        f"on {', and on '.join(_machines(runs))}",
     ]
+
+
+def _machines(runs: Sequence[FinishedRun]) -> list[str]:
+    """The devices of each run and their version of torch, each once."""
+    found = []
+    for run in runs:
+        devices, torch = run.figures["device_names"], run.figures["versions"].get("torch")
+        found.append(f"{len(devices)} x {', '.join(set(devices))}; torch {torch}")
+    return list(dict.fromkeys(found))
+
+
+def _commit(run: FinishedRun) -> str:
+    commit, dash, dirty = (run.figures["git_commit"] or "-").partition("-")
+    return commit[:7] + dash + dirty
 
 
 def _cell(column: str, value: float | Sequence[float] | None) -> str:

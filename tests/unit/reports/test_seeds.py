@@ -26,10 +26,10 @@ from tests.support import runs
 CONFIG = Config(eval=EvalConfig(tta="flip"))
 FIGURES_OF_A_RUN = {
     "val_accuracy": 0.85, "val_n": 5000, "test_accuracy": 0.86, "test_accuracy_tta": 0.87, "test_n": 10_000,
-    "train_seconds": 100.0, "images_per_second": 27_000.0, "steps": 2580, "epochs": 60.0, "batch_size": 1024,
-    "micro_batch_size": 128, "params": 5_000_000, "precision": "bf16", "git_commit": "0123456789abcdef-dirty",
-    "data_receipt": ["aa", "bb"], "world_size": 2, "device_names": ["a", "a"], "versions": {"torch": "2.15.0"},
-    "command": "python -m cifar_dist.train",
+    "train_seconds": 100.0, "first_step_seconds": 20.0, "images_per_second": 27_000.0, "steps": 2580, "epochs": 60.0,
+    "batch_size": 1024, "micro_batch_size": 128, "params": 5_000_000, "precision": "bf16",
+    "git_commit": "0123456789abcdef-dirty", "data_receipt": ["aa", "bb"], "world_size": 2, "device_names": ["a", "a"],
+    "versions": {"torch": "2.15.0"}, "command": "python -m cifar_dist.train",
 }  # fmt: skip
 
 
@@ -95,6 +95,11 @@ def test_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert rows[3][:3] == ["mean", "86.00", "87.00"]
     assert rows[4][:4] == ["standard", "deviation", "1.41", "1.41"]
     assert rows[5][-5:-2] == ["73.29..98.71", "74.29..99.71", "87.00..87.00"]
+    row = ["inception_v1, 5,000,000 parameters", "2", "100.0 s +- 0.0", "120.0 s +- 0.0", "87.00 % +- 1.41"]
+    assert lines[-4:-1] == ["|---|---|---|---|---|---|", f"| {' | '.join(row)} | 74.29 to 99.71 |", ""]
+    assert "the seeds 2, 10. Accuracy: of the last epoch, on all 10,000 test images" in lines[-1]
+    assert "Training: 2,580 steps of 1024 images, 60 epochs of the training images but 5,000, in bf16." in lines[-1]
+    assert lines[-1].endswith(" 2 x a; torch 2.15.0; commit 0123456-dirty.")
 
     figures = json.loads((tmp_path / "out.json").read_text())
     assert figures["test_accuracy"]["mean"] == pytest.approx(0.87)
@@ -126,6 +131,8 @@ def test_one_run_without_validation_and_tta(
     assert ["seed", "3", "-", "86.00", "-", "100.0", "27,000", "-"] in rows
     assert ["mean", "-", "86.00", "-", "100.0", "27,000"] in rows
     assert ["standard", "deviation", *"-----"] in rows
+    assert "\n| inception_v1, 5,000,000 parameters | 1 | 100.0 s | 120.0 s | 86.00 % | - |\n" in output
+    assert "60 epochs of all training images, in bf16." in output
     figures = json.loads((tmp_path / "out.json").read_text())
     assert figures["val_accuracy"] is figures["test_accuracy_tta"] is figures["t_quantile"] is None
     assert figures["test_accuracy"] == {"mean": 0.86, "standard_deviation": None, "interval_95": None}
