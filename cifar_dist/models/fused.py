@@ -1,7 +1,7 @@
-"""Batch norm with ReLU, and max-pool of 3x3: by `kernels` on one CPU thread, else by torch.
+"""Batch norm with ReLU, and pools of 3x3: by `kernels` on one CPU thread, else by torch.
 
 torch's take half of a training step of a narrow network there: it goes over the data more often than necessary, and in
-max-pools handles each number by itself.
+pools handles each number by itself.
 """
 
 from typing import Any
@@ -36,6 +36,19 @@ class MaxPool3x3(nn.MaxPool2d):
             output: Tensor = _MaxPool.apply(x)
             return output
         return F.max_pool2d(x, 3, stride=1, padding=1)
+
+
+class AvgPool3x3(nn.AvgPool2d):
+    """Mean of 3x3 pixels, with zeros outside of the image; (N, C, H, W) to the same."""
+
+    def __init__(self) -> None:
+        super().__init__(3, stride=1, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if can_use_kernels(x):
+            output: Tensor = _AvgPool.apply(x)
+            return output
+        return super().forward(x)
 
 
 def can_use_kernels(x: Tensor) -> bool:
@@ -81,6 +94,21 @@ class _MaxPool(torch.autograd.Function):
         x, y = ctx.saved_tensors
         result = torch.empty_like(x)
         _run("pool_backward", x, y, _dense(gradient), result)
+        return result
+
+
+class _AvgPool(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        y = torch.empty_like(x)
+        _run("mean_pool", x, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(_: Any, gradient: Tensor) -> Any:
+        result = torch.empty_like(gradient, memory_format=torch.channels_last)
+        _run("mean_pool", _dense(gradient), result)
         return result
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar_dist.models.fused import MaxPool3x3, norm_relu
+from cifar_dist.models.fused import AvgPool3x3, MaxPool3x3, norm_relu
 from cifar_dist.models.layers import DEFAULT, ConvNormAct, Variant, halving_pool, scaled
 
 KERNELS = {"paper": (5,), "5x5": (5,), "double3x3": (3, 3), "3x3": (3,)}
@@ -147,7 +147,7 @@ def _is_compiled_channels_last(x: Tensor) -> bool:
 def _pool(row: Row, variant: Variant) -> nn.Module:
     if row.stride == 2:
         return halving_pool(variant)
-    return nn.AvgPool2d(3, stride=1, padding=1) if row.pool == "avg" else MaxPool3x3()
+    return AvgPool3x3() if row.pool == "avg" else MaxPool3x3()
 
 
 def _convolve(x: Tensor, layers: Iterable[ConvNormAct]) -> Tensor:

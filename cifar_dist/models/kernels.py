@@ -1,4 +1,4 @@
-"""Machine code for one CPU thread: batch norm with ReLU, and max-pool of 3x3, forward and backward; by numba.
+"""Machine code for one CPU thread: batch norm with ReLU, and pools of 3x3, forward and backward; by numba.
 
 Tensors (N, H, W, C) come as arrays of the bits of their numbers: int16 for bfloat16, int32 for float32. All is computed
 in float32, long sums in float64. Inner loops are over adjacent numbers, so that LLVM makes vector instructions of them.
@@ -22,7 +22,7 @@ _ROWS = 64  # how many numbers are added in float32, before the sum goes to one 
 
 @cache
 def compiled(function: Any, itemsize: int) -> Any:
-    """One of the four functions below for numbers of `itemsize` bytes."""
+    """One of the public functions below for numbers of `itemsize` bytes."""
     images = numba.types.Array({2: numba.int16, 4: numba.int32}[itemsize], 4, "C")
     channels, statistics = numba.float32[::1], numba.float32[:, ::1]
     types = {
@@ -30,6 +30,7 @@ def compiled(function: Any, itemsize: int) -> Any:
         norm_backward: (images, images, statistics, images, channels, channels),
         pool_forward: (images, images),
         pool_backward: (images, images, images, images),
+        mean_pool: (images, images),
     }
     return machine_code.compiled(function, numba.void(*types[function]))
 
@@ -107,6 +108,19 @@ def pool_backward(x: Any, y: Any, gradient: Any, of_x: Any) -> None:
         _store_rows(of_x[k].reshape(-1), result, h, w * c, pitch)
 
 
+def mean_pool(x: Any, y: Any) -> None:
+    """Write the means of 3x3 pixels of x into y, stride 1; outside are zeros. Of gradients, it is its own backward."""
+    n, h, w, c = x.shape
+    pitch = (w + 2) * c
+    start, size, room = pitch + c, h * pitch, (h + 3) * pitch
+    image, rows, sums = np.zeros(room, np.float32), np.zeros(room, np.float32), np.empty(size, np.float32)
+    for k in range(n):
+        _load_rows(image[start:], x[k].reshape(-1), h, w * c, pitch)
+        _add(rows[start : start + size], image[start - c :], image[start:], image[start + c :], np.float32(1))
+        _add(sums, rows[start - pitch :], rows[start:], rows[start + pitch :], np.float32(1 / 9))
+        _store_rows(y[k].reshape(-1), sums, h, w * c, pitch)
+
+
 @_function
 def _load(to: Any, source: Any) -> None:
     for t in range(to.size):
@@ -152,6 +166,12 @@ def _to_first_maximum(to: Any, gradients: Any, values: Any, maxima: Any, start: 
         as_middle = here[t] if (value[t] == maximum[t]) & (left[t] != maximum[t]) else none
         as_last = before[t] if (left[t] != maximum_before[t]) & (leftmost[t] != maximum_before[t]) else none
         to[t] = (as_first + as_middle) + as_last
+
+
+@_function
+def _add(to: Any, a: Any, b: Any, c: Any, factor: Any) -> None:
+    for t in range(to.size):
+        to[t] = ((a[t] + b[t]) + c[t]) * factor
 
 
 @_function

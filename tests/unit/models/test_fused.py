@@ -1,4 +1,4 @@
-"""The machine code for one CPU thread against torch in float64: batch norm with ReLU, and max-pool of 3x3."""
+"""The machine code for one CPU thread against torch in float64: batch norm with ReLU, and pools of 3x3."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cifar_dist.models import fused
-from cifar_dist.models.fused import MaxPool3x3, norm_relu
+from cifar_dist.models.fused import AvgPool3x3, MaxPool3x3, norm_relu
 
 # (N, C, H, W): as in the networks; one pixel; odd sizes; more channels than an inner loop has numbers.
 SHAPES = [(16, 24, 16, 16), (8, 104, 6, 6), (5, 8, 1, 1), (2, 7, 2, 5), (3, 1, 7, 1), (4, 900, 3, 3)]
 DTYPES = [torch.bfloat16, torch.float32]
+FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
+    MaxPool3x3(), AvgPool3x3(), lambda x: norm_relu(x, torch.ones(8), torch.zeros(8), 1e-5)
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -84,13 +87,13 @@ def test_parameters_and_inputs_that_the_kernels_do_not_take() -> None:
     expected = plain(x, wide[:, 0], wide[:, 1])
     assert torch.allclose(norm_relu(x, wide[:, 0], wide[:, 1], 1e-5), expected, atol=1e-5)
     assert norm_relu(x[:0], torch.ones(8), torch.zeros(8), 1e-5).shape == (0, 8, 4, 4)
-    assert MaxPool3x3()(x[:0]).shape == (0, 8, 4, 4)
+    assert MaxPool3x3()(x[:0]).shape == AvgPool3x3()(x[:0]).shape == (0, 8, 4, 4)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         norm_relu(x[:1, :, :1, :1], torch.ones(8), torch.zeros(8), 1e-5)
 
 
 def test_no_wrong_second_derivatives() -> None:
-    for function in (MaxPool3x3(), lambda x: norm_relu(x, torch.ones(8), torch.zeros(8), 1e-5)):
+    for function in FUNCTIONS:
         x = random((2, 8, 4, 4), torch.float32).requires_grad_()
         (gradient,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="twice"):
@@ -109,12 +112,24 @@ def test_max_pool(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert of_x.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_average_pool(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, gradient = random(shape, dtype), random(shape, dtype, seed=1)
+    found = gradients(AvgPool3x3(), gradient, x)
+    exact = gradients(lambda x: F.avg_pool2d(x, 3, 1, 1), gradient.double(), x.double())
+    for ours, wanted in zip(found, exact, strict=True):
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        assert (ours - wanted).abs().max() < torch.finfo(dtype).eps * wanted.abs().max()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_finite_stays_visible(dtype: torch.dtype, bad: float) -> None:
     x = random((2, 8, 4, 4), dtype)
     x[1, 3, 2, 1] = bad
     assert torch.equal(MaxPool3x3()(x).isnan(), F.max_pool2d(x, 3, 1, 1).isnan())
+    assert torch.equal(AvgPool3x3()(x).isfinite(), F.avg_pool2d(x, 3, 1, 1).isfinite())
     normed = norm_relu(x, torch.ones(8), torch.zeros(8), 1e-5)
     assert normed[:, 3].isnan().all()
     assert normed[:, :3].isfinite().all()
@@ -122,7 +137,7 @@ def test_what_is_not_finite_stays_visible(dtype: torch.dtype, bad: float) -> Non
 
 def test_gradients_in_another_order_of_memory() -> None:
     x, gradient = random((2, 8, 4, 4), torch.float32), random((2, 8, 4, 4), torch.float32, seed=1)
-    for function in (MaxPool3x3(), lambda x: norm_relu(x, torch.ones(8), torch.zeros(8), 1e-5)):
+    for function in FUNCTIONS:
         (_, one), (_, other) = (gradients(function, given, x) for given in (gradient, gradient.contiguous()))
         assert torch.equal(one, other)
 
@@ -141,4 +156,4 @@ def test_otherwise_by_torch(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
         x = x.to("meta")
     monkeypatch.setattr(fused, "_run", lambda *_: pytest.fail("the kernels ran"))
     ones = torch.ones(8, dtype=x.dtype, device=x.device)
-    assert MaxPool3x3()(x).shape == norm_relu(x, ones, ones, 1e-5).shape == x.shape
+    assert MaxPool3x3()(x).shape == AvgPool3x3()(x).shape == norm_relu(x, ones, ones, 1e-5).shape == x.shape
