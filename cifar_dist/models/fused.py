@@ -48,7 +48,7 @@ class AvgPool3x3(nn.AvgPool2d):
         if can_use_kernels(x):
             output: Tensor = _AvgPool.apply(x)
             return output
-        return super().forward(x)
+        return F.avg_pool2d(x, 3, stride=1, padding=1)
 
 
 def can_use_kernels(x: Tensor) -> bool:

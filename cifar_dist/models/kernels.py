@@ -109,16 +109,16 @@ def pool_backward(x: Any, y: Any, gradient: Any, of_x: Any) -> None:
 
 
 def mean_pool(x: Any, y: Any) -> None:
-    """Write the means of 3x3 pixels of x into y, stride 1; outside are zeros. Of gradients, it is its own backward."""
+    """Write the means of 3x3 pixels of x into y, stride 1; outside are zeros. Also the backward pass, of gradients."""
     n, h, w, c = x.shape
     pitch = (w + 2) * c
     start, size, room = pitch + c, h * pitch, (h + 3) * pitch
-    image, rows, sums = np.zeros(room, np.float32), np.zeros(room, np.float32), np.empty(size, np.float32)
+    image, rows, means = np.zeros(room, np.float32), np.zeros(room, np.float32), np.empty(size, np.float32)
     for k in range(n):
         _load_rows(image[start:], x[k].reshape(-1), h, w * c, pitch)
-        _add(rows[start : start + size], image[start - c :], image[start:], image[start + c :], np.float32(1))
-        _add(sums, rows[start - pitch :], rows[start:], rows[start + pitch :], np.float32(1 / 9))
-        _store_rows(y[k].reshape(-1), sums, h, w * c, pitch)
+        _scaled_sum(rows[start : start + size], image[start - c :], image[start:], image[start + c :], np.float32(1))
+        _scaled_sum(means, rows[start - pitch :], rows[start:], rows[start + pitch :], np.float32(1 / 9))
+        _store_rows(y[k].reshape(-1), means, h, w * c, pitch)
 
 
 @_function
@@ -169,7 +169,7 @@ def _to_first_maximum(to: Any, gradients: Any, values: Any, maxima: Any, start: 
 
 
 @_function
-def _add(to: Any, a: Any, b: Any, c: Any, factor: Any) -> None:
+def _scaled_sum(to: Any, a: Any, b: Any, c: Any, factor: Any) -> None:
     for t in range(to.size):
         to[t] = ((a[t] + b[t]) + c[t]) * factor
 

@@ -24,10 +24,10 @@ MAY_DIFFER = (
 # What is read from summary.json, with the types that `isinstance` expects. Accuracies are fractions.
 FIGURES: Mapping[str, Any] = {
     "seed": int, "val_accuracy": float, "val_n": int, "test_accuracy": float, "test_accuracy_tta": float,
-    "test_n": int, "train_seconds": float, "first_step_seconds": float, "images_per_second": float,
-    "steps": int, "epochs": float, "batch_size": int, "micro_batch_size": int, "params": int, "precision": str,
-    "git_commit": str | None, "model_sha256": str, "data_receipt": list, "world_size": int,
-    "device_names": list, "versions": dict, "command": str,
+    "test_n": int, "train_n": int, "train_seconds": float, "first_step_seconds": float | None,
+    "images_per_second": float, "steps": int, "epochs": float, "batch_size": int, "micro_batch_size": int,
+    "params": int, "precision": str, "git_commit": str | None, "model_sha256": str, "data_receipt": list,
+    "world_size": int, "device_names": list, "versions": dict, "command": str,
 }  # fmt: skip
 
 

@@ -86,34 +86,52 @@ def table(runs: Sequence[FinishedRun]) -> str:
 
 
 def markdown(runs: Sequence[FinishedRun]) -> list[str]:
-    """The lines of a table for a README, and of what its figures include and leave out."""
-    figures, name, num = runs[0].figures, runs[0].config.model.name, len(runs)
-    seconds = [run.figures["train_seconds"] for run in runs]
-    whole = [run.figures["train_seconds"] + run.figures["first_step_seconds"] for run in runs]
-    accuracy = spread([run.figures["test_accuracy"] for run in runs])
+    """The lines of a table for a README, and a text with what its figures include and what they leave out."""
+    figures, config, num = runs[0].figures, runs[0].config, len(runs)
+    tta = {} if config.eval.tta == "none" else {f"test accuracy, TTA {config.eval.tta}": "test_accuracy_tta"}
     row = {
-        "network": f"{name}, {figures['params']:,} parameters",
+        "network": f"{config.model.name}, {figures['params']:,} parameters",
         "seeds": str(num),
-        "training": _with_deviation("train_seconds", spread(seconds), " s"),
-        "with preparation": _with_deviation("train_seconds", spread(whole), " s"),
-        "test accuracy": _with_deviation("test_accuracy", accuracy, " %"),
-        "95 % interval of the mean": _cell("test_accuracy", accuracy.interval_95).replace("..", " to "),
+        "training": _time(runs, [run.figures["train_seconds"] for run in runs]),
+        "with preparation": _time(runs, [_with_preparation(run) for run in runs]),
     }
+    for title, name in ({"test accuracy": "test_accuracy"} | tta).items():
+        accuracy = spread([run.figures[name] for run in runs])
+        row[title] = _with_deviation(name, accuracy, " %")
+        if num > 1:
+            row[title] += f" ({_cell(name, accuracy.interval_95).replace('..', ' to ')} %)"
     seeds = ", ".join(str(run.figures["seed"]) for run in runs)
-    trained = "all training images" if figures["val_n"] is None else f"the training images but {figures['val_n']:,}"
+    mean = f"Mean +- standard deviation over seeds {seeds} (95 % interval of the mean)" if num > 1 else f"Seed {seeds}"
+    how = [figures["precision"], *([f"started from {config.model.weights}"] if config.model.weights else [])]
+    how += ["scored with averaged weights"] if config.optim.ema_decay is not None else []
+    commits = dict.fromkeys(_commit(run) for run in runs)
     return [
         f"| {' | '.join(row)} |",
         "|" + "---|" * len(row),
         f"| {' | '.join(row.values())} |",
         "",
-        f"Mean +- standard deviation over the seeds {seeds}. Accuracy: of the last epoch, on all "
-        f"{figures['test_n']:,} test images, which decide nothing; one view per image. "
-        f"Training: {figures['steps']:,} steps of {figures['batch_size']} images, {figures['epochs']:g} epochs of "
-        f"{trained}, in {figures['precision']}. Preparation: imports, verification of the dataset, compilation, "
-        f"whitening, the first step. Not included: download and conversion of the dataset, validation, checkpoints, "
-        f"the final statistics of batch norms, the test. {'; '.join(_machines(runs))}; "
-        f"commit {', '.join(dict.fromkeys(_commit(run) for run in runs))}.",
+        f"{mean}. Accuracy: after the last step, on all {figures['test_n']:,} test images, by which no checkpoint was "
+        f"chosen. Training: {figures['steps']:,} steps of {figures['batch_size']} images, {figures['epochs']:g} epochs "
+        f"of {figures['train_n']:,} images, in {', '.join(how)}. Preparation: everything from "
+        f"the start of the process to the end of the first step, which training includes, too; with caches and dataset "
+        f"as found; of a resumed run, the last start. Not included: torchrun's start, logging, validation, "
+        f"checkpoints, statistics of batch norms, the test. On {' and on '.join(_machines(runs))}; "
+        f"commit {', '.join(commits)}.",
     ]
+
+
+def _with_preparation(run: FinishedRun) -> float | None:
+    """Seconds; None for a run whose last start trained no step."""
+    first = run.figures["first_step_seconds"]
+    return None if first is None else float(first + run.figures["train_seconds"])
+
+
+def _time(runs: Sequence[FinishedRun], seconds: Sequence[float | None]) -> str:
+    """Their mean, unless one is missing or the runs had different machines."""
+    known = [value for value in seconds if value is not None]
+    if len(known) < len(seconds) or len(_machines(runs)) > 1:
+        return "-"
+    return _with_deviation("train_seconds", spread(known), " s")
 
 
 def _with_deviation(column: str, value: Spread, unit: str) -> str:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
-from cifar_dist.config import OptimConfig
+from cifar_dist import cli
 from cifar_dist.training.schedule import lr_fraction
 from tests.support import runs
 
 CONFIGS = runs.REPOSITORY / "configs"
 GPU_PRESETS = ["googlenet", "inception_v2", "speed-94", "speed-96"]
-PRESETS = [*GPU_PRESETS, "quickstart", "cpu-84"]
+FOR_8_GPUS = ["speed-94-8gpu", "speed-96-8gpu"]
+PRESETS = [*GPU_PRESETS, *FOR_8_GPUS, "quickstart", "cpu-84"]
 REDUCED = ("--model.width", "0.0625", "--data.subset", "32", "--train.batch_size", "32", "--train.micro_batch_size",
            "16", "--eval.every_epochs", "0", "--eval.tta", "none", "--eval.bn_samples", "250",
            "--eval.test_subset", "500", "--train.log_every_steps", "1", "--track.wandb", "disabled")  # fmt: skip
@@ -30,14 +31,24 @@ def test_config_headers_state_hardware_and_accuracy(name: str) -> None:
     assert measured or "not measured yet" in header
 
 
+@pytest.mark.parametrize("name", FOR_8_GPUS)
+def test_presets_for_eight_gpus(name: str) -> None:
+    """One micro-batch per GPU and step. All else is as for one GPU, so its schedule is the one below."""
+    config, of_one = (cli.read_yaml(CONFIGS / f"{file}.yaml") for file in (name, name.removesuffix("-8gpu")))
+    assert cli.accumulation_steps(config.train.batch_size, config.train.micro_batch_size, 8) == 1
+    train = replace(config.train, micro_batch_size=of_one.train.micro_batch_size)
+    assert replace(config, train=train) == of_one
+
+
 @pytest.mark.run
 @pytest.mark.data
 @pytest.mark.parametrize(
     "name", ["speed-94", *(pytest.param(name, marks=pytest.mark.slow) for name in GPU_PRESETS if name != "speed-94")]
-)  # the others differ from it in the network, epochs and views
+)
 def test_schedule_runs_to_its_end(name: str, data_dir: Path, tmp_path: Path) -> None:
     path = CONFIGS / f"{name}.yaml"
-    epochs = yaml.safe_load(path.read_text(encoding="utf-8"))["train"]["epochs"]
+    config = cli.read_yaml(path)
+    epochs = config.train.epochs
     runs.run(1, "--config", path, *REDUCED, "--data.dir", data_dir, "--run.dir", tmp_path / "run")
     summary = runs.summary(tmp_path / "run")
     assert (summary["epochs"], summary["steps"], len(summary["data_receipt"])) == (epochs, epochs, epochs)
@@ -46,9 +57,8 @@ def test_schedule_runs_to_its_end(name: str, data_dir: Path, tmp_path: Path) -> 
     assert [record["step"] for record in steps] == list(range(1, epochs + 1))
     assert steps[-1]["train/loss"] < steps[0]["train/loss"]
     # The rates follow the schedule, and the last step is all but still.
-    config = OptimConfig(**yaml.safe_load(path.read_text(encoding="utf-8"))["optim"])
-    peak = config.lr * 32 / 128
+    peak = config.optim.lr * 32 / 128
     assert [record["lr"] for record in steps] == pytest.approx(
-        [peak * lr_fraction(step, epochs, config) for step in range(epochs)]
+        [peak * lr_fraction(step, epochs, config.optim) for step in range(epochs)]
     )
     assert steps[-1]["lr"] < 0.1 * peak

@@ -26,8 +26,8 @@ from tests.support import runs
 CONFIG = Config(eval=EvalConfig(tta="flip"))
 FIGURES_OF_A_RUN = {
     "val_accuracy": 0.85, "val_n": 5000, "test_accuracy": 0.86, "test_accuracy_tta": 0.87, "test_n": 10_000,
-    "train_seconds": 100.0, "first_step_seconds": 20.0, "images_per_second": 27_000.0, "steps": 2580, "epochs": 60.0,
-    "batch_size": 1024, "micro_batch_size": 128, "params": 5_000_000, "precision": "bf16",
+    "train_n": 45_000, "train_seconds": 100.0, "first_step_seconds": 20.0, "images_per_second": 27_000.0, "steps": 2580,
+    "epochs": 60.0, "batch_size": 1024, "micro_batch_size": 128, "params": 5_000_000, "precision": "bf16",
     "git_commit": "0123456789abcdef-dirty", "data_receipt": ["aa", "bb"], "world_size": 2, "device_names": ["a", "a"],
     "versions": {"torch": "2.15.0"}, "command": "python -m cifar_dist.train",
 }  # fmt: skip
@@ -83,23 +83,26 @@ def test_one_run_has_no_spread() -> None:
 
 def test_table_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "exp"
-    for seed, accuracy in ((10, 0.86), (2, 0.88)):  # by number, not by name
-        leave_run(folder, seed, test_accuracy=accuracy, val_accuracy=accuracy - 0.01)
+    leave_run(folder, 10, test_accuracy=0.86, val_accuracy=0.85)
+    others = {"train_seconds": 120.0, "first_step_seconds": 30.0}
+    leave_run(folder, 2, test_accuracy=0.88, val_accuracy=0.87, **others)  # before 10: by number, not by name
     call(monkeypatch, folder, "--json", tmp_path / "out.json")
     lines = capsys.readouterr().out.splitlines()
     assert "test accuracy, last epoch, n = 10,000 images, TTA: flip; validation accuracy: n = 5,000" in lines[1]
     assert lines[2] == "on 2 x a; torch 2.15.0"
     rows = [line.split() for line in lines[5:]]
-    assert rows[0] == ["seed", "2", "87.00", "88.00", "87.00", "100.0", "27,000", "0123456-dirty"]
+    assert rows[0] == ["seed", "2", "87.00", "88.00", "87.00", "120.0", "27,000", "0123456-dirty"]
     assert rows[1][:4] == ["seed", "10", "85.00", "86.00"]
     assert rows[3][:3] == ["mean", "86.00", "87.00"]
     assert rows[4][:4] == ["standard", "deviation", "1.41", "1.41"]
     assert rows[5][-5:-2] == ["73.29..98.71", "74.29..99.71", "87.00..87.00"]
-    row = ["inception_v1, 5,000,000 parameters", "2", "100.0 s +- 0.0", "120.0 s +- 0.0", "87.00 % +- 1.41"]
-    assert lines[-4:-1] == ["|---|---|---|---|---|---|", f"| {' | '.join(row)} | 74.29 to 99.71 |", ""]
-    assert "the seeds 2, 10. Accuracy: of the last epoch, on all 10,000 test images" in lines[-1]
-    assert "Training: 2,580 steps of 1024 images, 60 epochs of the training images but 5,000, in bf16." in lines[-1]
-    assert lines[-1].endswith(" 2 x a; torch 2.15.0; commit 0123456-dirty.")
+    times, accuracies = "110.0 s +- 14.1 | 135.0 s +- 21.2", "87.00 % +- 1.41 (74.29 to 99.71 %)"
+    row = f"| inception_v1, 5,000,000 parameters | 2 | {times} | {accuracies} | 87.00 % +- 0.00 (87.00 to 87.00 %) |"
+    assert lines[-4:-1] == ["|---|---|---|---|---|---|", row, ""]
+    assert lines[-5].endswith("| test accuracy | test accuracy, TTA flip |")
+    assert lines[-1].startswith("Mean +- standard deviation over seeds 2, 10 (95 % interval of the mean). Accuracy: ")
+    assert "2,580 steps of 1024 images, 60 epochs of 45,000 images, in bf16. Preparation" in lines[-1]
+    assert lines[-1].endswith(" On 2 x a; torch 2.15.0; commit 0123456-dirty.")
 
     figures = json.loads((tmp_path / "out.json").read_text())
     assert figures["test_accuracy"]["mean"] == pytest.approx(0.87)
@@ -131,8 +134,7 @@ def test_one_run_without_validation_and_tta(
     assert ["seed", "3", "-", "86.00", "-", "100.0", "27,000", "-"] in rows
     assert ["mean", "-", "86.00", "-", "100.0", "27,000"] in rows
     assert ["standard", "deviation", *"-----"] in rows
-    assert "\n| inception_v1, 5,000,000 parameters | 1 | 100.0 s | 120.0 s | 86.00 % | - |\n" in output
-    assert "60 epochs of all training images, in bf16." in output
+    assert "\n| inception_v1, 5,000,000 parameters | 1 | 100.0 s | 120.0 s | 86.00 % |\n\nSeed 3. Accuracy: " in output
     figures = json.loads((tmp_path / "out.json").read_text())
     assert figures["val_accuracy"] is figures["test_accuracy_tta"] is figures["t_quantile"] is None
     assert figures["test_accuracy"] == {"mean": 0.86, "standard_deviation": None, "interval_95": None}
@@ -150,6 +152,21 @@ def test_devices_and_commits_may_differ(
     assert "on 2 x a; torch 2.15.0, and on 2 x b; torch 2.15.0" in output
     assert "0123456-dirty\n" in output
     assert "fedcba9\n" in output
+    # For a README, times of different machines have no mean.
+    assert "\n| inception_v1, 5,000,000 parameters | 2 | - | - | 86.00 % +- 0.00 (86.00 to 86.00 %) |" in output
+    assert output.endswith(" On 2 x a; torch 2.15.0 and on 2 x b; torch 2.15.0; commit 0123456-dirty, fedcba9.\n")
+
+
+def test_scored_again_and_with_other_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A start that trains no step, as every step was done, has no first step."""
+    config = replace(CONFIG, model=replace(CONFIG.model, weights=Path("a.safetensors")))
+    config = replace(config, optim=replace(config.optim, ema_decay=0.99))
+    call(monkeypatch, leave_run(tmp_path, 0, config, first_step_seconds=None))
+    output = capsys.readouterr().out
+    assert "| 100.0 s | - |" in output
+    assert "images, in bf16, started from a.safetensors, scored with averaged weights. Preparation" in output
 
 
 def test_missing_and_unfinished_runs_are_all_named(
@@ -344,7 +361,7 @@ def test_stopped_and_gone_on(data_dir: Path, tmp_path: Path) -> None:
     before = times_of(folder)
     again = runs.finish(start("seeds", *arguments))
     assert [f"seed {seed} is complete" in again for seed in (0, 1)] == [True, True]
-    assert again.splitlines()[-9:] == output.splitlines()[-9:]
+    assert again.splitlines()[-17:] == output.splitlines()[-17:]
     assert times_of(folder) == before
 
     refused = runs.finish(start("seeds", *arguments, "--eval.tta", "flip"), expected=2)
