@@ -35,6 +35,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from cifar_dist.config import AugmentConfig, ModelConfig
 from cifar_dist.data import augment
 from cifar_dist.models import architectures
+from cifar_dist.models.stems import WhiteningConv
 from cifar_dist.training.flat_network import FlatNetwork
 from cifar_dist.training.precision import Precision, compile_for_training
 
@@ -129,7 +130,11 @@ def trace_network(name: Any, stem: Any, width: float, kept: Sequence[str]) -> li
         model = architectures.create_model(ModelConfig(name=name, stem=stem, width=width))
     network = FlatNetwork(model.to(memory_format=torch.channels_last).train(), label_smoothing=0.1, num_added=1)
 
-    def function(images: Tensor, labels: Tensor, flat: Tensor) -> Any:
+    whitening = [layer for layer in model.modules() if isinstance(layer, WhiteningConv)]
+
+    def function(images: Tensor, labels: Tensor, flat: Tensor, *filters: Tensor) -> Any:
+        for layer, weight in zip(whitening, filters, strict=True):
+            layer.weight = weight
         with Precision("bf16", "cpu").autocast():
             return torch.func.functional_call(network, {"flat": flat}, (images, labels))
 
@@ -138,7 +143,8 @@ def trace_network(name: Any, stem: Any, width: float, kept: Sequence[str]) -> li
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.zeros(BATCH, 32, 32, 3, dtype=torch.bfloat16).permute(0, 3, 1, 2)
         labels, flat = torch.zeros(BATCH, dtype=torch.int64), torch.empty(network.flat.shape, requires_grad=True)
-        return trace(function, (images, labels, flat), backward=True)
+        filters = [torch.empty(layer.weight.shape) for layer in whitening]
+        return trace(function, (images, labels, flat, *filters), backward=True)
 
 
 def pretend_gpu() -> None:

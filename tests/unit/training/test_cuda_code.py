@@ -17,6 +17,7 @@ AUGMENTATION = (6, 0, 0.011)
 SMALL = (208, 31, 12.8)
 WHOLE = {
     ("inception_v1", "pooled"): (550, 83, 26.5),
+    ("inception_v1", "whiten"): (530, 81, 24.5),
     ("inception_v1", "cifar"): (540, 79, 94.0),
     ("inception_v2", "cifar"): (680, 89, 106.0),
 }
