@@ -124,12 +124,12 @@ def test_time_at_the_speed_of_a_real_run(planned: Figures, run_dir: Path, data_d
 def test_without_validation() -> None:
     settings = ("--train.epochs", "2", "--train.checkpoint_every_steps", "0", "--model.width", "0.0625")
     found = make_plan(load_config(["--config", CONFIG, *settings]), 1, 1)
-    assert (found["steps"], found["samples_dropped_per_epoch"], found["validations"]) == (780, 80, [])
+    assert (found["steps"], found["samples_dropped_per_epoch"], found["validations"]) == (520, 80, [])
     assert (found["checkpoints_written"], found["checkpoints_kept"]) == (1, 1)
     assert found["checkpoints_bytes"] == found["checkpoint_bytes"]
-    assert found["low_resolution_steps"] == 624
+    assert found["low_resolution_steps"] == 416
     peak = found["learning_rate"]["peak"]
-    assert [peak[name] for name in ("SGD", "SGD (biases)", "Muon")] == pytest.approx([0.1, 3.2, 0.03])
+    assert [peak[name] for name in ("SGD", "SGD (biases)", "Muon")] == pytest.approx([0.15, 4.8, 0.04])
 
 
 def test_own_network_and_optimizer() -> None:
@@ -261,8 +261,8 @@ def test_warnings(config: Config, planned: Figures, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ((CONFIG, "--gpus", "5"), "multiple of train.micro_batch_size 64 x 5 processes = 320.\n"
-                              "Nearest valid choices: train.batch_size 320; or 1 or 2 processes."),
+    ((CONFIG, "--gpus", "5"), "multiple of train.micro_batch_size 96 x 5 processes = 480.\n"
+                              "Nearest valid choices: train.batch_size 480; or 1 or 2 processes."),
     ((CONFIG, "--nodes", "0"), "nodes is 0; valid: 1 or more."),
     ((CONFIG, "--time-limit", "1h"), "time_limit is 1h; valid are Slurm's forms"),
     ((CONFIG, "--images-per-second", "0"), "images_per_second is 0.0; valid: above 0."),
@@ -289,7 +289,7 @@ def test_wrong_arguments_are_refused_without_importing_torch(arguments: tuple[st
 def test_command_line_over_file_over_defaults() -> None:
     arguments = parse(["--gpus", "2", CONFIG, "--train.epochs", "3", "--measure", "--nodes=4"])
     assert (arguments.nodes, arguments.gpus, arguments.measure, arguments.config) == (4, 2, True, CONFIG)
-    assert (arguments.settings.train.epochs, arguments.settings.train.batch_size) == (3, 128)
+    assert (arguments.settings.train.epochs, arguments.settings.train.batch_size) == (3, 192)
     assert arguments.settings.optim.momentum == 0.9
     assert not parse([CONFIG]).measure
 
