@@ -25,9 +25,9 @@ from tests.support import runs
 
 OPTIONS = ("--config", str(runs.REPOSITORY / "configs/quickstart.yaml"), "--data.train_on", "all", "--data.subset",
            "512", "--train.epochs", "24", "--train.log_every_steps", "16", "--train.batch_size", "32",
-           "--train.micro_batch_size", "32", "--model.auxiliary", "True", "--augment.flip", "none",
-           "--augment.translate", "0", "--augment.low_resolution_share", "0", "--eval.every_epochs", "0",
-           "--eval.tta", "none", "--eval.bn_samples", "512", "--eval.test_subset", "500",
+           "--train.micro_batch_size", "32", "--model.width", "0.25", "--model.auxiliary", "True",
+           "--augment.flip", "none", "--augment.translate", "0", "--augment.low_resolution_share", "0",
+           "--eval.every_epochs", "0", "--eval.tta", "none", "--eval.bn_samples", "512", "--eval.test_subset", "500",
            "--track.wandb", "disabled")  # fmt: skip
 
 

@@ -44,8 +44,8 @@ def test_rehearsal_equals_the_run(data_dir: Path, tmp_path: Path) -> None:
     [
         (
             ("--world-size", "5", CONFIG),
-            "multiple of train.micro_batch_size 64 x 5 processes = 320.\n"
-            "Nearest valid choices: train.batch_size 320; or 1 or 2 processes.",
+            "multiple of train.micro_batch_size 96 x 5 processes = 480.\n"
+            "Nearest valid choices: train.batch_size 480; or 1 or 2 processes.",
         ),
         (("--world-size", "0", CONFIG), "--world-size is '0'"),
         ((CONFIG,), "--world-size is ''"),
