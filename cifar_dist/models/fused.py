@@ -17,8 +17,7 @@ _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 def norm_relu(x: Tensor, scale: Tensor, bias: Tensor, eps: float) -> Tensor:
     """ReLU of batch norm (arXiv 1502.03167) with the statistics of `x`, (N, C, H, W)."""
     if can_use_kernels(x) and x.numel() > x.shape[1] and _is_simple(scale, x) and _is_simple(bias, x):
-        output: Tensor = _NormRelu.apply(x, scale, bias, eps)
-        return output
+        return _apply(_NormRelu, x, scale, bias, eps)
     return F.relu_(F.batch_norm(x, None, None, scale, bias, training=True, eps=eps))
 
 
@@ -32,10 +31,7 @@ class MaxPool3x3(nn.MaxPool2d):
         super().__init__(3, stride=1, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if can_use_kernels(x):
-            output: Tensor = _MaxPool.apply(x)
-            return output
-        return F.max_pool2d(x, 3, stride=1, padding=1)
+        return _apply(_MaxPool, x) if can_use_kernels(x) else F.max_pool2d(x, 3, stride=1, padding=1)
 
 
 class AvgPool3x3(nn.AvgPool2d):
@@ -45,10 +41,7 @@ class AvgPool3x3(nn.AvgPool2d):
         super().__init__(3, stride=1, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if can_use_kernels(x):
-            output: Tensor = _AvgPool.apply(x)
-            return output
-        return F.avg_pool2d(x, 3, stride=1, padding=1)
+        return _apply(_AvgPool, x) if can_use_kernels(x) else F.avg_pool2d(x, 3, stride=1, padding=1)
 
 
 def can_use_kernels(x: Tensor) -> bool:
@@ -100,16 +93,23 @@ class _MaxPool(torch.autograd.Function):
 class _AvgPool(torch.autograd.Function):
     @staticmethod
     def forward(_: Any, x: Tensor) -> Tensor:
-        y = torch.empty_like(x)
-        _run("mean_pool", x, y)
-        return y
+        return _mean_pool(x)
 
     @staticmethod
     @once_differentiable
     def backward(_: Any, gradient: Tensor) -> Any:
-        result = torch.empty_like(gradient, memory_format=torch.channels_last)
-        _run("mean_pool", _dense(gradient), result)
-        return result
+        return _mean_pool(_dense(gradient))
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    output: Tensor = function.apply(*arguments)
+    return output
+
+
+def _mean_pool(x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    _run("mean_pool", x, y)
+    return y
 
 
 def _dense(x: Tensor) -> Tensor:
