@@ -13,11 +13,8 @@ generates its code. All this changes torch for the whole process, so it is a pro
 from __future__ import annotations
 
 import json
-import math
-import re
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -38,8 +35,8 @@ from cifar_dist.models import architectures
 from cifar_dist.models.stems import WhiteningConv
 from cifar_dist.training.flat_network import FlatNetwork
 from cifar_dist.training.precision import Precision, compile_for_training
+from tests.support.generated_code import BATCH, Cost, cost_of
 
-BATCH = 512
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, warp_size=32,
     max_threads_per_multi_processor=2048, max_threads_per_block=1024, regs_per_multiprocessor=65536,
@@ -47,23 +44,6 @@ H100 = SimpleNamespace(
     shared_memory_per_multiprocessor=228 << 10, L2_cache_size=50 << 20, clock_rate=1_980_000,
     memory_clock_rate=2_619_000, memory_bus_width=5120, gcnArchName="", is_integrated=0, is_multi_gpu_board=0,
 )  # fmt: skip
-
-
-class Cost(NamedTuple):
-    kernels: int
-    """Of Triton."""
-    library_calls: int
-    """Of cuDNN and cuBLAS; the backward pass of a convolution is one."""
-    mb_per_image: float
-    """Read and written, 1e6 bytes: each buffer once per kernel, or the part of it that the kernel reads."""
-    planes: list[str]
-    """Activations in memory that are not in channels-last order: their shape and strides."""
-    atomic_additions: int
-    """In Triton's kernels; their order, and so their rounding, may differ from run to run."""
-    cubins: int
-    """Different kernels that Triton compiled for compute capability 9.0."""
-    large_float32: int
-    """Activations in memory, in float32, of 16 MB or more."""
 
 
 class Graph(NamedTuple):
@@ -229,48 +209,6 @@ def generate(graph: Graph, options: dict[str, Any], cubins: bool) -> Cost:
         except _GeneratedError:
             return costs[0]
     raise RuntimeError("inductor has generated no code")
-
-
-def cost_of(scheduler: Any, text: str, cubins: int) -> Cost:
-    counts: Counter[str] = Counter()
-    total = 0
-    for node in scheduler.nodes:
-        accesses = node.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
-        library = "Extern" in type(node).__name__
-        if not library:
-            # Inductor's count has the whole of each buffer, also where a kernel reads some of its channels.
-            parts: Counter[str] = Counter()
-            for dependency in (*node.read_writes.reads, *node.read_writes.writes):
-                parts[dependency.name] += dependency.numbytes_hint()
-            accesses = {name: min(size, parts[name] or size) for name, size in accesses.items()}
-        total += sum(accesses.values())
-        counts["library" if library else "kernels"] += bool(accesses)
-    megabytes, atomic = round(total / BATCH / 1e6, 3), text.count("tl.atomic_add(")
-    return Cost(counts["kernels"], counts["library"], megabytes, planes(text), atomic, cubins, large_float32(text))
-
-
-def planes(text: str) -> list[str]:
-    """Shapes and strides of the activations, (N, C, H, W) or (N, H, W, C), whose channels are not innermost.
-
-    Where C, H and W are equal it is not known which of them is innermost. Such a buffer counts, too.
-
-    Raises:
-        AssertionError: `text` has activations in another form than is looked for.
-    """
-    allocated = re.findall(rf"empty_strided_cuda\(\(({BATCH}, \d+, \d+, \d+)\), \((\d+, \d+, \d+, \d+)\)", text)
-    assert allocated or "convolution" not in text
-    found = []
-    for shape, stride in allocated:
-        (_, a, b, c), (_, first, _, last) = (tuple(map(int, words.split(", "))) for words in (shape, stride))
-        is_nhwc = a == b != c and last == 1
-        if min(a, b, c) > 1 and first != 1 and not is_nhwc:
-            found.append(f"{shape}: {stride}")
-    return found
-
-
-def large_float32(text: str) -> int:
-    allocated = re.findall(rf"empty_strided_cuda\(\(({BATCH}(?:, \d+)+)\), \([^)]*\), torch\.float32\)", text)
-    return sum(4 * math.prod(map(int, shape.split(", "))) >= 16e6 for shape in allocated)
 
 
 def num_cubins(text: str) -> int:

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from tests.support.cuda_code import Cost, options_of_the_product
+from tests.support.cuda_code import options_of_the_product
+from tests.support.generated_code import Cost
 from tests.support.runs import REPOSITORY
 
 # Ceilings on kernels, library calls and MB per image: some percent above what torch 2.15 gives. Much less is noticed,
