@@ -173,7 +173,11 @@ def validate(config: Config) -> None:
             "augment.low_resolution_share is above 0, but auxiliary classifiers need images of one size. Use "
             "augment.low_resolution_share 0, or model.auxiliary False."
         )
-    if model.name in ("inception_v2", "inception_v2_slim"):
+    v2 = model.name in ("inception_v2", "inception_v2_slim")
+    if c.augment.low_resolution_share and model.variant != "default" and (v2 or model.stem == "imagenet"):
+        other = f"model.variant {model.variant} needs images of 32x32 here"
+        raise UserError(f"augment.low_resolution_share is above 0, but {other}. Use 0, or model.variant default.")
+    if v2:
         if model.norm == "none":
             raise UserError("model.norm is none, but Inception V2 is built on batch norm; use batch, or inception_v1.")
         if model.branch5x5 != "paper":

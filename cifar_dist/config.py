@@ -212,7 +212,7 @@ class AugmentConfig:
 class EvalConfig:
     every_epochs: NotNegative = 5
     """Epochs between validations (data.train_on train only); the last epoch is always validated. 0: only the last."""
-    batch_size: Annotated[int, Range(min=1, max=NUM_TEST)] = 500
+    batch_size: Annotated[int, Range(min=2, max=NUM_TEST)] = 500
     """Samples per forward pass of an evaluation and of the computation of batch-norm statistics."""
     bn_samples: Annotated[int, Range(min=2, max=NUM_TRAIN)] = 5_000
     """Training samples for batch-norm statistics before each evaluation, and for the filters of a whitening stem."""

@@ -24,8 +24,8 @@ class Variant:
     eps: float = 1e-5
     """Added to the variance in batch norm."""
     ceil_pools: bool = False
-    """Pools of stride 2 have no padding and round their output size up. By default they have padding 1 and round down;
-    output sizes are equal, windows differ."""
+    """Pools of stride 2 have no padding and round their output size up. By default they have padding 1 and round down.
+    On grids of even size the output sizes are equal; windows differ."""
     last_pool_size: int = 3
     """Window size of the last of these pools."""
     adaptive_auxiliary: bool = False

@@ -72,7 +72,8 @@ class MuonSGD(torch.optim.SGD):
         # The largest singular value of a matrix of norm 1 is at most 1.
         self.layout.orthogonalize(averages, _norms(averages).clamp_min_(1e-7), self._dtype, gradients)
         torch._foreach_mul_(gradients, self._update_scales)
-        self.layout.scale(filters, self._filter_norms / _norms(filters))
+        norms = _norms(filters).clamp_min_(1e-7)  # filters that are all zeros stay so until the update
+        self.layout.scale(filters, self._filter_norms / norms)
 
 
 class StackPerShape:

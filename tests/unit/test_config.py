@@ -80,7 +80,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "ema_decay": 0.999,
     },
     "augment": {"flip": "none", "translate": 0, "cutout": 5, "low_resolution_share": 0.0, "extra": "my_module:Mine"},
-    "eval": {"every_epochs": 0, "batch_size": 1, "bn_samples": 2, "test_subset": 500, "tta": "none"},
+    "eval": {"every_epochs": 0, "batch_size": 2, "bn_samples": 2, "test_subset": 500, "tta": "none"},
     "track": {
         "wandb": "offline", "project": "größer", "entity": "us", "group": "g", "job_type": "j", "tags": "a, b",
         "notes": "two words", "artifact": True, "tensorboard": True,
@@ -292,7 +292,7 @@ LIMITS: dict[str, tuple[list[Any], list[Any]]] = {
     "augment.cutout": ([0, 32], [-1, 33]),
     "augment.low_resolution_share": ([0, 0.5, 1], [-0.1, 1.1, "nan"]),
     "eval.every_epochs": ([0], [-1]),
-    "eval.batch_size": ([1, 10_000], [0, 10_001]),
+    "eval.batch_size": ([2, 10_000], [0, 1, 10_001]),
     "eval.bn_samples": ([2, 50_000], [1, 50_001]),
     "eval.test_subset": ([1, 10_000, None], [0, 10_001]),
     "debug.overfit_steps": ([0], [-1]),
@@ -327,6 +327,14 @@ def test_limits(key: str) -> None:
         (
             "--augment.low_resolution_share 0.5 --model.auxiliary True",
             "augment.low_resolution_share is above 0, but aux",
+        ),
+        (
+            "--augment.low_resolution_share 0.5 --model.variant cadene --model.name inception_v2",
+            "augment.low_resolution_share is above 0, but model.variant cadene needs images of 32x32 here",
+        ),
+        (
+            "--augment.low_resolution_share 0.5 --model.variant torchvision --model.stem imagenet",
+            "augment.low_resolution_share is above 0, but model.variant torchvision needs",
         ),
         ("--model.stem imagenet --model.auxiliary True", "model.auxiliary is True, but model.stem imagenet leaves"),
         ("--model.norm none --optim.name muon", "optim.name is muon, which needs model.norm batch"),

@@ -116,6 +116,22 @@ def test_large_matrices_in_bfloat16_on_a_cpu(rows: int, expected: torch.dtype, m
 
 
 @pytest.mark.parametrize("stacks", [StackPerShape, PaddedStacks])
+def test_filters_that_are_all_zeros(stacks: Any) -> None:
+    """As an own network may start its last convolution: the update is added to them."""
+    conv = nn.Conv2d(6, 4, 1, bias=False)
+    nn.init.zeros_(conv.weight)
+    optimizer = optim.build_optimizer(conv, OptimConfig(name="muon"), 128)
+    assert isinstance(optimizer, MuonSGD)
+    optimizer.layout = stacks([conv.weight])
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    conv.weight.grad = torch.randn_like(conv.weight)
+    optimizer.step()
+    assert torch.allclose(conv.weight, -0.1 * conv.weight.grad)
+    assert conv.weight.norm() > 0.1
+
+
+@pytest.mark.parametrize("stacks", [StackPerShape, PaddedStacks])
 def test_zero_gradient_stays_zero(stacks: Any) -> None:
     conv = nn.Conv2d(6, 4, 1, bias=False)
     before = conv.weight.detach() * 2 / conv.weight.detach().norm()
