@@ -179,7 +179,7 @@ def _machines(runs: Sequence[FinishedRun]) -> list[str]:
     found = []
     for run in runs:
         devices, torch = run.figures["device_names"], run.figures["versions"].get("torch")
-        found.append(f"{len(devices)} x {', '.join(set(devices))}; torch {torch}")
+        found.append(f"{len(devices)} x {', '.join(dict.fromkeys(devices))}; torch {torch}")
     return list(dict.fromkeys(found))
 
 

@@ -49,7 +49,7 @@ def test_512_images_are_learned(name: str, precision: str, data_dir: Path, tmp_p
     epochs = [record["train/accuracy"] for record in records if "train/accuracy" in record]
     assert len(epochs) == 24  # one line an epoch
     assert epochs[0] < 0.5
-    assert epochs[-1] >= 0.99  # all, or one or two less: rounding, thus the processor, decides on the last ones
+    assert epochs[-1] >= 0.99  # all but 5 at most: rounding, thus the processor, decides on the last ones
     learned = score_of_training_images(tmp_path / "run", data_dir)
     assert learned.n == 512
     assert learned.accuracy > 0.95, learned

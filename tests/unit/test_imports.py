@@ -1,6 +1,7 @@
 """The rooms of the package and what each may import; ceilings on sizes; nothing happens at import.
 
-A room imports from the rooms named in ALLOWED, and nobody imports commands. See docs/architecture.md.
+A room is a package of docs/architecture.md; `ground` are its base modules. A room imports from the rooms named in
+ALLOWED, and nobody imports commands.
 """
 
 from __future__ import annotations
