@@ -289,8 +289,8 @@ def json_writer(path: Path | None) -> Callable[[dict[str, Any]], None]:
         return lambda _: None
     unwritable = f"--json {path} cannot be written"
     with explain_os_error(unwritable):
-        if path.is_dir():
-            raise UserError(f"{unwritable}: it is a folder.")
+        if path.is_symlink() or (path.exists() and not path.is_file()):  # which would be replaced by a file
+            raise UserError(f"{unwritable}: it is a folder, link, device or pipe.")
         tempfile.TemporaryFile(dir=path.parent).close()
 
     def write(values: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import tyro
 from cifar_dist import cli, errors
 from cifar_dist.process import run_and_exit
 from cifar_dist.reports import compare, curves_of_runs, side_by_side
+from cifar_dist.reports.run_table import printable
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,15 @@ def _compare(first: Path, second: Path) -> bool:
     verdict = "DIFFERENT" if found else f"UNDECIDED, what both have is equal; {missing}" if missing else "EQUAL"
     print(f"{first} and {second}: {verdict}")
     for line in found:
-        print(f"  {line}")
+        print(f"  {printable(line)}")
     causes, others = compare.settings(first, second)
     for line in (*causes, *compare.other_causes(first, second)) if found else ():
-        print(f"  possible cause: {line}")
+        print(f"  possible cause: {printable(line)}")
     if not found:
         others = causes + others
     if others:
-        print(f"  other settings{' without an effect' if not (found or missing) else ''}: {'; '.join(others)}")
+        effect = " without an effect" if not (found or missing) else ""
+        print(f"  other settings{effect}: {printable('; '.join(others))}")
     return not (found or missing)
 
 

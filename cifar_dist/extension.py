@@ -43,7 +43,7 @@ def check_names(config: Config) -> None:
         module, colon, function = name.partition(":")
         if name in built_in or (_REFERENCE.fullmatch(name) and not module.endswith(".py")):
             continue
-        path = f"{Path(module).with_suffix('')}".replace("/", ".") + f":{function}"
+        path = module.removesuffix(".py").replace("/", ".") + f":{function}"
         best = path if colon and _REFERENCE.fullmatch(path) else next(iter(_closest(name, built_in)), None)
         hint = f" Did you mean {best}?" if best else ""
         valid = ", ".join(built_in or ("None",))
@@ -87,7 +87,7 @@ def resolve(setting: str, reference: str) -> Any:
     if not hasattr(module, name):
         close = _closest(name, [other for other in vars(module) if not other.startswith("_")])
         hint = f" Did you mean {module_name}:{close[0]}?" if close else ""
-        raise UserError(f"{given}, but {module.__file__} has no {name}.{hint}")
+        raise UserError(f"{given}, but {getattr(module, '__file__', module_name)} has no {name}.{hint}")
     found = getattr(module, name)
     if not callable(found):
         raise UserError(f"{given}, which is of type {type(found).__name__}, not a function or class.")

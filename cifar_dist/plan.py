@@ -14,7 +14,7 @@ from typing import Annotated
 
 import tyro
 
-from cifar_dist import cli, errors
+from cifar_dist import cli, errors, options
 from cifar_dist.config import Config, Positive, Range
 from cifar_dist.errors import UserError
 from cifar_dist.process import run_and_exit
@@ -73,8 +73,9 @@ def main() -> None:
 
 def parse(args: Sequence[str]) -> PlanArguments:
     """The arguments; settings on the command line take precedence over those of the YAML file."""
-    # cli.parse expects a value after a boolean option.
-    args = ["--measure=True" if word == "--measure" else word for word in args]
+    # cli.parse expects a value after a boolean option; here it may be left out.
+    measure = zip(args, [*args[1:], ""], strict=True)
+    args = ["--measure=True" if a == "--measure" and b.lower() not in options.SWITCH else a for a, b in measure]
     text = (
         "Print what a run will do, and refuse a run that cannot work. All settings of cifar_dist.train may follow; "
         "`python -m cifar_dist.train --help` lists them. "

@@ -63,6 +63,11 @@ def parse(args: Sequence[str]) -> SweepArguments:
     arguments = replace(cli.parse(SweepArguments, args, "sweep", from_file), config=name)
     cli.validate(arguments.settings)  # first, since it names these without "settings."
     cli.validate_ranges(arguments)
+    if isinstance(arguments.settings.run.resume, Path):
+        raise UserError(
+            f"{name} sets run.resume to a path, but it is set for each run of a sweep. To start from the weights of a "
+            "run: --model.weights PATH."
+        )
     return arguments
 
 

@@ -19,7 +19,7 @@ from types import FrameType
 
 from cifar_dist import environment, network
 from cifar_dist.cluster import rendezvous
-from cifar_dist.errors import EXIT_CODES, PeerError, StopError, exit_on_error, suggest_doctor
+from cifar_dist.errors import EXIT_CODES, PeerError, StopError, UserError, exit_on_error, one_line, suggest_doctor
 from cifar_dist.fault_tolerance import signals
 from cifar_dist.process import (
     LAUNCHER,
@@ -70,7 +70,10 @@ def _check_rendezvous(options: Namespace) -> None:
 
     static = options.rdzv_backend == "static"
     endpoint = options.rdzv_endpoint or (f"{options.master_addr}:{options.master_port or 0}" if static else "")
-    address, port = parse_rendezvous_endpoint(endpoint, default_port=0)
+    try:
+        address, port = parse_rendezvous_endpoint(endpoint, default_port=0)
+    except ValueError as error:
+        raise UserError(f"MASTER_ADDR:MASTER_PORT: {one_line(error)}") from None
     own = options.local_addr
     if port and not options.standalone and options.rdzv_backend in ("static", "c10d"):
         local = rendezvous.check(address, port, opens=static and options.node_rank == 0)

@@ -155,8 +155,8 @@ def _report(folder: Path, groups: Mapping[str, Path], num_runs: int) -> None:
 def _evaluate(job: Job, arguments: Sequence[str]) -> int:
     """Score a checkpoint on the first node of the job."""
     python = os.environ.get("CIFAR_DIST_PYTHON") or sys.executable
-    torchrun = [python, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node", str(processes_per_node()), "-m", "cifar_dist.evaluate"]
+    launcher = [python, "-m", "cifar_dist.cluster.launcher", "--standalone"]  # keeps the exit code
+    command = [*launcher, "--nproc-per-node", str(processes_per_node()), "-m", "cifar_dist.evaluate"]
     return job.run([*command, *arguments], os.environ | {"OMP_NUM_THREADS": "1"}, num_nodes=1)
 
 

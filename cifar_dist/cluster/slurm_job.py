@@ -47,7 +47,7 @@ class Job:
         job = optional_number("SLURM_JOB_ID", env)
         if job is None:
             raise UserError("this script is for Slurm: sbatch slurm/train.sh. Without Slurm, use launch/node.")
-        most = env.get("MAX_REQUEUES", "20")
+        most = env.get("MAX_REQUEUES") or "20"
         if not re.fullmatch("[0-9]{1,4}", most):
             raise UserError(f"MAX_REQUEUES is {most}; valid: 0 to 9999.")
         self.id, self.max_requeues = job, int(most)
@@ -130,7 +130,7 @@ def gpus_per_node(env: Mapping[str, str] = os.environ) -> int:
     if allocated is not None:
         return allocated
     if "CUDA_VISIBLE_DEVICES" in env:
-        return len(re.findall("(?:^|,)(?:[0-9]|GPU-|MIG-)", env["CUDA_VISIBLE_DEVICES"]))  # -1 hides all
+        return len(re.findall(r"(?:^|,)\s*(?:[0-9]|GPU-|MIG-)", env["CUDA_VISIBLE_DEVICES"]))  # -1 hides all
     return len(re.findall("^GPU", _output("nvidia-smi", "--list-gpus"), flags=re.MULTILINE))
 
 

@@ -3,7 +3,8 @@
 import os
 import stat
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -55,7 +56,8 @@ def _one(picture: Picture) -> Tensor:
         except ImageError as error:
             raise ImageError(f"{os.fspath(picture)}: {error}") from None
     if isinstance(picture, Image.Image):
-        return _tensor(fit(picture))
+        with _damage_explained():  # a file that was opened is decoded now
+            return _tensor(fit(picture))
     shape = tuple(getattr(picture, "shape", ()))
     usable = len(shape) == 3 and all(shape)
     if usable and isinstance(picture, Tensor) and picture.dtype == torch.uint8 and shape[0] == 3:
@@ -80,7 +82,7 @@ def read(path: Path) -> Image.Image:
     Raises:
         ImageError: it is missing, damaged, too large, or of another format than `FORMATS`.
     """
-    try:
+    with _damage_explained():
         found = path.stat()
         if stat.S_ISDIR(found.st_mode):
             os.scandir(path).close()  # or the reason is that it cannot be listed
@@ -94,6 +96,13 @@ def read(path: Path) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=list(FORMATS)) as image:
                 return fit(image)
+
+
+@contextmanager
+def _damage_explained() -> Iterator[None]:
+    """Convert errors of the system and of Pillow inside to `ImageError`."""
+    try:
+        yield
     except ImageError:
         raise
     except UnidentifiedImageError:

@@ -12,6 +12,7 @@ from cifar_dist import cli
 from cifar_dist.errors import CheckpointError, UserError
 from cifar_dist.files import read_json
 from cifar_dist.reports.run_data import read_settings
+from cifar_dist.reports.run_table import printable
 from cifar_dist.tracking.metrics_file import read_records
 
 # Besides those that define a run, settings that change how numbers round, or what is scored.
@@ -46,7 +47,7 @@ def table(runs: Sequence[Path]) -> str:
         digests = [str((_receipts(values) or ["-"])[-1])[:16], str(values.get("model_sha256", "-"))[:16]]
         accuracy = values.get("test_accuracy")
         score = f"{accuracy:.2%}" if isinstance(accuracy, float) else "-"
-        rows.append([str(run), str(values.get("world_size", "-")), *digests, score])
+        rows.append([printable(cell) for cell in (str(run), str(values.get("world_size", "-")), *digests, score)])
     return "\n".join(cli.aligned(rows))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from cifar_dist import cli
 from cifar_dist.config import NUM_TEST, Config
-from cifar_dist.errors import UserError
+from cifar_dist.errors import UserError, explain_os_error
 from cifar_dist.files import read_json
 
 # Settings, or the beginning of their names, that may differ between the runs of one table: name, seed, paths, tracking.
@@ -45,10 +45,11 @@ def run_directories(paths: Sequence[Path]) -> list[Path]:
     found = []
     for path in paths:
         folder = path.parent if path.name == "summary.json" else path
-        if _holds_run(folder) or not folder.is_dir():
-            found.append(folder)  # _read_run reports what is missing
-        else:
-            found += sorted(filter(_holds_run, folder.iterdir())) or [folder]
+        with explain_os_error(f"{folder} cannot be read"):
+            if _holds_run(folder) or not folder.is_dir():
+                found.append(folder)  # _read_run reports what is missing
+            else:
+                found += sorted(filter(_holds_run, folder.iterdir())) or [folder]
     return found
 
 
@@ -77,10 +78,15 @@ def read_runs(paths: Sequence[Path]) -> list[FinishedRun]:
 def _read_run(directory: Path) -> FinishedRun:
     """The run in `directory`, which must be finished, with a summary.json that fits its config.yaml."""
     path = directory / "summary.json"
-    if not directory.is_dir():
-        raise UserError(f"{directory} does not exist.")
-    if not path.exists():
-        raise UserError(f"{directory} holds no finished run: no summary.json. Resume the run with --run.resume auto.")
+    with explain_os_error(f"{directory} cannot be read"):
+        if not directory.is_dir():
+            raise UserError(f"{directory} {'is no folder' if directory.exists() else 'does not exist'}.")
+        if not _holds_run(directory):
+            raise UserError(f"{directory} holds no run.")
+        if not path.exists():
+            raise UserError(
+                f"{directory} holds no finished run: no summary.json. Resume the run with --run.resume auto."
+            )
     config, values = cli.read_yaml(directory / "config.yaml"), read_json(path)
     problems = list(_problems(values, config))
     if problems:

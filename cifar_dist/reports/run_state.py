@@ -160,7 +160,7 @@ def total_steps(config: Mapping[str, Any]) -> int | None:
         available = NUM_TRAIN if data["train_on"] == "all" else NUM_TRAIN - NUM_VALIDATION
         samples = data["subset"] if data.get("subset") is not None else available
         return int(train["epochs"]) * (int(samples) // int(train["batch_size"]))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError):
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError):
         return None
 
 

@@ -62,7 +62,7 @@ def report(runs: Sequence[FinishedRun]) -> dict[str, Any]:
     return {
         "command": command_line(),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "config": settings_of(first.config),
+        "config": {name: str(v) if isinstance(v, Path) else v for name, v in settings_of(first.config).items()},
         "num_runs": len(runs),
         "test_n": first.figures["test_n"],
         "val_n": first.figures["val_n"],

@@ -9,6 +9,7 @@ import hashlib
 import io
 import pickle
 import re
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ from cifar_dist.errors import CheckpointError
 from cifar_dist.files import write_bytes_atomic, write_text_atomic
 
 FORMAT = 4  # 1 had SGD only; 2 had no `validation_due`; 3 had sums of losses as floats
+# What torch.load raises for files that it cannot read, by their first bytes.
+NOT_LOADABLE = (
+    pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError,
+    struct.error,
+)  # fmt: skip
 _NAME = re.compile(r"step-(\d{8,})\.pt")
 
 
@@ -100,7 +106,7 @@ def decode(data: bytes, origin: str) -> dict[str, Any]:
     """
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except NOT_LOADABLE as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(f"{origin} is not a checkpoint that can be loaded safely: {detail}") from None
     if not isinstance(state, dict) or not {"format", "step", "model", "config"} <= state.keys():

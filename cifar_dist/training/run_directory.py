@@ -9,7 +9,7 @@ from typing import Any
 from cifar_dist import extension
 from cifar_dist.cli import from_yaml, settings_of
 from cifar_dist.config import Config
-from cifar_dist.errors import CheckpointError, UserError
+from cifar_dist.errors import CheckpointError, UserError, explain_os_error
 from cifar_dist.training import checkpoint
 from cifar_dist.yaml_file import read_entries
 
@@ -166,6 +166,11 @@ def find_checkpoint(path: Path, which: str | int = "last") -> Path:
     Raises:
         UserError: there is no such checkpoint.
     """
+    with explain_os_error(f"{path} cannot be read", "Give a run directory, such as runs/NAME, or a step-*.pt file."):
+        return _find_checkpoint(path, which)
+
+
+def _find_checkpoint(path: Path, which: str | int) -> Path:
     if not path.is_dir():
         if which != "last":
             raise UserError(
@@ -210,6 +215,8 @@ def _decode_own(data: bytes, config: Config, path: Path) -> dict[str, Any]:
     """
     state = checkpoint.decode(data, str(path))
     old, new = settings_of(config_of(state["config"], str(path))), settings_of(config)
+    if old["train.precision"] == "auto" and new["train.precision"] == state.get("precision"):
+        old["train.precision"] = new["train.precision"]  # what auto meant where the run began
     changed = [name for name in new if name.startswith(FIXED) and old[name] != new[name]]
     if changed:
         lines = "".join(f"\n  {name} was {old[name]}, is now {new[name]}" for name in changed)

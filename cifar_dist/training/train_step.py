@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cifar_dist.config import NETWORKS, Config
+from cifar_dist.config import NETWORKS, OPTIMIZERS, Config
 from cifar_dist.data import augment
 from cifar_dist.data.loader import Batch
 from cifar_dist.distributed import World, data_parallel, run_and_sync_errors
@@ -143,6 +143,8 @@ class TrainStep:
         if self.config.optim.grad_clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.grad_clip)
+        if self.config.optim.name not in OPTIMIZERS:  # an own one may draw random numbers, the same on all ranks
+            torch.manual_seed(derive(self.config.run.seed, "optimizer", step.number))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._zero_gradient()

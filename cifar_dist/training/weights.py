@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,6 @@ from cifar_dist.training.run_directory import config_of, find_checkpoint
 # Settings that decide the shapes of a network, and with which torchvision's and Cadene's weights fit.
 _TORCHVISION = {"name": "inception_v1", "stem": "imagenet", "branch5x5": "3x3", "variant": "torchvision"}
 _CADENE = {"name": "inception_v2", "stem": "imagenet", "variant": "cadene"}
-_NOT_WEIGHTS = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError)
 
 
 class StartWeights(NamedTuple):
@@ -108,7 +106,8 @@ def decode(data: bytes, path: Path) -> StartWeights:
     for key in ("state_dict", "model"):  # as torchvision's references and timm save
         if isinstance(state.get(key), dict):
             state = state[key]
-    tensors = convert.unwrapped({name: value for name, value in state.items() if isinstance(value, Tensor)})
+    named = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    tensors = convert.unwrapped(named)
     try:
         if "conv1.conv.weight" in tensors:
             return StartWeights(convert.from_torchvision(tensors).state_dict(), _TORCHVISION, sha256)
@@ -124,7 +123,7 @@ def decode(data: bytes, path: Path) -> StartWeights:
 
 
 def _tensors(data: bytes, path: Path) -> dict[str, Any]:
-    errors: tuple[type[Exception], ...] = _NOT_WEIGHTS
+    errors: tuple[type[Exception], ...] = checkpoint.NOT_LOADABLE
     try:
         if path.suffix == ".safetensors":
             from safetensors import SafetensorError

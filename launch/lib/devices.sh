@@ -1,7 +1,7 @@
 # Sourced by other scripts: how many GPUs are visible, and how many processes train without any.
 num_gpus() {
     if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -cE '^([0-9]|GPU-|MIG-)' || true  # -1 hides all
+        tr -d ' ' <<<"$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -cE '^([0-9]|GPU-|MIG-)' || true  # -1 hides all
     else
         nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true
     fi

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,10 +94,28 @@ def test_restarts_need_resume_auto(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("NNODES", "2:1"), ("NNODES", "all"), ("MAX_RESTARTS", "-1"), ("MEET_TIMEOUT_S", "soon")]
+    ("setting", "value"),
+    [
+        ("NNODES", "2:1"),
+        ("NNODES", "all"),
+        ("MAX_RESTARTS", "-1"),
+        ("MEET_TIMEOUT_S", "soon"),
+        ("MASTER_PORT", "65536"),
+    ],
 )
 def test_mistyped_numbers_of_machines(setting: str, value: str) -> None:
     assert f"{setting} is {value}" in runs.finish(start("multinode", **{setting: value}), expected=2)
+
+
+@pytest.mark.parametrize("port", ["ten", "99999", " 29500"])
+def test_a_wrong_port_of_the_launcher(port: str) -> None:
+    """Without launch/multinode, as in a Slurm job."""
+    rendezvous = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}")
+    command = [sys.executable, "-m", "cifar_dist.cluster.launcher", *rendezvous, "-m", "cifar_dist.train"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "error: MASTER_ADDR:MASTER_PORT: " in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("changing", [{"NNODES": "1:2"}, {"NNODES": "2", "MAX_RESTARTS": "1"}])

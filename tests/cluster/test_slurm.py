@@ -464,6 +464,7 @@ def test_processes_per_node() -> None:
     assert slurm_job.processes_per_node({**given, "SLURM_GPUS_PER_NODE": "a100:4"}) == 4
     assert slurm_job.processes_per_node({**given, "NPROC_PER_NODE": "5"}) == 5
     assert slurm_job.processes_per_node({"CUDA_VISIBLE_DEVICES": "0,3"}) == 2
+    assert slurm_job.gpus_per_node({"CUDA_VISIBLE_DEVICES": "0, 1"}) == 2
     assert slurm_job.gpus_per_node({"CUDA_VISIBLE_DEVICES": "-1"}) == 0
     assert slurm_job.gpus_per_node({"CUDA_VISIBLE_DEVICES": "GPU-1f,MIG-2a"}) == 2
     with pytest.raises(UserError, match="NPROC_PER_NODE is two"):
@@ -482,6 +483,7 @@ def test_attempts_that_get_no_further_are_not_repeated(tmp_path: Path, monkeypat
     assert first.requeue(tmp_path, 41) == "scontrol is not on this node"
     other = slurm_job.Job({"SLURM_JOB_ID": "8"})
     assert other.requeue(tmp_path, 41) == "scontrol is not on this node"
+    assert slurm_job.Job({"SLURM_JOB_ID": "8", "MAX_REQUEUES": ""}).max_requeues == 20
     bounded = slurm_job.Job({"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "2", "MAX_REQUEUES": "2"})
     assert "requeued 2 times" in bounded.requeue(tmp_path, 60)
     for wrong in ("-1", "10000", ""):

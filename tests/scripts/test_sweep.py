@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cifar_dist.errors import UserError
+from cifar_dist.sweep import parse
 from cifar_dist.training.checkpoint import all_steps
 from tests.scripts.test_launch import TINY, start
 from tests.support import runs
@@ -66,6 +68,13 @@ def test_stop_signals(number: signal.Signals, code: int, data_dir: Path, tmp_pat
     assert "sweep: stopped; the same command resumes from here" in runs.finish(process, expected=code)
     assert runs.children_with(str(tmp_path)) == []
     assert json.loads((tmp_path / "setting-0/seed-0/status.json").read_text())["status"] == "stopped"
+
+
+def test_a_checkpoint_to_resume_from_is_refused(tmp_path: Path) -> None:
+    """Each run of a sweep resumes its own; without a word the path would have no effect."""
+    (tmp_path / "a.yaml").write_text("run: {resume: runs/x/step-00000005.pt}")
+    with pytest.raises(UserError, match=r"a\.yaml sets run\.resume to a path, .* --model\.weights PATH"):
+        parse([str(tmp_path / "a.yaml"), "2"])
 
 
 @pytest.mark.data

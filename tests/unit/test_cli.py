@@ -28,7 +28,9 @@ def test_json_paths_that_cannot_be_used_are_refused_at_once(tmp_path: Path) -> N
     for path, reason in (
         (tmp_path / "nowhere" / "a.json", "No such file or directory"),
         (tmp_path / "file" / "a.json", "Not a directory"),
-        (tmp_path, "it is a folder"),
+        (tmp_path, "it is a folder, link, device or pipe"),
+        (Path("/dev/null"), "it is a folder, link, device or pipe"),
+        (Path("/dev/stdout"), "it is a folder, link, device or pipe"),
     ):
         with pytest.raises(UserError) as error:
             json_writer(path)

@@ -40,6 +40,9 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
         ("--model.name own:", "model.name is own:. Valid:"),
         ("--augment.extra mixup", "augment.extra is mixup. Valid: None; or MODULE:NAME"),
         ("--run.hooks my.mod:", "run.hooks is my.mod:. Valid: None; or"),
+        ("--run.hooks=", "run.hooks is . Valid: None; or"),
+        ("--model.name :net", "model.name is :net. Valid:"),
+        ("--optim.name /", "optim.name is /. Valid:"),
     ],
 )  # fmt: skip
 def test_neither_built_in_nor_a_reference(words: str, message: str) -> None:

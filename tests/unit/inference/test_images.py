@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,14 @@ def test_inputs_in_memory_are_the_same() -> None:
 def test_other_inputs_are_refused(given: Any) -> None:
     with pytest.raises(ImageError, match=r"is no picture. Give a path, a PIL image, a uint8 array \(H, W, 3\)"):
         to_uint8(given)
+
+
+def test_a_damaged_picture_that_was_opened() -> None:
+    """Pillow decodes it when its pixels are needed."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((300, 300, 3), np.uint8)).save(buffer, "PNG")
+    with pytest.raises(ImageError):
+        to_uint8(Image.open(io.BytesIO(buffer.getvalue()[:200])))
 
 
 def test_grey_and_palette(tmp_path: Path) -> None:

@@ -292,6 +292,8 @@ def test_command_line_over_file_over_defaults() -> None:
     assert (arguments.settings.train.epochs, arguments.settings.train.batch_size) == (3, 192)
     assert arguments.settings.optim.momentum == 0.9
     assert not parse([CONFIG]).measure
+    assert parse([CONFIG, "--measure", "True"]).measure
+    assert not parse([CONFIG, "--measure", "False", "--gpus", "2"]).measure
 
 
 @pytest.mark.data

@@ -220,12 +220,14 @@ def test_settings_and_figures_on_one_screen(change: Callable[[Path], None], shor
     other_loss(other)
     change_summary(other, test_accuracy=0.5, model_sha256="0" * 64)
     config = other / "config.yaml"
-    config.write_text(config.read_text().replace("keep_checkpoints: 3", "keep_checkpoints: 4"))
+    text = config.read_text().replace("keep_checkpoints: 3", "keep_checkpoints: 4")
+    config.write_text(text.replace("notes: null", 'notes: "a\\nb: EQUAL\\e[31m"'))
     output = compare(short_run, other, expected=1)
     for text in SETTINGS[change]:
         assert re.search(text, output), output
     assert output.count("possible cause") == 1
-    assert "\n  other settings: train.keep_checkpoints is 3 and 4\n" in output
+    notes = r"track.notes is None and a\nb: EQUAL\x1b[31m"  # escaped
+    assert f"\n  other settings: train.keep_checkpoints is 3 and 4; {notes}\n" in output
     first = runs.summary(short_run)
     assert re.search(rf"test accuracy +{100 * first['test_accuracy']:.2f} %, n = 500 +50\.00 %, n = 500\n", output)
     assert re.search(r"\n  95 % interval  .* 45\.63 to 54\.37 %\n", output)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -61,6 +62,11 @@ def command(*arguments: str | Path, expected: int = 0) -> str:
     assert "| torch\n" not in done.stderr
     errors = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     return done.stdout + "\n".join(errors)
+
+
+@pytest.mark.parametrize("train", [{"epochs": math.inf, "batch_size": 8}, {"max_steps": math.inf}, {"epochs": 1}, {}])
+def test_steps_that_a_foreign_configuration_does_not_tell(train: dict[str, Any]) -> None:
+    assert total_steps({"train": train, "data": {"train_on": "all"}}) is None
 
 
 def test_every_state(tmp_path: Path) -> None:

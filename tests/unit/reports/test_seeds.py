@@ -169,6 +169,12 @@ def test_scored_again_and_with_other_weights(
     assert "images, in bf16, started from a.safetensors, scored with averaged weights. Preparation" in output
 
 
+def test_settings_that_are_paths_in_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, model=replace(CONFIG.model, weights=Path("a.pt")))
+    call(monkeypatch, leave_run(tmp_path / "runs", 0, config), "--json", tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text())["config"]["model.weights"] == "a.pt"
+
+
 def test_missing_and_unfinished_runs_are_all_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,9 +185,12 @@ def test_missing_and_unfinished_runs_are_all_named(
     for name in ("seed-1", "seed-2"):
         assert f"{name} holds no finished run: no summary.json. Resume the run with --run.resume auto." in message
     assert "seed-7 does not exist" in message
+    (tmp_path / "file").touch()
+    assert "file is no folder" in refusal(monkeypatch, capsys, tmp_path / "file")
+    assert "cannot be read: File name too long" in refusal(monkeypatch, capsys, tmp_path / ("x" * 300))
     assert "seed-0" not in message
     (tmp_path / "empty").mkdir()
-    assert "empty holds no finished run" in refusal(monkeypatch, capsys, tmp_path / "seed-0" / "..", tmp_path / "empty")
+    assert "empty holds no run." in refusal(monkeypatch, capsys, tmp_path / "seed-0" / "..", tmp_path / "empty")
     assert "no run is given" in refusal(monkeypatch, capsys)
 
 

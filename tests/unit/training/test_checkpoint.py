@@ -122,6 +122,14 @@ def test_full_disk_leaves_the_former_checkpoint(tmp_path: Path) -> None:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
+def test_no_file_is_refused_with_another_error() -> None:
+    """Whatever its first bytes are, such as those of a config.yaml."""
+    texts = [bytes([first]) + b"n:\n  name: x\nabcdef\x00\x01\x02" for first in range(256)]
+    for data in (*texts, b"", b"epoch,loss\n1,2.5\n"):
+        with pytest.raises(CheckpointError, match="it is not a checkpoint"):
+            checkpoint.decode(data, "it")
+
+
 def test_other_peoples_files(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     torch.save({"state_dict": {}}, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from cifar_dist.config import Config, to_yaml
 from cifar_dist.errors import CheckpointError, UserError
 from cifar_dist.training import checkpoint
-from cifar_dist.training.run_directory import check, find_checkpoint, refusal
+from cifar_dist.training.run_directory import check, find_checkpoint, newest_valid, refusal
 
 
 @pytest.fixture
@@ -46,6 +47,24 @@ def test_missing_ones_are_named(run_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty holds no checkpoint\. Give a run directory"):
         find_checkpoint(tmp_path / "empty")
+
+
+def test_what_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be read: File name too long\. Give a run directory"):
+        find_checkpoint(tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize(("given", "fits"), [("auto", True), ("bf16", True), ("fp32", False)])
+def test_what_auto_meant_may_be_given(given: Any, fits: bool, tmp_path: Path) -> None:
+    """On another machine auto may mean another precision, which `TrainStep.restore` refuses."""
+    state = {"model": {}, "config": to_yaml(Config()), "precision": "bf16", "best": [None, -1.0]}
+    checkpoint.write(tmp_path, 5, checkpoint.encode(5, state))
+    config = replace(Config(), train=replace(Config().train, precision=given))
+    if fits:
+        assert newest_valid(tmp_path, config, print) is not None
+    else:
+        with pytest.raises(CheckpointError, match=r"train\.precision was auto, is now fp32"):
+            newest_valid(tmp_path, config, print)
 
 
 def test_without_a_validation(run_dir: Path) -> None:

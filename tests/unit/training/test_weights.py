@@ -120,7 +120,9 @@ def of_checkpoint(config: ModelConfig) -> bytes:
         (lambda p: saved({"epoch": 1}, p), "a.pt", r"holds no weights; it has epoch\.$"),
         (lambda p: saved([1, 2], p), "a.pt", r"holds a list"),
         (lambda p: saved({"x": Path("y")}, p), "a.pt", r"cannot be loaded safely"),
+        (lambda p: saved({0: torch.zeros(1)}, p), "a.pt", r"holds no weights; it has 0\.$"),
         (lambda _: b"", "a.pt", r"cannot be loaded safely"),
+        (lambda _: b"run:\n  name: x\n", "a.pt", r"cannot be loaded safely"),
         (lambda _: b"<html>", "a.safetensors", r"cannot be loaded safely"),
     ],
 )  # fmt: skip
