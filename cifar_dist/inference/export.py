@@ -22,6 +22,7 @@ from cifar_dist.inference.classifier import Classifier, load
 from cifar_dist.inference.variants import FromUint8, prepare
 from cifar_dist.models import architectures
 from cifar_dist.models.network import InceptionNetwork
+from cifar_dist.training import weights
 from cifar_dist.training.summary import sha256_of_tensors
 
 TABLES = {
@@ -157,6 +158,7 @@ def _settings(model: Classifier, network: nn.Module, options: Options) -> dict[s
     return {
         "written_by": WRITTEN_BY,
         "model_type": config.name,
+        "model": weights.decisive(config),
         "model_sha256": model.origin.model_sha256,
         # Of a moving average another than the trained parameters'.
         "network_sha256": sha256_of_tensors((*network.parameters(), *network.buffers())),

@@ -16,6 +16,7 @@ from cifar_dist.errors import UserError
 from cifar_dist.files import to_json
 from cifar_dist.inference import standalone, variants
 from cifar_dist.models import inception, layers, network, stems
+from cifar_dist.training.weights import METADATA
 
 Settings = dict[str, Any]
 FILES = {
@@ -57,7 +58,8 @@ def _write_safetensors(folder: Path, model: nn.Module, settings: Settings) -> No
     inner = model.network if isinstance(model, variants.FromUint8) else model
     # Copies, as safetensors refuses tensors that share memory.
     weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in inner.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    metadata = {"format": "pt", METADATA: json.dumps(settings["model"])}
+    save_file(weights, folder / "model.safetensors", metadata=metadata)
     if "rows" in settings:
         (folder / "model.py").write_text(source(), encoding="utf-8")
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,9 @@ from cifar_dist.models.network import main_weights, without_auxiliary
 from cifar_dist.training import checkpoint
 from cifar_dist.training.run_directory import config_of, find_checkpoint
 
-# Settings that decide the shapes of a network, and with which torchvision's and Cadene's weights fit.
+# Settings model.* that decide which network weights belong to, and with which torchvision's and Cadene's fit.
+DECISIVE = ("name", "stem", "width", "norm", "branch5x5", "variant")
+METADATA = "cifar_dist"  # in files of safetensors: the values of DECISIVE
 _TORCHVISION = {"name": "inception_v1", "stem": "imagenet", "branch5x5": "3x3", "variant": "torchvision"}
 _CADENE = {"name": "inception_v2", "stem": "imagenet", "variant": "cadene"}
 
@@ -101,8 +104,7 @@ def decode(data: bytes, path: Path) -> StartWeights:
         saved = checkpoint.decode(data, str(path))
         config = config_of(saved["config"], str(path))
         tensors = saved["model"] if config.optim.ema_decay is None else _scored_weights(saved, config)
-        shaping = ("name", "stem", "width", "norm", "branch5x5", "variant")
-        return StartWeights(tensors, {key: getattr(config.model, key) for key in shaping}, sha256)
+        return StartWeights(tensors, decisive(config.model), sha256)
     for key in ("state_dict", "model"):  # as torchvision's references and timm save
         if isinstance(state.get(key), dict):
             state = state[key]
@@ -119,7 +121,22 @@ def decode(data: bytes, path: Path) -> StartWeights:
         raise UserError(f"model.weights {path}: {error}") from None
     if not tensors:
         raise UserError(f"model.weights {path} holds no weights; it has {', '.join(map(str, state)) or 'nothing'}.")
-    return StartWeights(tensors, {}, sha256)
+    return StartWeights(tensors, _metadata(data) if path.suffix == ".safetensors" else {}, sha256)
+
+
+def decisive(config: ModelConfig) -> dict[str, Any]:
+    """The settings that decide which network weights belong to: names and shapes alone may be equal."""
+    return {key: getattr(config, key) for key in DECISIVE}
+
+
+def _metadata(data: bytes) -> dict[str, Any]:
+    """`decisive` of the network whose export a valid file of safetensors is; empty if it is of another program."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    try:
+        found = json.loads(header.get("__metadata__", {}).get(METADATA, "{}"))
+    except ValueError:
+        return {}
+    return {key: value for key, value in found.items() if key in DECISIVE} if isinstance(found, dict) else {}
 
 
 def _tensors(data: bytes, path: Path) -> dict[str, Any]:

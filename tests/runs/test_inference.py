@@ -21,13 +21,14 @@ from torch import nn
 
 import cifar_dist
 from cifar_dist import predict
+from cifar_dist.cli import read_yaml
 from cifar_dist.data.prepare.collection import Cifar10
 from cifar_dist.distributed import init_distributed
 from cifar_dist.errors import CheckpointError, UserError
 from cifar_dist.inference import formats
 from cifar_dist.inference.export import Request, export
 from cifar_dist.predict import PredictArguments
-from cifar_dist.training import checkpoint
+from cifar_dist.training import checkpoint, weights
 from cifar_dist.training.score_checkpoint import Request as ScoreRequest
 from cifar_dist.training.score_checkpoint import score_checkpoint
 from tests.support import runs
@@ -245,6 +246,9 @@ def test_model_card(exported: Path, short_run: Path, last_score: int) -> None:
     assert str(short_run) not in card.text
     settings = json.loads((exported / "config.json").read_text())
     assert settings["classes"][3] == "cat"
+    # With which `model.weights` accepts the file.
+    start = weights.decode((exported / "model.safetensors").read_bytes(), exported / "model.safetensors")
+    assert start.settings == settings["model"] == weights.decisive(read_yaml(short_run / "config.yaml").model)
 
 
 def test_a_file_that_computes_something_else_is_not_written(

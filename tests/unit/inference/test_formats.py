@@ -24,7 +24,7 @@ from tests.unit.inference.test_variants import trained
 
 PLAIN = {"fold_batch_norm": False, "merge_1x1": False, "uint8_input": False}
 ALL = dict.fromkeys(PLAIN, True)
-SETTINGS = {"classes": list("abcdefghij"), "mean": augment.MEAN, "std": augment.STD, "width": 0.0625}
+SETTINGS = {"model": {}, "classes": list("abcdefghij"), "mean": augment.MEAN, "std": augment.STD, "width": 0.0625}
 V1_WHITEN = {**SETTINGS, "rows": V1, "branch5x5": "paper", "stem": "whiten", "variant": asdict(DEFAULT)}
 V2_CIFAR = {**SETTINGS, "rows": V2, "branch5x5": "double3x3", "stem": "cifar", "variant": asdict(TORCHVISION)}
 

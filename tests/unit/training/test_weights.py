@@ -14,11 +14,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from cifar_dist.config import Config, ModelConfig, OptimConfig, to_yaml
-from cifar_dist.errors import UserError
+from cifar_dist.errors import CheckpointError, UserError
 from cifar_dist.models.architectures import create_model
 from cifar_dist.training import checkpoint
 from cifar_dist.training.optim import Ema
-from cifar_dist.training.weights import copy_weights, decode
+from cifar_dist.training.weights import copy_weights, decisive, decode
 from tests.support import runs
 from tests.unit.models.test_convert import cadene_state, googlenet
 
@@ -59,10 +59,20 @@ def test_a_checkpoint(ema_decay: float | None) -> None:
     assert differing(model, source.state_dict() if ema_decay is None else average.module.state_dict()) == set()
 
 
-def test_a_file_of_safetensors() -> None:
+@pytest.mark.parametrize("metadata", [None, {"cifar_dist": "{"}, {"cifar_dist": "[1]"}, {"format": "pt"}])
+def test_a_file_of_safetensors(metadata: dict[str, str] | None) -> None:
     source, model = model_of(SMALL, seed=1), model_of(SMALL, seed=3)
-    assert start(model, save(source.state_dict()), SMALL, Path("model.safetensors")) == []
+    assert start(model, save(source.state_dict(), metadata), SMALL, Path("model.safetensors")) == []
     assert differing(model, source.state_dict()) == set()
+
+
+def test_an_export_of_a_network_of_equal_shapes_is_refused() -> None:
+    """A cifar stem and a strided one have the same weights, so the export names its settings."""
+    metadata = {"cifar_dist": json.dumps(decisive(replace(SMALL, stem="strided")))}
+    data = save(model_of(replace(SMALL, stem="strided"), seed=1).state_dict(), metadata)
+    cifar = replace(SMALL, stem="cifar")
+    with pytest.raises(CheckpointError, match=r"They need --model\.stem strided$"):
+        start(model_of(cifar, seed=3), data, cifar, Path("model.safetensors"))
 
 
 @pytest.mark.parametrize(
