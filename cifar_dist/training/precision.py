@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 
 from cifar_dist.config import PrecisionName, TrainConfig
+from cifar_dist.distributed import World, all_gather_text, run_and_sync_errors
 from cifar_dist.errors import UserError, is_main_process
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,6 +67,23 @@ def choose_precision(wanted: str, device: torch.device) -> Precision:
     if wanted == "fp16" and not on_gpu:
         _warn_of_slow_fp16()
     return Precision(cast(PrecisionName, wanted), device.type)
+
+
+def common_precision(wanted: str, world: World) -> Precision:
+    """`choose_precision` on all ranks; a collective.
+
+    Raises:
+        UserError: on every rank; see there, or auto means different precisions on the ranks' devices.
+    """
+    precision: Precision = run_and_sync_errors(world, lambda: choose_precision(wanted, world.device))
+    names = dict.fromkeys(all_gather_text(precision.name, world))
+    if len(names) > 1:
+        raise UserError(
+            f"train.precision is {wanted}, which means {' and '.join(names)} on the devices of this run. Give one that "
+            "all have, such as --train.precision fp32.",
+            printed_elsewhere=True,
+        )
+    return precision
 
 
 def _cpu_has_bf16() -> bool:

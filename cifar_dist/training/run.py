@@ -34,7 +34,7 @@ from cifar_dist.tracking.tracker import Tracker
 from cifar_dist.training import checkpoint, debug, predictions, run_directory
 from cifar_dist.training.evaluation import bn_samples
 from cifar_dist.training.metrics import Window
-from cifar_dist.training.precision import Precision, choose_precision, set_backends
+from cifar_dist.training.precision import Precision, common_precision, set_backends
 from cifar_dist.training.profiling import profiler
 from cifar_dist.training.summary import describe, device_name, summarize
 from cifar_dist.training.train_step import TrainStep
@@ -81,7 +81,7 @@ class Run(Hooks):
             set_phase(Phase("importing own code", limit_s=SLOW_S))
             run_and_sync_errors(world, self._import_own_code)
             set_phase(Phase("preparing or verifying the dataset", limit_s=VERY_SLOW_S))
-            precision = run_and_sync_errors(world, lambda: choose_precision(config.train.precision, world.device))
+            precision = common_precision(config.train.precision, world)
             set_backends(config.train, config.run.deterministic, world.device)
             data_dir = prepared_folder(config.data, world, self.log)
             split = read_split(config.data, data_dir, world)

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from cifar_dist.config import PrecisionName
+from cifar_dist.distributed import World
+from cifar_dist.errors import UserError
 from cifar_dist.training import precision
-from cifar_dist.training.precision import Precision, choose_precision, is_compiled
+from cifar_dist.training.precision import Precision, choose_precision, common_precision, is_compiled
 
 
 def test_number_formats() -> None:
@@ -39,6 +41,17 @@ def test_fp16_on_a_cpu_is_warned_of_once(
     output = capsys.readouterr().err
     assert len(output.splitlines()) == lines
     assert not lines or output.startswith("warning: train.precision is fp16, which CPUs compute more than ten times")
+
+
+def test_auto_must_mean_one_precision_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old and new processors in one run: sums of gradients would mix precisions."""
+    world, names = World(0, 2, 0, 2, torch.device("cpu")), ["bf16", "bf16"]
+    monkeypatch.setattr(precision, "run_and_sync_errors", lambda _, work: work())
+    monkeypatch.setattr(precision, "all_gather_text", lambda *_: names)
+    assert common_precision("auto", world) == choose_precision("auto", world.device)
+    names[1] = "fp32"
+    with pytest.raises(UserError, match="auto, which means bf16 and fp32 on the devices of this run"):
+        common_precision("auto", world)
 
 
 @pytest.mark.parametrize(
