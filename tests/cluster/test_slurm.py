@@ -486,7 +486,7 @@ def test_attempts_that_get_no_further_are_not_repeated(tmp_path: Path, monkeypat
     assert slurm_job.Job({"SLURM_JOB_ID": "8", "MAX_REQUEUES": ""}).max_requeues == 20
     bounded = slurm_job.Job({"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "2", "MAX_REQUEUES": "2"})
     assert "requeued 2 times" in bounded.requeue(tmp_path, 60)
-    for wrong in ("-1", "10000", ""):
+    for wrong in ("-1", "10000", "x"):
         with pytest.raises(UserError, match=f"MAX_REQUEUES is {wrong}; valid: 0 to 9999"):
             slurm_job.Job({"SLURM_JOB_ID": "8", "MAX_REQUEUES": wrong})
 
