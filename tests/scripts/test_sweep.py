@@ -71,7 +71,7 @@ def test_stop_signals(number: signal.Signals, code: int, data_dir: Path, tmp_pat
 
 
 def test_a_checkpoint_to_resume_from_is_refused(tmp_path: Path) -> None:
-    """Each run of a sweep resumes its own; without a word the path would have no effect."""
+    """A sweep sets run.resume of each run, so the path would be ignored."""
     (tmp_path / "a.yaml").write_text("run: {resume: runs/x/step-00000005.pt}")
     with pytest.raises(UserError, match=r"a\.yaml sets run\.resume to a path, .* --model\.weights PATH"):
         parse([str(tmp_path / "a.yaml"), "2"])
