@@ -122,13 +122,11 @@ def _device(wanted: str, local_rank: int, local_size: int) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not num_gpus):
         return torch.device("cpu")
     if not num_gpus:
-        raise UserError(
-            "train.device is cuda, but torch finds no GPU here. Check nvidia-smi, or use --train.device cpu."
-        )
+        raise UserError("device is cuda, but torch finds no GPU here. Check nvidia-smi, or use auto or cpu.")
     if local_size > num_gpus:
         raise UserError(
             f"{local_size} processes on this node, but only {num_gpus} GPU{'s' if num_gpus > 1 else ''}. "
-            f"Start at most {num_gpus} here (--nproc_per_node {num_gpus}), or use --train.device cpu."
+            f"Start at most {num_gpus} here (--nproc_per_node {num_gpus}), or use the device cpu."
         )
     return torch.device("cuda", local_rank)
 

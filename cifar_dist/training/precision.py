@@ -50,7 +50,7 @@ class Precision:
 
 
 def choose_precision(wanted: str, device: torch.device) -> Precision:
-    """The precision for train.precision `wanted`; auto is resolved. Rank 0 warns of fp16 on a CPU.
+    """The precision for `wanted`, as in train.precision; auto is resolved. Rank 0 warns of fp16 on a CPU.
 
     Raises:
         UserError: bf16 on a GPU without it.
@@ -61,8 +61,7 @@ def choose_precision(wanted: str, device: torch.device) -> Precision:
         return Precision("bf16" if has_bf16 else "fp16" if on_gpu else "fp32", device.type)
     if wanted == "bf16" and on_gpu and not has_bf16:
         raise UserError(
-            f"train.precision is bf16, which {torch.cuda.get_device_name(device)} does not support. "
-            f"Use --train.precision fp16 or fp32."
+            f"precision is bf16, which {torch.cuda.get_device_name(device)} does not support. Use auto, fp16 or fp32."
         )
     if wanted == "fp16" and not on_gpu:
         _warn_of_slow_fp16()
@@ -79,8 +78,8 @@ def common_precision(wanted: str, world: World) -> Precision:
     names = dict.fromkeys(all_gather_text(precision.name, world))
     if len(names) > 1:
         raise UserError(
-            f"train.precision is {wanted}, which means {' and '.join(names)} on the devices of this run. Give one that "
-            "all have, such as --train.precision fp32.",
+            f"precision is {wanted}, which means {' and '.join(names)} on the devices of these {world.size} processes. "
+            "Give one that all have, such as fp32.",
             printed_elsewhere=True,
         )
     return precision
@@ -94,8 +93,8 @@ def _cpu_has_bf16() -> bool:
 @functools.cache  # once in a process
 def _warn_of_slow_fp16() -> None:
     if is_main_process():
-        text = "which CPUs compute more than ten times as slowly as fp32; use --train.precision auto"
-        print(f"warning: train.precision is fp16, {text}", file=sys.stderr, flush=True)
+        text = "which CPUs compute more than ten times as slowly as fp32; auto takes a fast one"
+        print(f"warning: precision is fp16, {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager

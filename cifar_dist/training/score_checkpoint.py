@@ -19,7 +19,7 @@ from cifar_dist.distributed import World, broadcast_bytes, broadcast_from_main, 
 from cifar_dist.errors import UserError
 from cifar_dist.training import checkpoint
 from cifar_dist.training.evaluation import Evaluator, bn_samples
-from cifar_dist.training.precision import choose_precision, set_backends
+from cifar_dist.training.precision import common_precision, set_backends
 from cifar_dist.training.run_directory import config_of, find_checkpoint
 from cifar_dist.training.weights import scored_network
 
@@ -60,7 +60,7 @@ def score_checkpoint(request: Request, world: World) -> dict[str, Any]:
     folder = prepared_folder(data_config, world, log)
     samples = read_split(config.data, folder, world)
     wanted = request.precision or config.train.precision
-    precision = run_and_sync_errors(world, lambda: choose_precision(wanted, world.device))
+    precision = common_precision(wanted, world)
     set_backends(config.train, config.run.deterministic, world.device)
     network = run_and_sync_errors(world, lambda: scored_network(state, config, str(path)))
     network.to(world.device, precision.parameters)

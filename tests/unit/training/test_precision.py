@@ -35,12 +35,13 @@ def test_fp16_on_a_cpu_is_warned_of_once(
 ) -> None:
     precision._warn_of_slow_fp16.cache_clear()
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     for _ in range(2):
         choose_precision(wanted, torch.device(device))
     output = capsys.readouterr().err
     assert len(output.splitlines()) == lines
-    assert not lines or output.startswith("warning: train.precision is fp16, which CPUs compute more than ten times")
+    assert not lines or output.startswith("warning: precision is fp16, which CPUs compute more than ten times")
 
 
 def test_auto_must_mean_one_precision_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +51,7 @@ def test_auto_must_mean_one_precision_on_all_ranks(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(precision, "all_gather_text", lambda *_: names)
     assert common_precision("auto", world) == choose_precision("auto", world.device)
     names[1] = "fp32"
-    with pytest.raises(UserError, match="auto, which means bf16 and fp32 on the devices of this run"):
+    with pytest.raises(UserError, match="auto, which means bf16 and fp32 on the devices of these 2 processes"):
         common_precision("auto", world)
 
 
