@@ -11,6 +11,9 @@ from typing import Any
 from cifar_dist.errors import UserError
 from cifar_dist.filesystem import replace, sync_directory
 
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
+"""Names of the files that `write_bytes_atomic` writes before they are renamed."""
+
 
 def expand_path(text: str) -> str:
     """`text` with the values of ~, ~user, $NAME and ${NAME}; $$ stands for $.

@@ -69,8 +69,9 @@ def _run(job: Job, arguments: Sequence[str], config: Config, directory: Path, ag
         again: the batch script and its arguments, for the message that tells how to resume.
     """
     settings = [*arguments, "--run.dir", escape_path(str(directory))]
-    # A checkpoint given by path is where the run starts; after a requeue it resumes from its own.
-    if job.restarts or config.run.resume == "never":
+    # After a requeue a run resumes, from whatever it began, and replaces none; unless it had not begun.
+    copied = isinstance(config.run.resume, Path) and any(directory.glob("checkpoints/step-*.pt"))
+    if config.run.resume == "never" or (job.restarts and (copied or job.has_run_in(directory))):
         settings += ["--run.resume", "auto"]
     if config.data.stage_dir is None:
         stage_dir = os.environ.get("SLURM_TMPDIR") or f"/tmp/cifar_dist-{os.getuid()}"

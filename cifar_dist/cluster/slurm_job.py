@@ -90,6 +90,10 @@ class Job:
         status = read_json(directory / "status.json")
         return status if (status.get("job"), status.get("restarts")) == (str(self.id), self.restarts) else {}
 
+    def has_run_in(self, directory: Path) -> bool:
+        """Whether an attempt of this job has begun the run in `directory`."""
+        return read_json(directory / "status.json").get("job") == str(self.id)
+
     def requeue(self, directory: Path, step: int | None) -> str:
         """Requeue this job. Returns why not; empty if Slurm accepted, which may kill this process at any moment.
 

@@ -5,6 +5,7 @@ Both are written atomically, the digest first, so that no .pt file lacks it. A c
 strings only, which `torch.load` reads with weights_only=True.
 """
 
+import errno
 import hashlib
 import io
 import pickle
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from cifar_dist.errors import CheckpointError
-from cifar_dist.files import write_bytes_atomic, write_text_atomic
+from cifar_dist.files import TEMPORARY, write_bytes_atomic, write_text_atomic
 
 FORMAT = 4  # 1 had SGD only; 2 had no `validation_due`; 3 had sums of losses as floats
 # What torch.load raises for files that it cannot read, by their first bytes.
@@ -62,9 +63,11 @@ def write(directory: Path, step: int, data: bytes) -> Path:
         if old:
             write_text_atomic(digest_path(path), digest)
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise CheckpointError(
-            f"the checkpoint of step {step} cannot be written: {path}: {error.strerror} ({len(data) / 1e6:.0f} MB "
-            f"are needed). Earlier checkpoints are unchanged. Make room, then resume with --run.resume auto."
+            f"the checkpoint of step {step} cannot be written: {path}: {error.strerror} ({len(data) / 1e6:.0f} MB are "
+            f"needed). Earlier checkpoints are unchanged. {'Make room' if full else 'Mend this'}, then resume with "
+            f"--run.resume auto."
         ) from None
     return path
 
@@ -120,24 +123,21 @@ def decode(data: bytes, origin: str) -> dict[str, Any]:
 
 
 def retain(directory: Path, current: int, num_newest: int, also: Iterable[int]) -> None:
-    """Keep the `num_newest` newest checkpoints up to step `current`, and those of the steps `also`; remove the others.
-
-    Later ones than `current` are damaged ones that a resume skipped; they are removed.
-    """
-    steps = all_steps(directory)
-    past = [step for step in steps if step <= current]
-    for step in set(steps) - set(past[-num_newest:]) - set(also):
+    """Keep the `num_newest` newest checkpoints up to step `current`, those of the steps `also`, and later ones."""
+    past = [step for step in all_steps(directory) if step <= current]
+    for step in set(past[:-num_newest]) - set(also):
         path = path_of(directory, step)
         path.unlink(missing_ok=True)
         digest_path(path).unlink(missing_ok=True)
 
 
 def sweep(directory: Path) -> None:
-    """Remove what a process left that was killed while writing: temporary files, and digests without a file."""
+    """Remove what a process left that was killed while writing: temporary files, and digests without a checkpoint."""
     for path in directory.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+        if TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
     for path in directory.glob("step-*.pt.sha256"):
-        if not path.with_suffix("").exists():
+        if _NAME.fullmatch(path.stem) and not path.with_suffix("").exists():
             path.unlink(missing_ok=True)
 
 

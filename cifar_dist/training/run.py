@@ -121,7 +121,7 @@ class Run(Hooks):
             nonlocal data
             directory = run_directory.path_of(self.config)
             with explain_os_error(f"the run directory {directory} cannot be written", "Choose another --run.dir."):
-                directory.mkdir(parents=True, exist_ok=True)
+                (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
                 self.lock = run_lock.acquire(directory, self.config.run.resume == "auto", self.log)
             self.stack.callback(self.lock.release)
             run_directory.check(self.config, directory)
@@ -156,8 +156,9 @@ class Run(Hooks):
         config, world = self.config, self.world
         devices = all_gather_text(device_name(world.device), world)
         self.log(describe(config, trainer, devices, self.directory))
-        summary = self.directory / "summary.json"
-        if broadcast_from_main(world, summary.exists) and trainer.progress.step == trainer.schedule.total_steps:
+        summary, report = self.directory / "summary.json", self.directory / "report.html"
+        complete = broadcast_from_main(world, lambda: summary.exists() and report.exists())  # the first and last result
+        if complete and trainer.progress.step == trainer.schedule.total_steps:
             self.log(f"this run is complete; its results are in {summary}")
             return
         # With debug.overfit_steps it trains on one batch, on a CPU for many minutes, but on all ranks alike.

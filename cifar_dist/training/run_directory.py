@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from cifar_dist import extension
 from cifar_dist.cli import from_yaml, settings_of
 from cifar_dist.config import Config
 from cifar_dist.errors import CheckpointError, UserError, explain_os_error
+from cifar_dist.files import read_json
 from cifar_dist.training import checkpoint
 from cifar_dist.yaml_file import read_entries
 
@@ -18,11 +20,11 @@ FIXED = (
     "model.", "optim.", "augment.", "run.seed", "data.subset", "data.train_on", "train.epochs", "train.max_steps",
     "train.batch_size", "train.micro_batch_size", "train.precision", "train.threads", "train.exact_sum",
 )  # fmt: skip
-# What `run.resume replace` removes. config.yaml is the last, as it is the permission to remove the others.
+# What `run.resume replace` removes. The last two are the permission to remove the others.
 _OF_A_RUN = (
     "logs/rank-*.log", "profile/rank-*",
-    "tensorboard/events.*", "wandb_id.txt", "metrics.jsonl", "summary.json", "status.json", "curves.png",
-    "predictions.csv", "mistakes.png", "filters.png", "report.html", "config.yaml",
+    "tensorboard/events.*", "wandb_id.txt", "metrics.jsonl", "summary.json", "curves.png",
+    "predictions.csv", "mistakes.png", "filters.png", "report.html", "config.yaml", "status.json",
 )  # fmt: skip
 
 
@@ -53,7 +55,7 @@ def check(config: Config, directory: Path) -> None:
     """
     if problem := refusal(config, directory):
         raise UserError(problem)
-    if config.run.resume == "replace" and _is_replaceable(directory):  # else config.yaml is missing: not a run's files
+    if config.run.resume == "replace" and _is_replaceable(directory):  # else there is no run
         for step in checkpoint.all_steps(directory / "checkpoints"):
             path = checkpoint.path_of(directory / "checkpoints", step)
             path.unlink()
@@ -67,8 +69,12 @@ def check(config: Config, directory: Path) -> None:
 
 def refusal(config: Config, directory: Path) -> str:
     """Why a run with `config` may not start in `directory`; empty if it may."""
-    resume = config.run.resume
-    if resume == "auto" or not _holds_run(directory) or (resume == "replace" and _is_replaceable(directory)):
+    resume, steps = config.run.resume, checkpoint.all_steps(directory / "checkpoints")
+    if not steps and not (directory / "config.yaml").exists():
+        return ""
+    if resume == "auto":
+        return "" if steps else _refusal_without_checkpoint(directory)
+    if resume == "replace" and _is_replaceable(directory):
         return ""
     which = ", whose config.yaml does not say run.resume replace" if resume == "replace" else ""
     return (
@@ -77,17 +83,27 @@ def refusal(config: Config, directory: Path) -> str:
     )
 
 
+def _refusal_without_checkpoint(directory: Path) -> str:
+    """Why no run may start, as if killed before its first checkpoint, where a config.yaml is; empty if one may."""
+    status = directory / "status.json"
+    instead = "choose another --run.name or --run.dir, or remove"
+    if not status.exists():  # each run writes it before config.yaml
+        return f"{directory}/config.yaml is not of a run, and a run there would replace it. Move it, or {instead} it."
+    if (directory / "summary.json").exists() or read_json(status).get("last_checkpoint_step") is not None:
+        text = f"the run in {directory} has no checkpoint any more, so it cannot be resumed, and would start anew"
+        return f"{text}. Restore {directory}/checkpoints, {instead} the directory."
+    return ""
+
+
 def _is_replaceable(directory: Path) -> bool:
     """Whether config.yaml says that the run may be replaced."""
+    if not (directory / "status.json").exists():  # written before config.yaml, which is then the user's
+        return False
     try:
         section = read_entries((directory / "config.yaml").read_bytes(), "config.yaml")["run"].value
     except (OSError, UserError, KeyError):
         return False
     return isinstance(section, dict) and "resume" in section and section["resume"].value == "replace"
-
-
-def _holds_run(directory: Path) -> bool:
-    return (directory / "config.yaml").exists() or bool(checkpoint.all_steps(directory / "checkpoints"))
 
 
 def find_start(config: Config, directory: Path, log: Callable[[str], None]) -> tuple[Path, bytes] | None:
@@ -108,39 +124,48 @@ def find_start(config: Config, directory: Path, log: Callable[[str], None]) -> t
     if not path.is_relative_to(directory):
         # Copied, so that a run that stops before its first checkpoint can resume without the other run.
         checkpoint.write(directory / "checkpoints", state["step"], data)
+        best = state["best"][0]
+        if best not in (None, state["step"]):  # else `evaluate --which best` would look for it here
+            with suppress(CheckpointError):
+                source = checkpoint.path_of(path.parent, best)
+                checkpoint.write(directory / "checkpoints", best, checkpoint.read_verified(source))
     return path, data
 
 
 def newest_valid(directory: Path, config: Config, log: Callable[[str], None]) -> tuple[Path, bytes] | None:
     """The newest checkpoint that is valid and of a run with `config`, with its bytes; None if there are no checkpoints.
 
-    Newer valid checkpoints of other runs are renamed, so that checkpoint.retain does not remove them. `log` gets a line
-    about each skipped checkpoint.
+    Newer ones, which are skipped, are renamed, as this run will have checkpoints of these steps. `log` gets a line
+    about each.
 
     Raises:
         CheckpointError: there are checkpoints, but none is valid, or none belongs to this run.
     """
     steps = checkpoint.all_steps(directory)
-    others: list[tuple[Path, CheckpointError]] = []
+    skipped, others = list[tuple[Path, CheckpointError]](), list[CheckpointError]()
     for step in reversed(steps):
         path = checkpoint.path_of(directory, step)
         try:
             data = checkpoint.read_verified(path)
         except CheckpointError as error:
-            log(f"warning: skipped: {error}")
+            skipped.append((path, error))
             continue
         try:
             saved = _decode_own(data, config, path)["step"]
             if saved != step:
                 raise CheckpointError(f"{path} holds step {saved}, unlike its name.")
         except CheckpointError as error:
-            others.append((path, error))
+            skipped.append((path, error))
+            others.append(error)
             continue
-        for other, why in others:
+        for other, why in skipped:
             log(f"warning: skipped, and renamed to {_set_aside(other).name}: {why}")
         return path, data
+    for _, why in skipped:
+        if why not in others:
+            log(f"warning: skipped: {why}")
     if others:
-        raise CheckpointError(f"{others[0][1]}\nNone here fits; start a new run under another --run.name.")
+        raise CheckpointError(f"{others[0]}\nNone here fits; start a new run under another --run.name.")
     if steps:
         raise CheckpointError(
             f"none of the {len(steps)} checkpoints in {directory} is valid; see the warnings above. "
@@ -150,9 +175,10 @@ def newest_valid(directory: Path, config: Config, log: Callable[[str], None]) ->
 
 
 def _set_aside(path: Path) -> Path:
-    target = _unused(path.with_name(f"{path.name}.other"))
+    target = _unused(path.with_name(f"{path.name}.skipped"))
     for file in (checkpoint.digest_path(path), path):
-        file.rename(file.with_name(file.name + target.name.removeprefix(path.name)))
+        if file.exists():
+            file.rename(file.with_name(file.name + target.name.removeprefix(path.name)))
     return target
 
 

@@ -126,12 +126,46 @@ def test_damaged_and_foreign_checkpoints_are_passed_over(short_run: Path, data_d
     data = foreign.read_bytes()
     write_with_digest(foreign, data)
     output = runs.run(1, *OPTIONS, "--data.dir", data_dir, "--run.dir", run_dir)
-    assert f"warning: skipped: {newest} is damaged" in output
-    assert f"warning: skipped, and renamed to {foreign.name}.other: {foreign} is of a run with other" in output
+    assert f"warning: skipped, and renamed to {newest.name}.skipped: {newest} is damaged" in output
+    assert f"warning: skipped, and renamed to {foreign.name}.skipped: {foreign} is of a run with other" in output
     assert "model.width was 0.125, is now 0.0625\nresuming from" in output
     assert f"resuming from {good}" in output
     runs.assert_same(run_dir, short_run)
-    assert foreign.with_name(foreign.name + ".other").read_bytes() == data
+    assert foreign.with_name(foreign.name + ".skipped").read_bytes() == data
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_run_without_its_checkpoints_is_left_alone(
+    link: bool, short_run: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(short_run, run_dir)
+    shutil.rmtree(run_dir / "checkpoints")
+    if link:
+        (run_dir / "checkpoints").symlink_to(tmp_path / "gone")
+        (run_dir / "summary.json").unlink()
+        (run_dir / "status.json").write_text('{"last_checkpoint_step": null}')
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and path.name != ".lock"}
+    output = runs.run(1, *OPTIONS, "--data.dir", data_dir, "--run.dir", run_dir, "--optim.lr", "0.3", expected=2)
+    message = f"the run directory {run_dir} cannot be written: File exists" if link else "has no checkpoint any more"
+    assert message in output
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_run_that_was_killed_while_it_wrote_its_results_writes_them(
+    short_run: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    """summary.json is written first, then the others."""
+    run_dir, names = tmp_path / "run", ("predictions.csv", "report.html")
+    shutil.copytree(short_run, run_dir)
+    for name in names:
+        (run_dir / name).unlink()
+    runs.run(1, *OPTIONS, "--data.dir", data_dir, "--run.dir", run_dir)
+    assert (run_dir / names[0]).read_bytes() == (short_run / names[0]).read_bytes()
+    assert (run_dir / names[1]).exists()
+    runs.assert_same(run_dir, short_run)
+    again = runs.run(1, *OPTIONS, "--data.dir", data_dir, "--run.dir", run_dir)
+    assert "this run is complete" in again
 
 
 def test_checkpoints_with_false_contents_are_refused(short_run: Path, data_dir: Path, tmp_path: Path) -> None:

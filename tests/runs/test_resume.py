@@ -86,7 +86,7 @@ def test_damaged_newest_checkpoint_is_passed_over(uninterrupted: Path, data_dir:
     newest.write_bytes(data)
     options = (*OPTIONS, "--data.dir", data_dir, "--run.dir", run_dir, "--run.resume", "auto")
     output = runs.run(WORLD_SIZE, *options)
-    assert f"skipped: {newest} is damaged" in output
+    assert f"skipped, and renamed to {newest.name}.skipped: {newest} is damaged" in output
     assert f"resuming from {path_of(run_dir / 'checkpoints', 28)}" in output
     assert runs.summary(run_dir)["model_sha256"] == runs.summary(uninterrupted)["model_sha256"]
 

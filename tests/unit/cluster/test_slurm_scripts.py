@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -122,6 +123,35 @@ def test_empty_variables_count_as_unset() -> None:
 @pytest.mark.parametrize("name", [f"SLURM_ARRAY_{name}" for name in ("JOB_ID", "TASK_ID", "TASK_COUNT")])
 def test_empty_variable_of_an_array(name: str) -> None:
     assert "a sweep is a job array" in ended(*MODULE, "sweep", code=2, env={**JOB, **ARRAY, name: ""})
+
+
+@pytest.mark.parametrize(
+    ("resume", "restarts", "left", "expected"),
+    [
+        ("never", 0, "nothing", "auto"),
+        ("replace", 0, "a run of another job", "replace"),
+        ("replace", 1, "a run of another job", "replace"),
+        ("replace", 1, "a run of this job", "auto"),
+        ("runs/x/step-00000005.pt", 1, "nothing", "runs/x/step-00000005.pt"),
+        ("runs/x/step-00000005.pt", 1, "its copy", "auto"),
+        ("runs/x/step-00000005.pt", 1, "a run of this job", "auto"),
+    ],
+)
+def test_what_a_requeued_job_resumes_from(resume: str, restarts: int, left: str, expected: str, tmp_path: Path) -> None:
+    """From its own run, if an earlier attempt has begun it."""
+    srun, run_dir = tmp_path / "srun", tmp_path / "run"
+    srun.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" >{tmp_path}/arguments\n')
+    srun.chmod(0o755)
+    (run_dir / "checkpoints").mkdir(parents=True)
+    if left == "its copy":
+        (run_dir / "checkpoints/step-00000005.pt").touch()
+    elif left != "nothing":
+        (run_dir / "status.json").write_text(f'{{"job": "{7 if left == "a run of this job" else 6}"}}')
+    env = {**JOB, "SLURM_RESTART_COUNT": str(restarts), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    ended(*MODULE, "train", "--config", "debug", "--run.resume", resume, "--run.dir", run_dir, code=0, env=env)
+    arguments = (tmp_path / "arguments").read_text().splitlines()
+    given = [value for name, value in itertools.pairwise(arguments) if name == "--run.resume"]
+    assert given[-1] == expected
 
 
 @pytest.mark.parametrize(

@@ -37,19 +37,38 @@ def test_checkpoints_keep_the_newest_and_the_best(tmp_path: Path) -> None:
     checkpoint.retain(tmp_path, current=100_000_000, num_newest=2, also=[3])
     assert checkpoint.all_steps(tmp_path) == [3, 20, 100_000_000]
     assert len(list(tmp_path.iterdir())) == 6
-    # A later one was skipped as damaged: it must not push out the valid ones.
+    # A later one must not push out those of this run.
     save(tmp_path, 30, state(30))
     checkpoint.retain(tmp_path, current=30, num_newest=2, also=[])
-    assert checkpoint.all_steps(tmp_path) == [20, 30]
+    assert checkpoint.all_steps(tmp_path) == [20, 30, 100_000_000]
     subprocess.run(["sha256sum", "--quiet", "-c", "step-00000020.pt.sha256"], cwd=tmp_path, check=True)
 
 
 def test_sweep_removes_what_a_kill_left(tmp_path: Path) -> None:
     save(tmp_path, 1, state(1.0))
-    (tmp_path / ".step-00000002.pt.abc.tmp").write_bytes(b"half")
+    (tmp_path / ".step-00000002.pt.0123456789ab.tmp").write_bytes(b"half")
     (tmp_path / "step-00000002.pt.sha256").write_text("0  step-00000002.pt\n")
+    own = [".cache.tmp", ".notes.tmp", "step-2.pt.sha256"]
+    (tmp_path / own[0]).mkdir()
+    for name in own[1:]:
+        (tmp_path / name).touch()
     checkpoint.sweep(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001.pt", "step-00000001.pt.sha256"]
+    found = sorted(path.name for path in tmp_path.iterdir())
+    assert found == [*own[:2], "step-00000001.pt", "step-00000001.pt.sha256", own[2]]
+
+
+def test_sweep_knows_the_names_that_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cifar_dist.files.replace", kill)
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+    with pytest.raises(KeyboardInterrupt):
+        write_bytes_atomic(tmp_path / "config.yaml", b"half")
+    monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == 1
+    checkpoint.sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("interrupted_after", [1, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from cifar_dist.config import Config, to_yaml
 from cifar_dist.errors import CheckpointError, UserError
 from cifar_dist.training import checkpoint
-from cifar_dist.training.run_directory import check, find_checkpoint, newest_valid, refusal
+from cifar_dist.training.run_directory import check, find_checkpoint, find_start, newest_valid, refusal
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_a_damaged_newest_one_is_no_reason_to_take_another(run_dir: Path) -> Non
 
 
 REPLACE = replace(Config(), run=replace(Config().run, resume="replace"))
-FILES = ("config.yaml", "metrics.jsonl", "summary.json", "logs/rank-0.log", "report.html")
+FILES = ("config.yaml", "metrics.jsonl", "summary.json", "logs/rank-0.log", "report.html", "status.json")
 OWN = ("notes.txt", "logs/mine.log", "checkpoints/mine.pt", ".lock", "wandb/offline-run/x", "../other/config.yaml")
 
 
@@ -127,6 +128,7 @@ def test_replace_leaves_other_runs(config: str, run_dir: Path) -> None:
 def test_replace_removes_nothing_where_no_run_is(tmp_path: Path) -> None:
     names = (
         "metrics.jsonl",
+        "status.json",
         "summary.json",
         "report.html",
         "predictions.csv",
@@ -159,3 +161,56 @@ def test_an_interrupted_replacement_is_continued(run_dir: Path, monkeypatch: pyt
     assert not (run_dir / "metrics.jsonl").exists()
     check(REPLACE, run_dir)
     assert not any((run_dir / name).exists() for name in FILES)
+
+
+AUTO = replace(Config(), run=replace(Config().run, resume="auto"))
+
+
+@pytest.mark.parametrize("config", [REPLACE, AUTO], ids=["replace", "auto"])
+def test_a_configuration_that_no_run_wrote_is_kept(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text := "# mine\nbase: debug\nrun: {resume: replace}\n")
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        check(config, tmp_path)
+    assert (tmp_path / "config.yaml").read_text() == text
+    (tmp_path / "status.json").write_text('{"last_checkpoint_step": null}')  # a run wrote both
+    check(config, tmp_path)
+
+
+@pytest.mark.parametrize("left", ["summary.json", "status.json"])
+def test_a_run_that_lost_its_checkpoints_is_not_started_anew(left: str, run_dir: Path) -> None:
+    """One that ended, or was stopped; but one that was killed before its first checkpoint starts anew."""
+    (run_dir / "config.yaml").write_text(to_yaml(AUTO))
+    (run_dir / "status.json").write_text('{"last_checkpoint_step": null}')
+    if left == "summary.json":
+        (run_dir / left).touch()
+    else:
+        (run_dir / left).write_text('{"last_checkpoint_step": 15}')
+    assert refusal(AUTO, run_dir) == ""
+    shutil.rmtree(run_dir / "checkpoints")
+    assert "has no checkpoint any more, so it cannot be resumed" in refusal(AUTO, run_dir)
+    (run_dir / "summary.json").unlink(missing_ok=True)
+    (run_dir / "status.json").write_text('{"last_checkpoint_step": null}')
+    assert refusal(AUTO, run_dir) == ""
+
+
+def test_a_newer_checkpoint_that_cannot_be_used_is_kept(run_dir: Path) -> None:
+    """Under another name, as the run will save that step again."""
+    newest, lines = checkpoint.path_of(run_dir / "checkpoints", 15), list[str]()
+    data = newest.read_bytes()
+    checkpoint.digest_path(newest).unlink()
+    found = newest_valid(run_dir / "checkpoints", AUTO, lines.append)
+    assert found is not None
+    assert found[0].name == "step-00000010.pt"
+    (line,) = lines
+    assert line.startswith("warning: skipped, and renamed to step-00000015.pt.skipped: ")
+    assert newest.with_name("step-00000015.pt.skipped").read_bytes() == data
+    assert checkpoint.all_steps(run_dir / "checkpoints") == [5, 10]
+
+
+def test_a_run_from_the_checkpoint_of_another_has_its_best(run_dir: Path, tmp_path: Path) -> None:
+    path = checkpoint.path_of(run_dir / "checkpoints", 10)
+    start = find_start(replace(Config(), run=replace(Config().run, resume=path)), tmp_path / "fork", print)
+    assert start is not None
+    assert start[0] == path
+    assert checkpoint.all_steps(tmp_path / "fork/checkpoints") == [5, 10]
+    assert find_checkpoint(tmp_path / "fork", "best").name == "step-00000005.pt"
