@@ -17,6 +17,8 @@ from cifar_dist.benchmarks.settings import PARTS, BenchConfig, CompareConfig
 from cifar_dist.errors import UserError
 from cifar_dist.process import kill_process_tree, run_and_exit
 
+_TIME_IS_UP = "not measured: the time was up (--limit_minutes)"
+
 
 def main() -> None:
     """Measure what the command line names, or compare two results, and print tables."""
@@ -48,9 +50,9 @@ def _measure(config: BenchConfig) -> None:
     figures = {**report.header(), "parts": parts}
     print(report.text(figures))
     write_json(figures)
-    failed = [part for part, content in parts.items() if "failure" in content]
-    if failed:
-        raise UserError(f"{', '.join(failed)} could not be measured; see above.")
+    failures = {part: content["failure"] for part, content in parts.items() if "failure" in content}
+    if len(failures) == len(parts) or any(reason != _TIME_IS_UP for reason in failures.values()):
+        raise UserError(f"{', '.join(failures)} could not be measured; see above.")
 
 
 def _one_part(config: BenchConfig) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def _all_parts(config: BenchConfig) -> dict[str, dict[str, Any]]:
             except Exception as error:  # noqa: BLE001 - whatever a part raises, or its process ended
                 reason = f"{type(error).__name__}: {error}"
                 if isinstance(error, TimeoutError) and not measurement.done():
-                    reason = "not measured: the time was up (--limit_minutes)"
+                    reason = _TIME_IS_UP
                 content = {"tables": [], "failure": reason}
             finally:
                 for process in multiprocessing.active_children():

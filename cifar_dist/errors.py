@@ -196,5 +196,5 @@ def wait_for_main_process(seconds: float) -> None:
 
 
 def is_main_process() -> bool:
-    """Whether this process is rank 0, or was started without torchrun."""
-    return (os.environ.get("RANK") or "0") == "0"
+    """Whether this process is rank 0, or the only one."""
+    return (os.environ.get("RANK") or "0") == "0" or (os.environ.get("WORLD_SIZE") or "1") == "1"

@@ -15,7 +15,7 @@ from cifar_dist import cli, environment
 from cifar_dist.cluster import grid
 from cifar_dist.cluster.slurm_job import processes_per_node
 from cifar_dist.config import Config, to_yaml
-from cifar_dist.errors import StopError, UserError, explain_os_error
+from cifar_dist.errors import NonFiniteError, StopError, UserError, explain_os_error
 from cifar_dist.files import escape_path, write_text_atomic
 from cifar_dist.process import handled_signals
 from cifar_dist.reports import finished_runs, seeds
@@ -76,6 +76,7 @@ def run_sweep(config: Config, name: str, lines: Sequence[str], which: range) -> 
     Raises:
         UserError: settings are wrong, or a run with other settings is there.
         SystemExit: after a stop signal, or with the exit code of a run that failed.
+        NonFiniteError: runs diverged; the others are complete.
     """
     label = "seeds" if len(lines) == 1 else "sweep"
     job = Job(label)
@@ -91,6 +92,7 @@ def run_sweep(config: Config, name: str, lines: Sequence[str], which: range) -> 
         finished_runs.refuse_other_settings(own, settings)
     files = [_write_settings(group, settings) for group, settings in zip(groups, asked, strict=True)]
 
+    diverged = list[str]()
     order = [(seed, k) for seed in which for k in range(len(lines))]
     for number, (seed, k) in enumerate(order, 1):
         directory = groups[k] / f"seed-{seed}"
@@ -103,12 +105,20 @@ def run_sweep(config: Config, name: str, lines: Sequence[str], which: range) -> 
         words = ["--config", escape_path(str(files[k].absolute())), "--run.dir", escape_path(str(directory))]
         words += ["--run.name", run_name, "--run.seed", str(seed), "--run.resume", "auto"]
         words += grid.tracking(asked[k].track, name, groups[k].name if len(lines) > 1 else "")
-        if code := job.run(words, num_processes):
+        code = job.run(words, num_processes)
+        if code == NonFiniteError.exit_code:  # when repeated, it would diverge again
+            diverged.append(str(directory))
+        elif code:
             print(
                 f"error: the run in {directory} ended with exit code {code}. Repeat the command to resume it.",
                 file=sys.stderr,
             )
             raise SystemExit(code)
+    if diverged:
+        raise NonFiniteError(
+            f"{len(diverged)} of the {len(order)} runs diverged, so there is no table; the others are complete. Leave "
+            f"their settings out, under another --run.name.\n" + "\n".join(diverged)
+        )
     print(f"\n{seeds.compare(dict(zip(lines, directories, strict=True)), folder / 'seeds.json')}")
 
 

@@ -2,12 +2,14 @@
 
 import math
 import os
+import shlex
 import shutil
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import repeat
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,6 +25,7 @@ from cifar_dist.data.order import Order, split
 from cifar_dist.distributed import World, init_distributed
 from cifar_dist.errors import UserError, explain_os_error
 from cifar_dist.fault_tolerance.health import explain_out_of_memory
+from cifar_dist.files import escape_path
 from cifar_dist.models.layers import num_parameters
 from cifar_dist.training import checkpoint, run_directory
 from cifar_dist.training.metrics import Metrics
@@ -154,14 +157,23 @@ def measure(config: Config, plan: Figures) -> TrainingTime:
 
 
 def check(config: Config, plan: Figures) -> Findings:
-    """Check the dataset and the run directory on this machine."""
-    folder, findings = config.data.dir, Findings()
+    """Check the dataset, the run directory, and what the run reads, on this machine."""
+    folder, source, findings = config.data.dir, config.data.source, Findings()
+    read: dict[str, object] = {"model.weights": config.model.weights, "run.resume": config.run.resume}
     missing = [name for name in BETON_FILES if not (folder / name).exists()]
     if missing:
+        read["data.source"] = source
+        options = ["--data.dir", escape_path(str(folder))]
+        if isinstance(source, Path):
+            options += ["--data.source", escape_path(str(source))]
         findings.warnings.append(
             f"no dataset in {folder} on this machine ({', '.join(missing)} missing). Training prepares it when it "
-            f"starts, which needs the internet. To prepare it now: python -m cifar_dist.prepare --data.dir {folder}"
+            f"starts{'' if isinstance(source, Path) else ', which needs the internet'}. To prepare it now: "
+            f"python -m cifar_dist.prepare {shlex.join(options)}"
         )
+    for name, path in read.items():
+        if isinstance(path, Path) and not os.access(path, os.R_OK):
+            findings.refusals.append(f"{name} is {path}, which does not exist here or cannot be read.")
     directory, needed = run_directory.path_of(config), plan["checkpoints_bytes"]
     try:
         with explain_os_error(f"the run directory {directory} cannot be written", "Choose another --run.dir."):

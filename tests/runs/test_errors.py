@@ -164,6 +164,7 @@ def test_rank_0_prints_before_torchrun_stops_it(
     """torchrun stops every process as soon as one of them has ended, so the others end 3 s later."""
     waited: list[float] = []
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(errors, "_shutting_down", threading.Event())
     monkeypatch.setattr(time, "sleep", waited.append)
     with pytest.raises(SystemExit) as end, errors.exit_on_error(on_all_ranks=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import statistics
 import subprocess
@@ -13,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+from cifar_dist.bench import _TIME_IS_UP, _measure
 from cifar_dist.benchmarks import baselines, report, scaling, step
 from cifar_dist.benchmarks.measure import Row, Table, interleaved
 from cifar_dist.benchmarks.settings import PARTS, BenchConfig
 from cifar_dist.benchmarks.step import cost_of
 from cifar_dist.config import ModelConfig
 from cifar_dist.distributed import World
+from cifar_dist.errors import UserError
 from cifar_dist.models.layers import num_parameters
 from cifar_dist.training.precision import Precision
 from tests.support.runs import CPUS, ON_ONE_CPU, REPOSITORY
@@ -136,6 +139,28 @@ def test_parts_that_exceed_the_time_limit_are_left_out(data_dir: Path, tmp_path:
     assert "loader, step, train, scaling could not be measured; see above." in result.stderr
     assert result.stdout.count("FAILED: not measured: the time was up (--limit_minutes)") == len(PARTS)
     assert list(report.read(file)["parts"]) == list(PARTS)
+
+
+@pytest.mark.parametrize(
+    ("failures", "error"),
+    [
+        ({"train": _TIME_IS_UP}, None),
+        ({"train": _TIME_IS_UP, "step": "OSError: x"}, "step, train could not"),
+        (dict.fromkeys(PARTS, _TIME_IS_UP), "loader, step, train, scaling could not"),
+    ],
+)
+def test_parts_without_time_are_no_failure(
+    failures: dict[str, str], error: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """If others were measured. launch/measure then keeps the result."""
+    parts: dict[str, dict[str, Any]] = {part: {"tables": [], "seconds": 0.0} for part in PARTS}
+    for part, reason in failures.items():
+        parts[part]["failure"] = reason
+    monkeypatch.setattr("cifar_dist.bench._all_parts", lambda _: parts)
+    monkeypatch.setattr("cifar_dist.data.prepare.install.verify", lambda *_, **__: None)
+    with contextlib.nullcontext() if error is None else pytest.raises(UserError, match=error):
+        _measure(BenchConfig(part="all", json=tmp_path / "figures.json"))
+    assert list(report.read(tmp_path / "figures.json")["parts"]) == list(PARTS)
 
 
 def test_other_networks_are_measured_after_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:

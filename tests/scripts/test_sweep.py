@@ -70,6 +70,21 @@ def test_stop_signals(number: signal.Signals, code: int, data_dir: Path, tmp_pat
     assert json.loads((tmp_path / "setting-0/seed-0/status.json").read_text())["status"] == "stopped"
 
 
+@pytest.mark.slow
+@pytest.mark.data
+def test_a_run_that_diverges_stops_no_other(data_dir: Path, tmp_path: Path) -> None:
+    """It would diverge again whenever the command is repeated."""
+    process = start(
+        "sweep", "quickstart", "--grid", "optim.lr=90000,0.1", *TINY[2:], "--train.max_steps", "4", "--optim.name",
+        "sgd", "--optim.warmup_share", "0", "--optim.bias_lr_factor", "900", "--train.precision", "fp32", "--data.dir",
+        data_dir, "--run.dir", tmp_path / "sweep", cpu=runs.ON_ONE_CPU[-1], NPROC_PER_NODE="1",
+    )  # fmt: skip
+    output = runs.finish(process, expected=5)
+    assert "error: 1 of the 2 runs diverged, so there is no table; the others are complete." in output
+    assert f"\n{tmp_path}/sweep/setting-0/seed-0\n" in output
+    assert runs.summary(tmp_path / "sweep/setting-1/seed-0")["steps"] == 4
+
+
 def test_a_checkpoint_to_resume_from_is_refused(tmp_path: Path) -> None:
     """A sweep sets run.resume of each run, so the path would be ignored."""
     (tmp_path / "a.yaml").write_text("run: {resume: runs/x/step-00000005.pt}")

@@ -103,3 +103,10 @@ def test_completion_in_bash(complete: Callable[..., list[str]], tmp_path: Path) 
     assert all(word.startswith("--") for word in complete("plan", "--"))
     (tmp_path / "one-file").touch()
     assert complete("evaluate", "--checkpoint", f"{tmp_path}/one") == [f"{tmp_path}/one-file"]
+
+
+def test_a_rank_without_others_prints_its_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RANK may be left in the environment by an earlier job."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    assert "bogus" in answer("cifar_dist.bench", "bogus", code=2)

@@ -247,6 +247,8 @@ def test_a_run_directory_that_cannot_be_used(config: Config, planned: Figures, t
     (tmp_path / "file").touch()
     refusals: Callable[..., list[str]] = lambda **run: check(changed(config, run=run), planned).refusals  # noqa: E731
     assert "already holds a run" in refusals(dir=tmp_path / "run")[0]
+    assert "config.yaml is not of a run" in refusals(dir=tmp_path / "run", resume="auto")[0]
+    (tmp_path / "run" / "status.json").touch()
     assert refusals(dir=tmp_path / "run", resume="auto") == []
     assert "cannot be written: Not a directory" in refusals(dir=tmp_path / "file" / "run")[0]
 
@@ -255,6 +257,23 @@ def test_warnings(config: Config, planned: Figures, tmp_path: Path) -> None:
     (dataset,) = check(changed(config, data={"dir": tmp_path}), planned).warnings
     assert f"python -m cifar_dist.prepare --data.dir {tmp_path}" in dataset
     assert "(train.beton, test.beton missing)" in dataset
+    assert "needs the internet" in dataset
+    copy = tmp_path / "my copy"
+    (missing,) = check(changed(config, data={"dir": tmp_path, "source": copy}), planned).refusals
+    assert missing == f"data.source is {copy}, which does not exist here or cannot be read."
+    copy.mkdir()
+    found = check(changed(config, data={"dir": tmp_path, "source": copy}), planned)
+    assert (found.refusals, "internet" in found.warnings[0]) == ([], False)
+    assert f"--data.dir {tmp_path} --data.source '{copy}'" in found.warnings[0]
+
+
+def test_what_the_run_reads(config: Config, planned: Figures, tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    runs_that_read = changed(config, model={"weights": nowhere}), changed(config, run={"resume": nowhere})
+    texts = [check(run, planned).refusals[0] for run in runs_that_read]
+    assert texts == [
+        f"{name} is {nowhere}, which does not exist here or cannot be read." for name in ("model.weights", "run.resume")
+    ]
 
 
 # The command
