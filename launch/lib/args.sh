@@ -1,6 +1,7 @@
 # Sourced first by the scripts in launch/, which then read their arguments from "$@": answers --help, and splits
 # --NAME=VALUE into two words. What follows a word -- is left alone.
-here=$(cd "$(dirname "$0")" >/dev/null && pwd)  # with CDPATH, cd prints
+unset CDPATH  # with it, cd prints
+here=$(cd "$(dirname "$(readlink -f "$0")")" && pwd)
 python=${CIFAR_DIST_PYTHON:-$here/../.venv/bin/python}  # as in python.sh
 # A script does not end because nobody reads what it prints: on a closed pipe, bash would be killed or echo would fail.
 trap '' PIPE

@@ -72,7 +72,7 @@ choose_python() {
             tried+=("  $path has no $missing")
         fi
     done < <(
-        for name in ${UV_PYTHON:-python3} "python${UV_PYTHON:-$for_python}" ${UV_PYTHON:-python}; do
+        for name in "${UV_PYTHON:-python3}" "python${UV_PYTHON:-$for_python}" "${UV_PYTHON:-python}"; do
             type -aP "$name" || true
         done | awk '!seen[$0]++'
     )

@@ -20,6 +20,7 @@ use_lean() {
     python=$(cd "$(dirname "$python")" && pwd)/${python##*/}
     export CIFAR_DIST_PYTHON=$python
 
+    [[ -w $lean ]] || mistake "cannot write into $lean, where its packages are unpacked. Copy it to where you can."
     folder=$lean/.unpacked-$(cd "$lean" && wc -c "${wheels[@]}" | sha256sum | cut -c1-12)
     if [[ ! -d $folder ]]; then
         rm -rf "$folder.partial"

@@ -5,6 +5,16 @@ rows=() first=0 left=0
 row() { rows+=("$(printf '%-28s %-52s %8s' "$@")"); }
 row what result seconds
 
+# same_as_before NAME ARGUMENTS...: ends with a message if NAME was measured into `out` with others; else notes them there.
+same_as_before() {
+    local note=$out/.arguments/$1 arguments
+    arguments=$(printf '%q ' "${@:2}")
+    [[ ! -e $note || $(<"$note") == "$arguments" ]] ||
+        mistake "$out has results of $1 with other arguments: $(<"$note"). Choose another --out, or remove $out."
+    mkdir -p "$out/.arguments"
+    builtin echo "$arguments" >"$note"
+}
+
 # logged LOG COMMAND...: replaces this shell by the command and copies its output to LOG. Not by a pipe: signals for the
 # job would reach the pipe, not the command.
 logged() {
@@ -79,13 +89,12 @@ measure_check() {
 
 # measure_run NAME CONFIG SETTINGS...
 measure_run() {
-    local name=$1 config=$2 kept=$out/$1 run
-    run=runs/$(basename "$out")-$name
+    local name=$1 config=$2 kept=$out/$1 run=runs/$key-$1
     [[ ! -e $kept/summary.json ]] || result=$(result_of "$kept")
     begins "$name" "$kept/summary.json" "${result-}" || return 0
     mkdir -p "$kept"
     run_part "$name" "$kept/output.log" "$here/node" --config "$config" --track.wandb disabled \
-        ${data[@]+"${data[@]}"} "${@:3}" --run.name "$(basename "$out")-$name" --run.dir "$run" --run.resume auto
+        ${data[@]+"${data[@]}"} "${@:3}" --run.name "$key-$name" --run.dir "$run" --run.resume auto
     if [[ $code == 0 ]]; then
         keep "$run" "$kept"
         result=$(result_of "$kept")
@@ -132,7 +141,7 @@ measure_part() {
             measure_bench bench-pooled "step --stem pooled --micro_batch_size $micro_batch$timing"
             ;;
         2)
-            measure_run debug "$here/../configs/debug.yaml" ${all[@]+"${all[@]}"}
+            measure_run debug debug ${all[@]+"${all[@]}"}
             measure_run speed-94 "$speed94" ${all[@]+"${all[@]}"}
             measure_run unchanged "$speed94" "${some[@]}"
             measure_run not-merged "$speed94" "${some[@]}" --model.merge_1x1 off
@@ -142,14 +151,14 @@ measure_part() {
                 row waits 'skipped: no GPU' ''
                 row cuda-graphs 'skipped: no GPU' ''
             else
-                measure_check waits waits "${data[1]-data}/train.beton"
+                measure_check waits waits "$(expanded "${data[1]-data}")/train.beton"
                 measure_run cuda-graphs "$speed94" "${some[@]}" --train.cuda_graphs on
             fi
             ;;
         3)
             measure_run speed-96 "$speed96" ${all[@]+"${all[@]}"}
             measure_check equal equal "$device"
-            measure_check killed killed "runs/$(basename "$out")-killed" --config "$speed94" \
+            measure_check killed killed "runs/$key-killed" --config "$speed94" \
                 ${data[@]+"${data[@]}"} "${killed[@]}" --run.deterministic True --track.wandb disabled
             ;;
         4)

@@ -56,7 +56,7 @@ def test_setup_names_what_is_missing(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes((runs.REPOSITORY / name).read_bytes())
     tools = tmp_path / "bin"
     tools.mkdir()
-    for tool in ("bash", "cat", "dirname", "sha256sum", "cut", "id", "env"):
+    for tool in ("bash", "cat", "dirname", "readlink", "sha256sum", "cut", "id", "env"):
         (tools / tool).symlink_to(subprocess.check_output(["which", tool], text=True).strip())
     result = subprocess.run(
         ["bash", str(tmp_path / "launch/setup")], env={"PATH": str(tools)}, capture_output=True, text=True, check=False
@@ -88,6 +88,20 @@ def test_quickstart_trains_and_resumes(data_dir: Path, tmp_path: Path) -> None:
     assert figures["world_size"] == min(2, os.cpu_count() or 1)
     assert (figures["steps"], figures["train_n"]) == (2, 256)
     assert "this run is complete" in runs.finish(start("quickstart", *arguments))
+
+
+def test_quickstart_explains_itself_before_it_installs_anything() -> None:
+    output = runs.finish(start("quickstart", "--help"))
+    assert output.startswith("From nothing to a trained GoogLeNet")
+
+
+def test_quickstart_takes_a_copy_of_the_dataset(tmp_path: Path) -> None:
+    """The dataset is prepared from it, which here says what the copy lacks."""
+    (tmp_path / "my copy").mkdir()
+    places = ("--data.dir", tmp_path / "data", f"--data.source={tmp_path}/my copy")
+    output = runs.finish(start("quickstart", *places), expected=3)
+    assert f"{tmp_path}/my copy" in output
+    assert not (runs.REPOSITORY / "runs/quickstart/config.yaml").exists()
 
 
 @pytest.mark.parametrize("rendezvous", ["static", "c10d"])
@@ -136,6 +150,32 @@ def test_two_machines_train(data_dir: Path, tmp_path: Path) -> None:
 def test_machines_without_an_address() -> None:
     output = runs.finish(start("multinode", NNODES="2", MASTER_ADDR=""), expected=2)
     assert "MASTER_ADDR" in output
+
+
+@pytest.mark.parametrize("value", ["abc", "-1", "0", "08", "99999999999999999999", "1 2"])
+def test_number_of_processes_that_is_none(value: str) -> None:
+    output = runs.finish(start("node", *TINY, NPROC_PER_NODE=value), expected=2)
+    assert output == f"error: NPROC_PER_NODE is {value}; valid: 1 to 9999.\n"
+
+
+@pytest.mark.parametrize("value", ["abc", "-1", "2", "01"])
+def test_rank_of_a_node_that_is_none(value: str) -> None:
+    """Without waiting for a node that does not exist."""
+    places = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "NPROC_PER_NODE": "1", "NODE_RANK": value}
+    output = runs.finish(start("multinode", *TINY, **places), expected=2)
+    assert output == f"error: NODE_RANK is {value}; valid: 0 to 1, as NNODES is 2.\n"
+
+
+@pytest.mark.parametrize("script", ["node", "multinode", "seeds", "rehearse"])
+def test_a_link_to_a_script(script: str, tmp_path: Path) -> None:
+    """Also with CDPATH, with which cd prints where it goes."""
+    (tmp_path / script).symlink_to(LAUNCH / script)
+    for variables in ({}, {"CDPATH": ".:/tmp"}):
+        process = subprocess.run(
+            [tmp_path / script, "--help"], env=os.environ | variables, capture_output=True, text=True, check=False
+        )
+        assert (process.returncode, process.stderr) == (0, "")
+        assert "--" in process.stdout
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import signal
@@ -31,7 +32,8 @@ def test_an_interrupted_run_is_resumed_although_other_parts_fail(
     command = words(data_dir, "--bench", "loader --repeats 0", "--configs", str(broken), CONFIG, "--out", str(results))
     command = [*runs.ON_ONE_CPU, "env", "NPROC_PER_NODE=1", *command]
     process = runs.start_command(command, tmp_path)
-    run = tmp_path / "runs/my results-quickstart"
+    key = hashlib.sha256(f"{results.resolve()}\n".encode()).hexdigest()[:6]
+    run = tmp_path / f"runs/my results-{key}-quickstart"
     runs.wait_until(lambda: len(runs.logged_steps(run)) >= 2, process)
     os.kill(process.pid, signal.SIGINT)
     output = runs.finish(process, expected=130)
@@ -50,10 +52,12 @@ def test_an_interrupted_run_is_resumed_although_other_parts_fail(
     assert "train.epochs" in (results / "broken/output.log").read_text()
     assert "torch" in (results / "machine.txt").read_text()
     assert sorted(path.name for path in results.iterdir()) == [
-        "bench.log", "broken", "machine.txt", "quickstart", "results.json", "table.txt"
+        ".arguments", "bench.log", "broken", "machine.txt", "quickstart", "results.json", "table.txt"
     ]  # fmt: skip
     again = runs.finish(runs.start_command(command, tmp_path), expected=2)
     assert re.search(r"^quickstart +test .* s of training +before$", again, flags=re.M)
+    other = runs.finish(runs.start_command([*command, "--run.seed", "1"], tmp_path), expected=2)
+    assert f"error: {results} has results of broken with other arguments: " in other.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -104,6 +108,7 @@ def test_a_part_that_takes_too_long_is_repeated(data_dir: Path, tmp_path: Path) 
         (("--configs",), "--configs needs one file or more, or none"),
         (("--configs", "configs/nowhere.yaml"), "there is no configuration configs/nowhere.yaml"),
         (("--configs=nowhere.yaml", "--bench=none"), "there is no configuration nowhere.yaml"),
+        (("--configs", CONFIG, CONFIG), "two configurations are named quickstart.yaml; their results would be, too."),
         (("--out", "/dev/null/x"), "cannot write into /dev/null/x"),
         (("--out", "."), "--out is .; valid: a folder with a name."),
         (("--run.name", "mine"), "--run.name is set by launch/measure"),

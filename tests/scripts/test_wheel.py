@@ -177,7 +177,7 @@ def test_setup_says_how_to_get_uv(copied: Path, tmp_path: Path) -> None:
     wheel = stand_in(tmp_path)
     tools = tmp_path / "bin"
     tools.mkdir()
-    for tool in ("bash", "cat", "cut", "dirname", "env", "sha256sum"):
+    for tool in ("bash", "cat", "cut", "dirname", "env", "readlink", "sha256sum"):
         (tools / tool).symlink_to(str(shutil.which(tool)))
     command = ["bash", str(copied / "launch/setup"), "--ffcv-wheel", str(wheel)]
     result = subprocess.run(command, env={"PATH": str(tools)}, capture_output=True, text=True, check=False)
