@@ -69,7 +69,9 @@ class WhiteningConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(self.out_channels))
 
     def forward(self, images: Tensor) -> Tensor:
-        return F.conv2d(images, self.weight, self.bias, self.stride, self.padding)
+        # Added here, as autograd computes the gradient of a convolution's bias together with that of its filters.
+        output = F.conv2d(images, self.weight, None, self.stride, self.padding)
+        return output.add_(self.bias.to(output.dtype)[:, None, None])
 
 
 @torch.no_grad()
