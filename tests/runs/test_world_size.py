@@ -78,6 +78,7 @@ def test_without_the_exact_sum_it_does_not(data_dir: Path, tmp_path: Path) -> No
     assert one["model_sha256"] != three["model_sha256"]
 
 
+@pytest.mark.timeout(600)  # bf16 is slow on processors without its products
 @pytest.mark.parametrize("ema_decay", [pytest.param("None", marks=pytest.mark.slow), "0.9"])
 def test_evaluate_counts_are_equal_for_any_world_size(ema_decay: str, data_dir: Path, tmp_path: Path) -> None:
     """In bf16, where a hardly trained network's answers hang on the last bit, and on more threads with one rank; with
