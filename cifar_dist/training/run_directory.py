@@ -142,30 +142,28 @@ def newest_valid(directory: Path, config: Config, log: Callable[[str], None]) ->
         CheckpointError: there are checkpoints, but none is valid, or none belongs to this run.
     """
     steps = checkpoint.all_steps(directory)
-    skipped, others = list[tuple[Path, CheckpointError]](), list[CheckpointError]()
+    damaged, others = list[tuple[Path, CheckpointError]](), list[tuple[Path, CheckpointError]]()
     for step in reversed(steps):
         path = checkpoint.path_of(directory, step)
         try:
             data = checkpoint.read_verified(path)
         except CheckpointError as error:
-            skipped.append((path, error))
+            damaged.append((path, error))
             continue
         try:
             saved = _decode_own(data, config, path)["step"]
             if saved != step:
                 raise CheckpointError(f"{path} holds step {saved}, unlike its name.")
         except CheckpointError as error:
-            skipped.append((path, error))
-            others.append(error)
+            others.append((path, error))
             continue
-        for other, why in skipped:
-            log(f"warning: skipped, and renamed to {_set_aside(other).name}: {why}")
+        for skipped, why in (*damaged, *others):
+            log(f"warning: skipped, and renamed to {_set_aside(skipped).name}: {why}")
         return path, data
-    for _, why in skipped:
-        if why not in others:
-            log(f"warning: skipped: {why}")
+    for _, why in damaged:
+        log(f"warning: skipped: {why}")
     if others:
-        raise CheckpointError(f"{others[0]}\nNone here fits; start a new run under another --run.name.")
+        raise CheckpointError(f"{others[0][1]}\nNone here fits; start a new run under another --run.name.")
     if steps:
         raise CheckpointError(
             f"none of the {len(steps)} checkpoints in {directory} is valid; see the warnings above. "
