@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -102,9 +103,13 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _threads_of_torch() -> Iterator[None]:
-    """Undo what a test left: with two threads in each of two workers, both would wait for each other's processors."""
+def _threads() -> Iterator[None]:
+    """Fail after a test that left a timer: it may end pytest. Undo `set_num_threads`.
+
+    With two threads in each of two workers, both would wait for each other's processors.
+    """
     yield
+    assert not [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
     if "torch" in sys.modules and "OMP_NUM_THREADS" in os.environ:
         sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
