@@ -64,26 +64,30 @@ class RecordFile:
         path: the file; its folder must exist.
         start_step: optimizer steps already done; later lines come from a run that was stopped after its last
             checkpoint, and will be written again.
+        validation_due: the validation of `start_step` will be written, perhaps again.
 
     Raises:
         UserError: the file cannot be read or written.
     """
 
-    def __init__(self, path: Path, start_step: int) -> None:
+    def __init__(self, path: Path, start_step: int, validation_due: bool = False) -> None:
         self.path = path
         self.num_dropped, self.kept = 0, list[Record]()
         with self._explain_unwritable():
             if path.is_file():
-                self._cut(start_step)
+                self._cut(start_step, validation_due)
             self._file = path.open("ab", buffering=0)
 
-    def _cut(self, start_step: int) -> None:
+    def _cut(self, start_step: int, validation_due: bool) -> None:
         before = self.path.read_bytes()
         lines = before.splitlines()
         # The final test is dropped, too: a run that stopped after it repeats it.
         kept = list[bytes]()
         for line in lines:
-            if (record := parse_line(line)) and "test/n" not in record and record["step"] <= start_step:
+            record = parse_line(line)
+            if record is None or "test/n" in record:
+                continue
+            if record["step"] < start_step + (not (validation_due and "val/n" in record)):
                 kept.append(line)
                 self.kept.append(record)
         after = b"".join(line + b"\n" for line in kept)

@@ -41,10 +41,11 @@ class Tracker:
     Args:
         run_dir: holds metrics.jsonl, wandb_id.txt, wandb/ and tensorboard/.
         run_config: the complete configuration, for W&B and TensorBoard; plain values only.
+        name: the run's name at W&B.
         total_steps: optimizer steps of the whole run.
         start_step: steps already done. Later lines of metrics.jsonl are dropped, so everything measured at step t must
             be logged before the checkpoint of step t is written.
-        name: the run's name at W&B.
+        validation_due: the validation of `start_step` will be logged; a line of it is dropped, too.
 
     Raises:
         UserError: metrics.jsonl or tensorboard/ cannot be written, tensorboard is not installed, or a W&B mode that was
@@ -56,12 +57,14 @@ class Tracker:
         run_dir: Path,
         config: TrackConfig,
         run_config: dict[str, Any],
+        name: str,
         total_steps: int,
         start_step: int,
-        name: str,
+        validation_due: bool = False,
     ) -> None:
         with ExitStack() as stack:
-            self._records = stack.enter_context(closing(RecordFile(run_dir / "metrics.jsonl", start_step)))
+            records = RecordFile(run_dir / "metrics.jsonl", start_step, validation_due)
+            self._records = stack.enter_context(closing(records))
             self._console = stack.enter_context(closing(Console(total_steps, start_step)))
             self._sinks = list[Sink]()
             if config.tensorboard:  # first, as its errors need no network
@@ -75,7 +78,7 @@ class Tracker:
             self._log_line(record.pop("step"), record)
         if self._records.num_dropped:
             self.log(
-                f"{self._records.path}: dropped {self._records.num_dropped} lines after step {start_step}, "
+                f"{self._records.path}: dropped {self._records.num_dropped} lines from step {start_step} on, "
                 "which will be written again."
             )
 
@@ -86,7 +89,7 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._console.close()
-        interrupted = isinstance(error, StopError) and "SIGINT" in str(error)  # somebody is there and knows
+        interrupted = str(error).startswith("stopped by SIGINT")  # somebody is there and knows
         if isinstance(error, NonFiniteError | StopError) and not interrupted:
             title = "Training stopped: not finite" if isinstance(error, NonFiniteError) else "Training was preempted"
             self._each("at an alert", lambda sink: sink.alert(title, str(error)))

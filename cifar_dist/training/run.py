@@ -204,15 +204,15 @@ class Run(Hooks):
 
     def _start_tracking(self, trainer: Trainer) -> None:
         """Open the tracker on rank 0, and one rank of each further node records its system metrics."""
-        world, track = self.world, self.config.track
+        world, track, progress = self.world, self.config.track, trainer.progress
         if world.num_nodes > 1:
             track = replace(track, group=track.group or self.name)
-        values, steps = to_plain(self.config), (trainer.schedule.total_steps, trainer.progress.step)
+        start = (self.name, trainer.schedule.total_steps, progress.step, progress.validation_due)
 
         def open_tracker() -> tuple[str, str] | None:
             self.before_write()
             write_text_atomic(self.directory / "config.yaml", to_yaml(self.config))
-            self.tracker = self.stack.enter_context(Tracker(self.directory, track, values, *steps, self.name))
+            self.tracker = self.stack.enter_context(Tracker(self.directory, track, to_plain(self.config), *start))
             return self.tracker.wandb.main if self.tracker.wandb else None
 
         main = broadcast_from_main(world, open_tracker)

@@ -29,7 +29,7 @@ directory, mode, start, event = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 track, run_config = TrackConfig(wandb=mode, **json.loads(os.environ.get("TEST_TRACK", "{}"))), {"optim": {"lr": 0.05}}
 results = {"command": "python -m secret", "steps": 100, "test_accuracy": 0.94, "model_sha256": "abcd", "seed": 3}
 results |= {"data_receipt": ["first", "last"], "test_confusion": [[10 * i + j for j in range(10)] for i in range(10)]}
-with exit_on_error(), Tracker(directory, track, run_config, 100, start, "test") as tracker:
+with exit_on_error(), Tracker(directory, track, run_config, "test", 100, start) as tracker:
     for step in range(start + 1, 101):
         tracker.progress(step)
         if step % 20 == 0:

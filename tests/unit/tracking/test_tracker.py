@@ -29,7 +29,7 @@ OFF = TrackConfig(wandb="disabled")
 
 def test_records_are_strict_json(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    with Tracker(tmp_path / "run", OFF, {}, 100, 0, "name") as tracker:
+    with Tracker(tmp_path / "run", OFF, {}, "name", 100, 0) as tracker:
         tracker.log_metrics(20, {"train/loss": 1.25, "lr": 0.1, "note": 'a "quoted" ü', "val/loss": None, "val/n": 7})
         assert strict_lines(tmp_path / "run") == [
             {"step": 20, "train/loss": 1.25, "lr": 0.1, "note": 'a "quoted" ü', "val/loss": None, "val/n": 7}
@@ -40,28 +40,40 @@ def test_records_are_strict_json(tmp_path: Path) -> None:
 
 
 def test_resume_cuts_later_and_torn_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Tracker(tmp_path, OFF, {}, 100, 0, "name") as tracker:
+    with Tracker(tmp_path, OFF, {}, "name", 100, 0) as tracker:
         for step in (20, 40, 60, 60, 80):
             tracker.log_metrics(step, {"train/loss": 1 / step})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 100, "train/lo')
     capsys.readouterr()
-    with Tracker(tmp_path, OFF, {}, 100, 60, "name") as tracker:
-        assert "dropped 2 lines after step 60" in capsys.readouterr().out
+    with Tracker(tmp_path, OFF, {}, "name", 100, 60) as tracker:
+        assert "dropped 2 lines from step 60 on" in capsys.readouterr().out
         tracker.log_metrics(80, {"train/loss": 0.5})
     records = strict_lines(tmp_path)
     assert [record["step"] for record in records] == [20, 40, 60, 60, 80]
     assert [record["train/loss"] for record in records] == [1 / 20, 1 / 40, 1 / 60, 1 / 60, 0.5]
-    with Tracker(tmp_path, OFF, {}, 100, 0, "name"):
+    with Tracker(tmp_path, OFF, {}, "name", 100, 0):
         assert strict_lines(tmp_path) == []
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("due", [True, False])
+def test_resume_writes_a_postponed_validation_once(due: bool, tmp_path: Path) -> None:
+    """The run was killed after it had logged that validation, before it had saved that it was done."""
+    lines = [(20, "train"), (20, "val"), (40, "train"), (40, "val")]
+    with Tracker(tmp_path, OFF, {}, "name", 100, 0) as tracker:
+        for step, name in lines:
+            tracker.log_metrics(step, {f"{name}/n": 7})
+    with Tracker(tmp_path, OFF, {}, "name", 100, 40, validation_due=due):
+        kept = lines[:-1] if due else lines
+        assert strict_lines(tmp_path) == [{"step": step, f"{name}/n": 7} for step, name in kept]
 
 
 def test_a_complete_file_is_not_rewritten(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 20, "lr": 0.1}\n')
     before = path.stat().st_ino
-    with Tracker(tmp_path, OFF, {}, 100, 20, "name"):
+    with Tracker(tmp_path, OFF, {}, "name", 100, 20):
         pass
     assert path.stat().st_ino == before
     assert read_records(path) == [{"step": 20, "lr": 0.1}]
@@ -82,7 +94,7 @@ def test_full_disk(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with (
         pytest.raises(UserError, match=r"cannot write the metrics .*metrics\.jsonl: No space left on device"),
-        Tracker(tmp_path, OFF, {}, 100, 0, "name") as tracker,
+        Tracker(tmp_path, OFF, {}, "name", 100, 0) as tracker,
     ):
         tracker.log_metrics(20, {"train/loss": 1.0})
 
@@ -205,7 +217,7 @@ def test_wandb_bad_key(tmp_path: Path) -> None:
 def test_wandb_id_file_is_checked(tmp_path: Path) -> None:
     (tmp_path / "wandb_id.txt").write_text("not/an id\n")
     with pytest.raises(UserError, match=r"wandb_id\.txt holds no W&B run id"):
-        Tracker(tmp_path, TrackConfig(wandb="offline"), {}, 100, 0, "name")
+        Tracker(tmp_path, TrackConfig(wandb="offline"), {}, "name", 100, 0)
 
 
 # For each set of environment variables: the mode without --track.wandb and WANDB_MODE.
@@ -259,7 +271,7 @@ def test_mode_without_options(tmp_path: Path) -> None:
 def test_mode_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "on")
     with pytest.raises(UserError, match=r"WANDB_MODE is 'on'; valid: online, run, offline"):
-        Tracker(tmp_path, TrackConfig(), {}, 100, 0, "name")
+        Tracker(tmp_path, TrackConfig(), {}, "name", 100, 0)
     result = start(tmp_path / "run", "auto", env={"WANDB_MODE": "disabled"})
     assert "wandb loaded: False" in result.stdout
     result = start(tmp_path / "other", "auto", env={"WANDB_MODE": "", "WANDB_RUN_GROUP": ""})
