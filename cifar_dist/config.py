@@ -66,7 +66,7 @@ class RunConfig:
     replace: start anew, and remove the run that is there if it was started with replace, too. A path: start in a new
     run directory from that checkpoint of another run."""
     deterministic: bool = False
-    """Use deterministic algorithms of torch and cuDNN, which results that are equal to the bit need on GPUs."""
+    """Use deterministic algorithms of torch and cuDNN. On GPUs bitwise equal results need it."""
     stall_timeout_s: Annotated[int, Range(min=0, max=500)] = 300  # 100 s below distributed.TIMEOUT_S, to report first
     """Seconds without progress after which a run names the stalled rank and exits. 0: never."""
     hooks: Annotated[str | None, tyro.conf.arg(metavar="{None}|MODULE:NAME")] = None
@@ -101,7 +101,7 @@ class ModelConfig:
     width: Annotated[float, Range(above=0, max=16)] = 1.0
     """Multiplies every channel count, rounded to a multiple of 8."""
     norm: Literal["batch", "none"] = "batch"
-    """After every convolution. none: biases instead, and the initialisation of the original GoogLeNet (V1 only)."""
+    """Norm after every convolution. none: biases, and the initialisation of the original GoogLeNet (V1 only)."""
     branch5x5: Literal["paper", "5x5", "double3x3", "3x3"] = "paper"
     """The third branch of V1: 5x5 as in the paper, two 3x3, or one 3x3 as in torchvision."""
     auxiliary: bool = False
@@ -109,7 +109,7 @@ class ModelConfig:
     dropout: Annotated[float, Range(min=0, below=1)] = 0.0
     """Probability of zeroing a feature before the classifier, from 0 up to 1 (the paper: 0.4)."""
     merge_1x1: Literal["auto", "on", "off"] = "auto"
-    """In training, compute the 1x1 convolutions on one input as one convolution. auto: as on."""
+    """In training, compute the 1x1 convolutions on one input as one convolution. auto: on."""
     variant: Literal["default", "torchvision", "cadene"] = "default"
     """Windows of the pools and epsilon of batch norm as in another implementation, for its weights."""
     weights: Path | None = None
@@ -215,7 +215,7 @@ class EvalConfig:
     batch_size: Annotated[int, Range(min=2, max=NUM_TEST)] = 500
     """Samples per forward pass of an evaluation and of the computation of batch-norm statistics."""
     bn_samples: Annotated[int, Range(min=2, max=NUM_TRAIN)] = 5_000
-    """Training samples for batch-norm statistics before each evaluation, and for the filters of a whitening stem."""
+    """Training samples for batch-norm statistics, before evaluations and saves, and for filters of a whitening stem."""
     test_subset: Annotated[int, Range(min=1, max=NUM_TEST)] | None = None
     """Score only this many test images, equally many of each class, for trials. Tables of results refuse such runs."""
     tta: Literal["none", "flip", "six"] = "six"

@@ -24,7 +24,7 @@ class EvaluateArguments:
     which: Literal["last", "best"] | int = "last"
     """Which checkpoint of a run directory: last, best (by validation) or a step."""
     checkpoint: Path | None = None
-    """The same as RUN."""
+    """The same as PATH."""
     split: Literal["test", "validation"] = "test"
     """Which images to score; validation exists for runs with data.train_on train."""
     data_dir: Path | None = None

@@ -28,7 +28,7 @@ class ExportArguments:
     format: Literal["safetensors", "onnx", "torch_export", "all"] = "all"
     """safetensors: weights, with model.py that rebuilds the network; onnx; torch_export: a .pt2 file."""
     out: Path | None = None
-    """Folder for the files; RUN/export if not given. Other files in it stay as they are."""
+    """Folder for the files; default: `export` in the run directory. Other files in it stay as they are."""
     which: Literal["last", "best"] | int = "last"
     """Which checkpoint of a run directory: last, best (by validation) or a step."""
     fold_batch_norm: bool = False
