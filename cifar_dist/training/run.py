@@ -121,10 +121,10 @@ class Run(Hooks):
             nonlocal data
             directory = run_directory.path_of(self.config)
             with explain_os_error(f"the run directory {directory} cannot be written", "Choose another --run.dir."):
-                (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+                directory.mkdir(parents=True, exist_ok=True)
                 self.lock = run_lock.acquire(directory, self.config.run.resume == "auto", self.log)
-            self.stack.callback(self.lock.release)
-            run_directory.check(self.config, directory)
+                self.stack.callback(self.lock.release)
+                run_directory.open_for_run(self.config, directory)
             origin, data = run_directory.find_start(self.config, directory, self.log) or ("", b"")
             return str(directory), str(origin)
 

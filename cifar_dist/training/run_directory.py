@@ -44,14 +44,15 @@ def _unused(path: Path) -> Path:
     return next(free for free in itertools.chain([path], others) if not free.exists())
 
 
-def check(config: Config, directory: Path) -> None:
+def open_for_run(config: Config, directory: Path) -> None:
     """Refuse a directory that holds a run, unless `run.resume` is auto, or is replace, as it was for that run, too.
 
     The files of a run that is replaced are removed, and temporary files of a process that was killed while writing.
-    Call with the run lock held.
+    The folder of checkpoints is made. Call with the run lock held.
 
     Raises:
         UserError: it holds a run.
+        OSError: files cannot be removed, or the folder cannot be made.
     """
     if problem := refusal(config, directory):
         raise UserError(problem)
@@ -63,6 +64,7 @@ def check(config: Config, directory: Path) -> None:
         for pattern in _OF_A_RUN:
             for path in directory.glob(pattern):
                 path.unlink()
+    (directory / "checkpoints").mkdir(exist_ok=True)
     for folder in (directory, directory / "checkpoints"):
         checkpoint.sweep(folder)
 

@@ -13,7 +13,7 @@ import torch
 from cifar_dist.config import Config, to_yaml
 from cifar_dist.errors import CheckpointError, UserError
 from cifar_dist.training import checkpoint
-from cifar_dist.training.run_directory import check, find_checkpoint, find_start, newest_valid, refusal
+from cifar_dist.training.run_directory import find_checkpoint, find_start, newest_valid, open_for_run, refusal
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def leave(run_dir: Path, config: str) -> None:
 
 def test_replace_removes_the_files_of_a_run_and_no_others(run_dir: Path) -> None:
     leave(run_dir, to_yaml(REPLACE))
-    check(REPLACE, run_dir)
+    open_for_run(REPLACE, run_dir)
     assert not any((run_dir / name).exists() for name in FILES)
     assert all((run_dir / name).exists() for name in OWN)
     assert checkpoint.all_steps(run_dir / "checkpoints") == []
@@ -117,10 +117,10 @@ A_PATH = replace(Config(), run=replace(Config().run, resume=Path("replace")))
 def test_replace_leaves_other_runs(config: str, run_dir: Path) -> None:
     leave(run_dir, config)
     with pytest.raises(UserError, match=r"already holds a run, whose config\.yaml does not say run\.resume replace"):
-        check(REPLACE, run_dir)
+        open_for_run(REPLACE, run_dir)
     (run_dir / "config.yaml").unlink()  # then the checkpoints are a run, of nobody knows which kind
     with pytest.raises(UserError, match="already holds a run"):
-        check(REPLACE, run_dir)
+        open_for_run(REPLACE, run_dir)
     assert checkpoint.all_steps(run_dir / "checkpoints") == [5, 10, 15]
     assert all((run_dir / name).exists() for name in (*FILES[1:], *OWN))
 
@@ -138,10 +138,10 @@ def test_replace_removes_nothing_where_no_run_is(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    check(REPLACE, tmp_path)
+    open_for_run(REPLACE, tmp_path)
     assert all((tmp_path / name).exists() for name in names)
     (tmp_path / "config.yaml").write_text(to_yaml(REPLACE))
-    check(REPLACE, tmp_path)
+    open_for_run(REPLACE, tmp_path)
     assert [name for name in names if (tmp_path / name).exists()] == ["checkpoints/step-a.pt"]
 
 
@@ -156,10 +156,10 @@ def test_an_interrupted_replacement_is_continued(run_dir: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Path, "unlink", full)
     with pytest.raises(KeyboardInterrupt):
-        check(REPLACE, run_dir)
+        open_for_run(REPLACE, run_dir)
     monkeypatch.setattr(Path, "unlink", unlink)
     assert not (run_dir / "metrics.jsonl").exists()
-    check(REPLACE, run_dir)
+    open_for_run(REPLACE, run_dir)
     assert not any((run_dir / name).exists() for name in FILES)
 
 
@@ -170,10 +170,11 @@ AUTO = replace(Config(), run=replace(Config().run, resume="auto"))
 def test_a_configuration_that_no_run_wrote_is_kept(config: Config, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(text := "# mine\nbase: debug\nrun: {resume: replace}\n")
     with pytest.raises(UserError, match=r"config\.yaml"):
-        check(config, tmp_path)
+        open_for_run(config, tmp_path)
     assert (tmp_path / "config.yaml").read_text() == text
+    assert not (tmp_path / "checkpoints").exists()
     (tmp_path / "status.json").write_text('{"last_checkpoint_step": null}')  # a run wrote both
-    check(config, tmp_path)
+    open_for_run(config, tmp_path)
 
 
 @pytest.mark.parametrize("left", ["summary.json", "status.json"])
