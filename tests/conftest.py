@@ -31,6 +31,7 @@ for _number in (signal.SIGHUP, signal.SIGQUIT):
 REPOSITORY = Path(__file__).parents[1]
 # Every process that a test starts inherits it, so that those left at the end are found.
 SESSION = "CIFAR_DIST_TEST_SESSION"
+SLOW_UNTIL = "CIFAR_DIST_TEST_SLOW_UNTIL"  # in seconds since 1970
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ[SESSION] = secrets.token_hex(8)
 # The longest groups start first; otherwise one worker ends long before the other.
@@ -62,6 +63,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return len(FIRST) + (item.get_closest_marker("run") is None)
 
     items.sort(key=rank)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip slow tests once the time for them is over, which CI sets, as it has 90 minutes on any machine."""
+    if item.get_closest_marker("slow") and time.time() > float(os.environ.get(SLOW_UNTIL, "inf")):
+        pytest.skip(f"the time for slow tests is over ({SLOW_UNTIL})")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
