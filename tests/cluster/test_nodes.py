@@ -63,7 +63,7 @@ def test_lost_machine_is_named(rendezvous: str, lost: int, data_dir: Path, tmp_p
     lose(machines[lost])
     lost_at = time.monotonic()
     output = runs.finish(machines[1 - lost], expected=6)
-    assert time.monotonic() - lost_at < 15
+    assert time.monotonic() - lost_at < 20
     assert f"error: rank {1 - lost} on {HOST} lost contact with rank {lost} o" in output
     assert "Traceback" not in output
     assert output.count("error: ") == 1
@@ -89,7 +89,7 @@ def test_lost_machine_while_the_other_waits_for_its_device(place: str, data_dir:
     assert runs.finish(machines[1], expected=6)
     lost_at = time.monotonic()
     output = runs.finish(machines[0], expected=6, timeout_s=30)
-    assert time.monotonic() - lost_at < 10
+    assert time.monotonic() - lost_at < 20
     assert "error: rank 0 on machine-0 lost contact with rank 1 on machine-1" in output
     assert output.count("error: ") == 1
     assert json.loads((tmp_path / "status.json").read_text())["exit_code"] == 6
