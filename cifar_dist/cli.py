@@ -23,7 +23,7 @@ import tyro
 from cifar_dist import environment, extension, options
 from cifar_dist.config import NUM_TRAIN, NUM_VALIDATION, Config, Range, to_yaml
 from cifar_dist.errors import UserError, explain_os_error, is_main_process, wait_for_main_process
-from cifar_dist.files import write_json
+from cifar_dist.files import escape_path, write_json
 from cifar_dist.suggestions import refuse_unknown_options
 from cifar_dist.yaml_file import Entry, read_config, read_entries
 
@@ -96,12 +96,12 @@ def load_config(args: Sequence[str], command: str = "train", description: str = 
 
 
 def read_yaml(name: str | Path, command: str = "train") -> Config:
-    """The configuration that `name` names (see `yaml_file.locate`), over its base, over the defaults.
+    """The configuration of `name` (see `yaml_file.locate`; a Path is not expanded), over its base, over the defaults.
 
     Raises:
         UserError: also if a file cannot be read.
     """
-    return _configuration(read_config(str(name)), command)
+    return _configuration(read_config(name if isinstance(name, str) else escape_path(str(name))), command)
 
 
 def from_yaml(text: str | bytes, origin: str, command: str = "train") -> Config:

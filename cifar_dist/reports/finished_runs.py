@@ -4,8 +4,8 @@ Does not import torch, so that a table appears at once. Every refusal is a UserE
 """
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -27,8 +27,11 @@ FIGURES: Mapping[str, Any] = {
     "test_n": int, "train_n": int, "train_seconds": float, "first_step_seconds": float | None,
     "images_per_second": float, "steps": int, "epochs": float, "batch_size": int, "micro_batch_size": int,
     "params": int, "precision": str, "git_commit": str | None, "model_sha256": str, "data_receipt": list,
-    "world_size": int, "device_names": list, "versions": dict, "command": str,
+    "world_size": int, "device_names": list, "versions": dict, "command": str, "weights_sha256": str | None,
 }  # fmt: skip
+# Figures that are equal in runs with a common mean. With equal settings they may differ: the device can decide the
+# precision, and the file of model.weights can change.
+EQUAL = ("val_n", "steps", "params", "precision", "weights_sha256")
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,14 @@ def run_directories(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def _holds_run(directory: Path) -> bool:
-    return any(os.path.exists(directory / name) for name in ("config.yaml", "summary.json", "checkpoints"))  # noqa: PTH110 - Path raises PermissionError
+def _holds_run(directory: Path, names: Sequence[str] = ("config.yaml", "summary.json", "checkpoints")) -> bool:
+    """Whether `directory` has one of `names`. A directory that cannot be read is refused, as it may hold a run."""
+    with explain_os_error(f"{directory} cannot be read"):
+        for name in names:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                (directory / name).stat()
+                return True
+    return False
 
 
 def read_runs(paths: Sequence[Path]) -> list[FinishedRun]:
@@ -87,6 +96,8 @@ def _read_run(directory: Path) -> FinishedRun:
             raise UserError(
                 f"{directory} holds no finished run: no summary.json. Resume the run with --run.resume auto."
             )
+    with explain_os_error(f"{path} cannot be read"):
+        path.read_bytes()  # `read_json` takes a file that cannot be read for a damaged one
     config, values = cli.read_yaml(directory / "config.yaml"), read_json(path)
     problems = list(_problems(values, config))
     if problems:
@@ -114,6 +125,8 @@ def _problems(values: Mapping[str, Any], config: Config) -> Iterator[str]:
         valid = value == wanted[name] if name in wanted else isinstance(value, kind)
         if valid and isinstance(value, int | float):  # NaN fails every comparison
             valid = 0 <= value <= 1 if "accuracy" in name else 0 <= value < math.inf
+        if valid and isinstance(value, list):
+            valid = all(isinstance(each, str) for each in value)
         if not valid:
             yield f"{name} is {value!s:.40}" + (f", not {wanted[name]}" if name in wanted else "")
 
@@ -141,7 +154,8 @@ def refuse_other_settings(directories: Sequence[Path], asked: Config) -> None:
     Stricter than resuming, which accepts changes of logging, scoring and the precision of matrix products.
     """
     cli.validate_for_table(asked)
-    begun = [directory for directory in directories if _holds_run(directory)]
+    files = ("config.yaml", "summary.json")  # a run that was refused leaves neither, but an empty folder checkpoints/
+    begun = [path for path in directories if _holds_run(path, files) or any(path.glob("checkpoints/step-*.pt"))]
     for directory in begun:
         if differences := _differences(cli.read_yaml(directory / "config.yaml"), asked):
             raise UserError(
@@ -161,6 +175,6 @@ def _refuse_unequal(runs: Sequence[FinishedRun]) -> None:
             raise UserError(f"{pair} have the same trained model, so one is a copy of the other.")
         if differences := _differences(first.config, second.config):
             raise UserError(f"{pair} differ in more than the seed:\n  {differences}")
-        for name in ("val_n", "steps", "params", "precision"):  # precision also depends on the device
+        for name in EQUAL:
             if a[name] != b[name]:
                 raise UserError(f"{pair} did not do the same: {name} is {a[name]} and {b[name]}.")

@@ -51,8 +51,13 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def spreads(runs: Sequence[FinishedRun]) -> dict[str, Spread | None]:
-    """The spread of each column, in the units of summary.json; None for a figure that the runs do not have."""
+    """The spread of each column, in the units of summary.json.
+
+    None for a figure that a run does not have, and for times if the runs had different machines.
+    """
     values = {name: [run.figures[name] for run in runs] for name in COLUMNS}
+    if len(_machines(runs)) > 1:
+        values |= {"train_seconds": [None], "images_per_second": [None]}
     return {name: None if None in column else spread(column) for name, column in values.items()}
 
 

@@ -203,6 +203,8 @@ def test_settings_come_over_those_of_the_base(files: Path, capsys: pytest.Captur
         "optim.lr": 0.4, "optim.momentum": 0.8, "train.epochs": 6, "eval.tta": "none",
     }  # fmt: skip
     assert settings_of(read_yaml(files / "c.yaml")) == expected
+    (files / "$c.yaml").symlink_to("c.yaml")
+    assert settings_of(read_yaml(files / "$c.yaml")) == expected  # a Path is not expanded
     with pytest.raises(SystemExit):
         load_config(["--config", "c.yaml", "--optim.lr", "0.5", "--print-config"])
     printed = capsys.readouterr().out

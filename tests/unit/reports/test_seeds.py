@@ -140,6 +140,16 @@ def test_one_run_without_validation_and_tta(
     assert figures["test_accuracy"] == {"mean": 0.86, "standard_deviation": None, "interval_95": None}
 
 
+def test_paths_with_a_dollar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the command line $ is written $$; the paths of the runs found there are not expanded again."""
+    run = leave_run(tmp_path / "a$b", 0)
+    call(monkeypatch, tmp_path / "a$$b")
+    assert "1 run: " in capsys.readouterr().out
+    refuse_other_settings([run], CONFIG)
+
+
 def test_devices_and_commits_may_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,8 +157,11 @@ def test_devices_and_commits_may_differ(
     other = replace(other, track=replace(CONFIG.track, wandb="disabled", group="g", tags="a", tensorboard=True))
     leave_run(tmp_path, 0)
     leave_run(tmp_path, 1, other, git_commit="fedcba9876543210", device_names=["b", "b"])
-    call(monkeypatch, tmp_path)
+    call(monkeypatch, tmp_path, "--json", tmp_path / "out.json")
     output = capsys.readouterr().out
+    assert ["mean", "85.00", "86.00", "87.00", "-", "-"] in [line.split() for line in output.splitlines()]
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert figures["train_seconds"] is figures["images_per_second"] is None
     assert "on 2 x a; torch 2.15.0, and on 2 x b; torch 2.15.0" in output
     assert "0123456-dirty\n" in output
     assert "fedcba9\n" in output
@@ -194,6 +207,29 @@ def test_missing_and_unfinished_runs_are_all_named(
     assert "no run is given" in refusal(monkeypatch, capsys)
 
 
+@pytest.mark.parametrize("name", ["", "config.yaml"])
+def test_a_run_that_cannot_be_read_is_not_left_out(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A link to itself fails for root, too."""
+    for seed in (0, 1):
+        path = leave_run(tmp_path, seed) / name
+    path.rename(tmp_path.parent / f"{tmp_path.name}-moved")
+    path.symlink_to(path)
+    message = refusal(monkeypatch, capsys, tmp_path)
+    assert f"{tmp_path / 'seed-1'} cannot be read: Too many levels of symbolic links." in message
+    assert "Remove" not in message
+
+
+def test_a_summary_that_cannot_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = leave_run(tmp_path, 0) / "summary.json"
+    path.unlink()
+    path.mkdir()
+    assert refusal(monkeypatch, capsys, tmp_path) == f"error: {path} cannot be read: Is a directory.\n"
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [
@@ -228,6 +264,8 @@ def test_damaged_summaries_are_refused(
         ({"seed": 5}, "seed is 5, not 0"),
         ({"batch_size": 512}, "batch_size is 512, not 1024"),
         ({"test_n": 500}, "of a trial with eval.test_subset: test_n is 500, not 10000."),
+        ({"device_names": [1]}, "device_names is [1]"),
+        ({"device_names": [["x"]]}, "device_names is [['x']]"),
         ({"test_accuracy_tta": None}, "test_accuracy_tta is None"),
         ({"val_accuracy": None, "val_n": None}, "val_accuracy is None"),
     ],
@@ -267,6 +305,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_refused(
     [
         ({"val_n": 4_000}, "val_n is 5000 and 4000"),
         ({"precision": "fp32"}, "precision is bf16 and fp32"),
+        ({"weights_sha256": "ab"}, "weights_sha256 is None and ab"),
         ({"model_sha256": "model 0"}, "copy"),
     ],
 )
@@ -293,7 +332,11 @@ def test_a_seed_counts_once(
 def test_directories_with_other_settings_are_refused(tmp_path: Path) -> None:
     finished, begun = leave_run(tmp_path, 0), leave_run(tmp_path, 1)
     (begun / "summary.json").unlink()
-    refuse_other_settings((finished, begun, tmp_path / "seed-2"), CONFIG)
+    (tmp_path / "seed-3/checkpoints").mkdir(parents=True)  # of a run that was refused
+    refuse_other_settings((finished, begun, tmp_path / "seed-2", tmp_path / "seed-3"), CONFIG)
+    (tmp_path / "seed-3/checkpoints/step-00000005.pt").touch()
+    with pytest.raises(UserError, match=r"seed-3/config\.yaml: No such file"):
+        refuse_other_settings([tmp_path / "seed-3"], CONFIG)
     with pytest.raises(UserError, match=r"eval\.test_subset is for trials"):
         refuse_other_settings([tmp_path / "seed-2"], replace(CONFIG, eval=replace(CONFIG.eval, test_subset=500)))
     other = replace(CONFIG, eval=replace(CONFIG.eval, tta="none"))
