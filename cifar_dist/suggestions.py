@@ -154,4 +154,4 @@ def _options(cls: type, prefix: str = "") -> Iterator[tuple[str, bool, bool]]:
         if is_dataclass(kind):
             yield from _options(kind, f"{prefix}{name}." if name else prefix)  # type: ignore[arg-type]
         else:
-            yield prefix + name, tyro.conf.Positional in notes, Ellipsis in get_args(hint)
+            yield prefix + name, tyro.conf.Positional in notes, Ellipsis in get_args(kind if notes else hint)

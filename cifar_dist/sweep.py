@@ -3,6 +3,7 @@
 launch/seeds and launch/sweep set up the environment first.
 """
 
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ class OwnArguments:
     """Number of seeds."""
     first_seed: Annotated[int, Range(min=0, max=10**18)] = 0
     """The first of the seeds."""
-    grid: tuple[str, ...] = ()
+    grid: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
     """NAME=VALUE,VALUE ... for every combination, or a file with a line of settings each."""
 
 
@@ -39,7 +40,7 @@ def main() -> None:
     """Train all runs, print their table and write seeds.json."""
     with exit_on_error():
         arguments = parse(sys.argv[1:])
-        lines, config = grid.settings(arguments.grid), arguments.settings
+        lines, config = grid.settings([*itertools.chain(*arguments.grid)]), arguments.settings
         kind = "sweep" if arguments.grid else "seeds"
         name = config.run.name or f"{Path(arguments.config).name.removesuffix('.yaml')}-{kind}"
         first = arguments.first_seed

@@ -53,7 +53,8 @@ class Job:
         command += ["-m", "cifar_dist.train", *settings]
         code = 0
         if not self._stop_signals:
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
+            environ = {name: value for name, value in os.environ.items() if name != "WANDB_RUN_ID"}  # names one run
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, env=environ)
             if self._stop_signals:  # received while it was started
                 self._process.terminate()
             code = self._process.wait()

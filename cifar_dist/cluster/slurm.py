@@ -112,6 +112,7 @@ def _sweep(job: Job, arguments: Sequence[str]) -> int:
     array, index, size = (optional_number(f"SLURM_ARRAY_{name}") for name in ("JOB_ID", "TASK_ID", "TASK_COUNT"))
     if array is None or index is None or size is None:
         raise UserError("a sweep is a job array: sbatch --array=0-2 slurm/sweep.sh --config configs/quickstart.yaml.")
+    os.environ.pop("WANDB_RUN_ID", None)  # names one run
     lines, own = _grid(arguments)
     seed, line = divmod(index, len(lines))
     asked = [*own, *shlex.split(lines[line]), "--run.seed", str(seed)]

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from cifar_dist.cluster import local_sweep
 from cifar_dist.errors import UserError
 from cifar_dist.sweep import parse
 from cifar_dist.training.checkpoint import all_steps
@@ -83,6 +85,26 @@ def test_a_run_that_diverges_stops_no_other(data_dir: Path, tmp_path: Path) -> N
     assert "error: 1 of the 2 runs diverged, so there is no table; the others are complete." in output
     assert f"\n{tmp_path}/sweep/setting-0/seed-0\n" in output
     assert runs.summary(tmp_path / "sweep/setting-1/seed-0")["steps"] == 4
+
+
+def test_the_id_of_a_wandb_run_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All runs of the sweep would be one at W&B."""
+    found = list[dict[str, str]]()
+
+    class Process:
+        def __init__(self, _: object, env: dict[str, str], **__: Any) -> None:
+            found.append(env)
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setenv("WANDB_RUN_ID", "one")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(local_sweep, "handled_signals", tuple)
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    assert local_sweep.Job("seeds").run([], 1) == 0
+    assert "WANDB_RUN_ID" not in found[0]
+    assert found[0]["WANDB_MODE"] == "offline"
 
 
 def test_a_checkpoint_to_resume_from_is_refused(tmp_path: Path) -> None:

@@ -169,6 +169,6 @@ def test_one_screen_and_exit_code_2(module: str) -> None:
 def test_words_of_an_option_of_many_values_need_no_dashes() -> None:
     words = ["quickstart", "--grid", "optim.lr=0.1,0.2", "train.epochs=2", "--optim.momentum", "0.8"]
     arguments = cli.parse(sweep.SweepArguments, words, "sweep")
-    assert arguments.grid == ("optim.lr=0.1,0.2", "train.epochs=2")
+    assert arguments.grid == (("optim.lr=0.1,0.2", "train.epochs=2"),)
     with pytest.raises(UserError, match="epochs=2 lacks the dashes of an option"):
         cli.parse(sweep.SweepArguments, [*words, "epochs=2"], "sweep")

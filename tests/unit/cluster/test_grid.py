@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from cifar_dist.cluster import grid
+from cifar_dist import sweep
+from cifar_dist.cluster import grid, local_sweep
 from cifar_dist.cluster.slurm import _grid
 from cifar_dist.config import TrackConfig
 from cifar_dist.errors import UserError
@@ -36,6 +39,24 @@ def test_a_line_of_a_file_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     )
     assert [path.name for path in grid.folders(Path("x"), lines)] == ["setting-0", "setting-1"]
     assert grid.folders(Path("x"), lines[:1]) == [Path("x")]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--grid", "optim.lr=1,2", "train.epochs=3"],
+        ["--grid", "optim.lr=1,2", "--train.threads", "1", "--grid=train.epochs=3,4"],
+        ["--grid", "optim.lr=1,2", "optim.momentum=0.5", "--grid", "train.epochs=3", "model.width=1,2"],
+    ],
+)
+def test_both_commands_take_several_grids(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = list[Sequence[str]]()
+    monkeypatch.setattr(local_sweep, "run_sweep", lambda *arguments: found.append(arguments[2]))
+    monkeypatch.setattr(sys, "argv", ["sweep", "debug", *words])
+    sweep.main()
+    assert found == [_grid(words)[0]]
+    assert len(found[0]) == 2 ** sum("," in word for word in words)
 
 
 @pytest.mark.parametrize(

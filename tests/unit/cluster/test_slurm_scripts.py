@@ -154,6 +154,15 @@ def test_what_a_requeued_job_resumes_from(resume: str, restarts: int, left: str,
     assert given[-1] == expected
 
 
+def test_the_id_of_a_wandb_run_is_not_passed_to_a_sweep(tmp_path: Path) -> None:
+    (tmp_path / "srun").write_text(f'#!/bin/bash\necho "${{WANDB_RUN_ID-none}}" >{tmp_path}/id\n')
+    (tmp_path / "srun").chmod(0o755)
+    (tmp_path / "run").mkdir()
+    env = {**JOB, **ARRAY, "WANDB_RUN_ID": "one", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    ended(*MODULE, "sweep", "--config", "debug", "--run.dir", tmp_path / "run", code=0, env=env)
+    assert (tmp_path / "id").read_text() == "none\n"
+
+
 @pytest.mark.parametrize(
     ("asked", "gpus"),
     [("4", 4), ("a100:4", 4), ("a100", 1), ("h100-80:2", 2), ("a100:3,v100:1", 4), ("a100_1g.5gb:7", 7), ("2080ti", 1)],
