@@ -1,10 +1,12 @@
 """Upload what W&B has recorded offline: `python -m cifar_dist.wandb_sync [RUN_DIR...]`, or launch/wandb-sync."""
 
+import http.client
 import os
 import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +17,7 @@ from cifar_dist import cli
 from cifar_dist.errors import UserError, exit_on_error, one_line
 from cifar_dist.fault_tolerance.liveness import living_owners
 from cifar_dist.process import run_and_exit
-from cifar_dist.tracking.wandb_files import HEADER
+from cifar_dist.tracking.wandb_files import HEADER, without_password
 from cifar_dist.tracking.wandb_run import reason_of, unset_empty_variables
 
 _ANSWER_S = 20
@@ -47,17 +49,33 @@ def main() -> None:
 
 def _segments(paths: tuple[Path, ...]) -> dict[Path, list[Path]]:
     """By run directory, the .wandb files of the starts that were offline."""
-    found: dict[Path, list[Path]] = {}
+    found, seen = dict[Path, list[Path]](), set[tuple[int, int]]()
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path} is no folder. Give run directories, such as runs/NAME, or folders of them.")
-        parts = path.glob("*.wandb") if path.name.startswith("offline-run-") else path.rglob("offline-run-*/*.wandb")
-        for file in sorted(part.absolute() for part in parts):
+        for file in sorted(_files_below(path.absolute(), seen)):
             if file.stat().st_size > len(HEADER):  # else its process was killed in its first second
                 found.setdefault(_shown(file.parents[2]), []).append(file)
     if not found:
         raise UserError(f"no run below {', '.join(map(str, paths))} has been recorded offline by W&B (track.wandb).")
     return found
+
+
+def _files_below(path: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
+    """The files that W&B wrote offline in `path` and below it, through links, too; each folder counts once (`seen`)."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}. Name the run directories to upload.")
+
+    for folder, names, files in os.walk(path, onerror=refuse, followlinks=True):
+        found = os.stat(folder)  # noqa: PTH116 - os.walk gives text
+        if (found.st_dev, found.st_ino) in seen:
+            names.clear()
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        names[:] = sorted({*names} - {"latest-run"})  # W&B's link to one of the others
+        if Path(folder).name.startswith("offline-run-"):
+            yield from (Path(folder, name) for name in files if name.endswith(".wandb"))
 
 
 def _shown(run: Path) -> Path:
@@ -104,7 +122,7 @@ def _check_connection() -> None:
 
     try:
         wandb.login(verify=False)
-        server = wandb.setup().settings.base_url
+        server = without_password(wandb.setup().settings.base_url)  # which urlopen takes for a port
     except wandb.errors.UsageError as error:
         raise UserError(f"W&B: {one_line(error)} Or set WANDB_API_KEY.") from None
     except Exception as error:  # noqa: BLE001 - W&B's settings may be wrong in many ways
@@ -114,7 +132,7 @@ def _check_connection() -> None:
             pass
     except urllib.error.HTTPError:
         pass  # it answers
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(
             f"W&B's server {server} does not answer: {one_line(error)}. Try where it can be reached."
         ) from None

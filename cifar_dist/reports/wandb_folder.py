@@ -14,12 +14,17 @@ from typing import Any
 
 from cifar_dist.errors import UserError, explain_os_error
 from cifar_dist.reports.run_data import Curve, RunData
-from cifar_dist.tracking.wandb_files import HEADER, records
+from cifar_dist.tracking.wandb_files import HEADER, records, without_password
 
 STEP = "_step"
 _RUN = ("display_name", "project", "entity", "run_group", "job_type", "notes", "host")
 _ENVIRONMENT = ("os", "python", "cpu_count", "gpu_type", "gpu_count", "cuda_version")
-_SECRET = re.compile(r"api.?key|token(?![a-z])|secret|passw|pwd|bearer|credential", re.IGNORECASE)
+# Names that are not shown: of passwords and keys, and of the command line, which may hold some.
+_SECRET = re.compile(
+    r"(api|private|access).?key|token(?![a-z])|secret|pass(w|phrase)|pwd|bearer|credential|authorization"
+    r"|(?<![a-z])(pass|o?auth)(?![a-z])|^(args|argv|cmd|command)$",
+    re.IGNORECASE,
+)
 
 
 @dataclass
@@ -153,7 +158,7 @@ def _joined(run_id: str, segments: Sequence[_Segment]) -> RunData:
         curves={key: curve for key, curve in curves.items() if curve},
         settings={key: "not shown" if _SECRET.search(key) else _text(value) for key, value in sorted(config.items())},
         summary={
-            key: "not shown" if _SECRET.search(key) else value
+            key: "not shown" if _SECRET.search(key) else value if isinstance(value, int | float) else _text(value)
             for key, value in sorted(summary.items())
             if not key.startswith("_")
         },
@@ -217,5 +222,4 @@ def _time(seconds: float) -> str:
 
 
 def _text(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return re.sub(r"//[^/@\s]*@", "//", text)  # names and passwords in addresses
+    return without_password(value if isinstance(value, str) else json.dumps(value))

@@ -6,6 +6,7 @@ protobuf message, for which the wandb package has the classes.
 """
 
 import json
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -14,6 +15,11 @@ from typing import Any, NamedTuple
 
 HEADER, BLOCK = b":W&B\xe1\xbe\x00", 32_768  # name, magic number 0xBEE1, version 0
 _KINDS = _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4  # a whole record or a part of one
+
+
+def without_password(text: str) -> str:
+    """`text` without the names and passwords in its addresses, such as https://name:password@host."""
+    return re.sub(r"//[^/\s]*@", "//", text)
 
 
 class Held(NamedTuple):

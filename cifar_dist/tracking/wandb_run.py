@@ -17,7 +17,7 @@ from cifar_dist.errors import UserError, one_line
 from cifar_dist.files import write_text_atomic
 from cifar_dist.process import quiet_descriptors, stop_signals_blocked
 from cifar_dist.tracking.metrics_file import Value, number
-from cifar_dist.tracking.wandb_files import Held, held_in
+from cifar_dist.tracking.wandb_files import Held, held_in, without_password
 from cifar_dist.tracking.wandb_media import log_checkpoint, media, summary_values
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 INIT_TIMEOUT_S = 20.0
 FINISH_TIMEOUT_S = 30.0  # a preempted job may have no more; what is not uploaded stays on disk
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_MAX_TAG = 64  # characters, of W&B
+_MAX_TAG, _MAX_PROJECT = 64, 128  # characters, of W&B
 FLUSH_S = 1.0  # W&B's own 15 s are what a killed run would lose of its .wandb file
 # Values of WANDB_MODE; run and dryrun are W&B's older names of online and offline.
 ENVIRONMENT_MODES = ("online", "run", "offline", "dryrun", "disabled")
@@ -50,6 +50,9 @@ def start_wandb(
     if mode == "disabled":
         return None
     _tags(config)
+    if len(config.project) > _MAX_PROJECT or re.search(r"[/\\#?%:]", config.project):
+        limits = f"at most {_MAX_PROJECT} characters, without / \\ # ? % :"
+        raise UserError(f"track.project is {config.project!r:.150}; W&B takes {limits}. A team is track.entity.")
     for attempt in (mode,) if explicit else ("auto", "offline"):
         try:
             run = _init(attempt, config, run_dir, _run_id(run_dir), name, run_config)
@@ -72,7 +75,7 @@ def start_wandb(
         else:
             for part in run_dir.glob(f"wandb/offline-run-*-{run.id}/*.wandb"):
                 part.with_name(f"{part.name}.synced").touch()  # this start sends these rows itself, in their order
-            log(f"W&B online: {re.sub(r'//[^/@]*@', '//', run.url or '')}")  # without a password
+            log(f"W&B online: {without_password(run.url or '')}")
         return WandbRun(run, held, config.artifact, log)
     return None
 

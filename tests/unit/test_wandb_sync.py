@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from cifar_dist import wandb_sync
+from cifar_dist.errors import UserError
 from cifar_dist.fault_tolerance import run_lock
 from cifar_dist.tracking.wandb_files import HEADER
 from tests.support import runs
@@ -72,6 +77,70 @@ def test_without_a_server(folder: Path) -> None:
         f"error: W&B's server {url} does not answer: <urlopen error [Errno 111] Connection refused>. Try where it can "
         "be reached.\n"
     )
+
+
+@pytest.fixture
+def address(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of a server that speaks no HTTP, with a name and a password; a login with it."""
+    import wandb
+
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def answer() -> None:
+        with server, server.accept()[0] as connection:
+            connection.recv(1000)
+            connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+    threading.Thread(target=answer, daemon=True).start()
+    place = f"127.0.0.1:{server.getsockname()[1]}"
+    settings = SimpleNamespace(base_url=f"http://me:hunter2@{place}")
+    monkeypatch.setattr(wandb, "login", lambda **_: True)
+    monkeypatch.setattr(wandb, "setup", lambda: SimpleNamespace(settings=settings))
+    monkeypatch.setenv("WANDB_SILENT", "true")  # which the function sets
+    return place
+
+
+def test_a_server_with_a_password_that_speaks_no_http(address: str) -> None:
+    with pytest.raises(UserError) as caught:
+        wandb_sync._check_connection()
+    assert str(caught.value) == (
+        f"W&B's server http://{address} does not answer: SSH-2.0-OpenSSH_9.2. Try where it can be reached."
+    )
+
+
+def leave_part(run: Path) -> Path:
+    part = run / "wandb/offline-run-20260101_120000-x/run-x.wandb"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(HEADER + b"and more")
+    (run / "wandb/latest-run").symlink_to(part.parent.name)
+    return part
+
+
+def test_runs_that_are_links(tmp_path: Path) -> None:
+    """Each counts once."""
+    runs_folder = tmp_path / "runs"
+    part = leave_part(runs_folder / "a")
+    leave_part(tmp_path / "elsewhere")
+    (runs_folder / "link").symlink_to(tmp_path / "elsewhere")
+    (runs_folder / "z").symlink_to(runs_folder)
+    linked = runs_folder / "link" / part.relative_to(runs_folder / "a")
+    expected = {runs_folder / "a": [part], runs_folder / "link": [linked]}
+    assert wandb_sync._segments((runs_folder, runs_folder / "a")) == expected
+
+
+def test_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_part(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if path == str(tmp_path / "b"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"/b cannot be read: Permission denied\. Name the run"):
+        wandb_sync._segments((tmp_path,))
 
 
 def test_a_damaged_part(tmp_path: Path) -> None:

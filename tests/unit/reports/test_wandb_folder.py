@@ -17,7 +17,7 @@ import pytest
 from cifar_dist.errors import UserError
 from cifar_dist.reports.comparison import page_of_foreign_run
 from cifar_dist.reports.run_data import RunData
-from cifar_dist.reports.wandb_folder import files_in, read_runs
+from cifar_dist.reports.wandb_folder import _SECRET, files_in, read_runs
 from cifar_dist.tracking.wandb_files import BLOCK, HEADER, records
 from tests.support import runs
 
@@ -33,6 +33,7 @@ def record(id, steps, config, **more):
         if k % 10 == 9:
             run.log({"epoch": k // 10, "val/accuracy": k / 100, "table": wandb.Table(columns=["a"], data=[[k]])})
     run.summary["best"] = 0.25
+    run.summary["connection"] = "postgres://me:canary@host/db"
     return run
 
 record("one", range(3000), {"model": {"depth": 3}, "lr": 0.1, "wandb_api_key": "canary", "list": [1, 2]}).finish()
@@ -77,8 +78,21 @@ def test_configuration_summary_and_facts(found: dict[str, RunData]) -> None:
     assert (run.summary["best"], run.summary["train.nested.deep"], run.summary["text"]) == (0.25, 2999, "words")
     assert not [key for key in run.summary if key.startswith(("histogram", "table", "_"))]
     assert (run.name, run.facts["project"], run.state, run.notes) == ("a <b>name</b>", "theirs", "done", [])
+    assert run.summary["connection"] == "postgres://host/db"
     assert run.facts["python"].startswith("CPython 3.")
     assert found["three"].state == "failed"
+
+
+@pytest.mark.parametrize("name", [
+    "private_key", "ACCESS_KEY", "nested.pass", "passphrase", "hf_auth", "auth", "oauth", "password", "args", "argv",
+])  # fmt: skip
+def test_names_of_secrets(name: str) -> None:
+    assert _SECRET.search(name)
+
+
+@pytest.mark.parametrize("name", ["author", "bypass", "num_passes", "args.lr", "key", "max_tokens", "compass"])
+def test_names_of_no_secrets(name: str) -> None:
+    assert not _SECRET.search(name)
 
 
 def test_a_resumed_run_is_one(found: dict[str, RunData]) -> None:

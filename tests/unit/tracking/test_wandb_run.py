@@ -84,9 +84,12 @@ def test_a_password_in_a_wrong_address_is_in_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("variables", "message"), [
     ({"WANDB_RUN_ID": "a/b"}, "WANDB_RUN_ID is 'a/b'; valid: at most 64 letters, digits, - and _."),
     ({"TEST_TRACK": json.dumps({"tags": f"short,{'x' * 65}"})}, "has 65 characters; W&B takes 64."),
+    ({"TEST_TRACK": json.dumps({"project": "team/x"})}, "track.project is 'team/x'; W&B takes at most 128 characters"),
+    ({"TEST_TRACK": json.dumps({"project": "x" * 129})}, "W&B takes at most 128 characters, without / \\ # ? % :."),
 ])  # fmt: skip
 def test_names_that_w_and_b_does_not_take(variables: dict[str, str], message: str, tmp_path: Path) -> None:
-    result = start(tmp_path / "run", "offline", env=variables)
+    mode = "auto" if "TEST_TRACK" in variables else "offline"  # auto goes on without W&B after what it fails with
+    result = start(tmp_path / "run", mode, env=variables)
     assert result.returncode == 2
     assert message in result.stderr
     assert not (tmp_path / "run/wandb_id.txt").exists() or "WANDB_RUN_ID" not in variables
