@@ -52,7 +52,11 @@ def _read(path: Path) -> list[RunData]:
         directories = finished_runs.run_directories([path])
         if not any(map(run_data.is_run, directories)) and (files := wandb_folder.files_in(path)):
             return wandb_folder.read_runs(files)
-        return [run_data.read(directory) for directory in directories]
+        found = list(filter(run_data.is_run, directories)) or directories  # `read` says what is missing
+        if len(found) < len(directories):
+            others = ", ".join(str(directory) for directory in directories if directory not in found)
+            print(f"left out, because neither metrics.jsonl, status.json nor summary.json is there: {others}")
+        return [run_data.read(directory) for directory in found]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from cifar_dist.tracking.metrics_file import read_records
 _ROUNDING = ("run.deterministic", "train.device", "train.compile", "train.channels_last", "train.tf32", "eval.")
 _OF_ONE_RUN = ("run.name", "run.dir", "run.resume")
 _TIMES = ("seconds", "images_per_second", "data_wait", "gpu_memory_bytes")
-_ENVIRONMENT = ("git_commit", "git_diff_sha256", "versions", "device_names")
+_ENVIRONMENT = ("git_commit", "git_diff_sha256", "versions", "device_names", "weights_sha256")
 _RESULTS = ("steps", "test_confusion", "test_loss", "model_sha256")
 _OTHER_DATA = "other samples or another augmentation"
 
@@ -89,7 +89,7 @@ def settings(first: Path, second: Path) -> tuple[list[str], list[str]]:
 
 
 def other_causes(first: Path, second: Path) -> Iterator[str]:
-    """What beside settings may make the results of two runs differ: code, versions, kinds of devices."""
+    """What beside settings may make the results of two runs differ: code, versions, kinds of devices, start weights."""
     summaries = [read_json(run / "summary.json") for run in (first, second)]
     if all(summaries):
         one, other = ({name: _plain(values.get(name)) for name in _ENVIRONMENT} for values in summaries)
@@ -149,7 +149,11 @@ def _checkpoints(first: Path, second: Path, compare_data: bool) -> Iterator[str]
     from cifar_dist.training import checkpoint  # imports torch, which takes seconds
 
     folders = [run / "checkpoints" for run in (first, second)]
-    for step in sorted(set.intersection(*(set(checkpoint.all_steps(folder)) for folder in folders))):
+    try:
+        steps = set.intersection(*(set(checkpoint.all_steps(folder)) for folder in folders))
+    except OSError:  # counts as missing
+        return
+    for step in sorted(steps):
         paths = [checkpoint.path_of(folder, step) for folder in folders]
         try:
             one, other = (checkpoint.decode(checkpoint.read_verified(path), str(path)) for path in paths)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from cifar_dist.reports.charts import Chart, draw
-from cifar_dist.reports.finished_runs import MAY_DIFFER
+from cifar_dist.reports.finished_runs import EQUAL, MAY_DIFFER
 from cifar_dist.reports.markup import (
     Html,
     LeftOutError,
@@ -80,28 +80,49 @@ def labels_of(runs: Sequence[RunData]) -> list[str]:
 def groups_of(runs: Sequence[RunData], labels: Sequence[str]) -> list[Group]:
     """Runs that differ only in the seed together, in the order of the first of each; others by themselves."""
     found: dict[object, list[int]] = {}
+    described = _described(runs)
     for k, run in enumerate(runs):
-        common = tuple((name, value) for name, value in run.settings.items() if not name.startswith(MAY_DIFFER))
-        known = common and not run.facts  # of other programs it is not known which setting is the seed
-        found.setdefault(common if known else k, []).append(k)
+        known = run.settings and not run.facts  # of other programs it is not known which setting is the seed
+        found.setdefault(tuple(described[k].items()) if known else k, []).append(k)
     members = []
     for group in found.values():
         seeds_of = {runs[k].settings.get(SEED) for k in group}
         members += [group] if len(seeds_of) == len(group) else [[k] for k in group]
-    names = _differing([runs[group[0]] for group in members])
+    names = sorted(_differing([described[group[0]] for group in members]), key=EQUAL.__contains__)
+    num_told = min(3, sum(name not in EQUAL for name in names))  # more, and figures, only to tell groups apart
+    of_seeds = [described[group[0]] for group in members if len(group) > 1]
+    while num_told < len(names) and len({_told(one, names[:num_told]) for one in of_seeds}) < len(of_seeds):
+        num_told += 1
     groups = []
     for group in members:
-        first = runs[group[0]]
-        what = ", ".join(f"{name} {first.settings.get(name, '-')}" for name in names[:3]) if len(members) > 1 else ""
+        what = _told(described[group[0]], names[:num_told])
         many = f"{len(group)} seeds{': ' * bool(what)}{what}"
         groups.append(Group(many if len(group) > 1 else labels[group[0]], [runs[k] for k in group]))
     return groups
 
 
-def _differing(runs: Sequence[RunData]) -> list[str]:
-    """The settings in which runs differ, besides seed, names and paths."""
-    names = dict.fromkeys(name for run in runs for name in run.settings if not name.startswith(MAY_DIFFER))
-    return [name for name in names if len({run.settings.get(name) for run in runs if run.settings}) > 1]
+def _described(runs: Sequence[RunData]) -> list[dict[str, str]]:
+    """Of each run the settings and figures that it has in common with its other seeds.
+
+    A run that is not finished gets the figures of the first finished one with equal settings.
+    """
+    settings = [{name: v for name, v in run.settings.items() if not name.startswith(MAY_DIFFER)} for run in runs]
+    figures = [{name: f"{run.summary[name]!s:.16}" for name in EQUAL if name in run.summary} for run in runs]
+    finished: dict[str, dict[str, str]] = {}
+    for own, known in zip(settings, figures, strict=True):
+        if known:
+            finished.setdefault(str(own), known)
+    return [own | (known or finished.get(str(own), {})) for own, known in zip(settings, figures, strict=True)]
+
+
+def _told(values: Mapping[str, str], names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {values.get(name, '-')}" for name in names)
+
+
+def _differing(runs: Sequence[Mapping[str, str]]) -> list[str]:
+    """The names of the values in which runs differ, besides seed, names and paths."""
+    names = dict.fromkeys(name for run in runs for name in run if not name.startswith(MAY_DIFFER))
+    return [name for name in names if len({run.get(name) for run in runs if run}) > 1]
 
 
 def results(runs: Sequence[RunData], labels: Sequence[str]) -> Html:
@@ -169,7 +190,7 @@ def differing_settings(runs: Sequence[RunData], labels: Sequence[str]) -> Html:
     """A row per setting in which runs differ, a column per run."""
     known = [(run, label) for run, label in zip(runs, labels, strict=True) if run.settings]
     seeds_differ = len({run.settings.get(SEED) for run, _ in known}) > 1
-    differ = [SEED] * seeds_differ + _differing([run for run, _ in known])
+    differ = [SEED] * seeds_differ + _differing([run.settings for run, _ in known])
     if not differ:
         raise LeftOutError("there are none.")
     rows = [

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cifar_dist.reports.run_state import real
 from cifar_dist.tracking.curves import INK, picture
-from cifar_dist.tracking.metrics_file import Record, number, read_records, steps_per_epoch
+from cifar_dist.tracking.metrics_file import Record, read_records, steps_per_epoch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,10 +75,8 @@ def _read(directory: Path) -> list[Record]:
 
 
 def _line(axes: Axes, records: list[Record], key: str, steps_per_unit: float, style: Mapping[str, Any]) -> None:
-    points = [
-        (record["step"] / steps_per_unit, number(record[key])) for record in records if record.get(key) is not None
-    ]
-    values = [math.nan if value is None else value * (100 if "accuracy" in key else 1) for _, value in points]
+    found = [(record["step"] / steps_per_unit, real(record.get(key))) for record in records]
+    points = [(x, y * (100 if "accuracy" in key else 1)) for x, y in found if y is not None]
     if points:
-        marker = {"marker": "o"} if sum(map(math.isfinite, values)) < 2 else {}  # one value makes no line
-        axes.plot([x for x, _ in points], values, **{**marker, **style})
+        marker = {"marker": "o"} if sum(math.isfinite(y) for _, y in points) < 2 else {}  # one value makes no line
+        axes.plot(*zip(*points, strict=True), **{**marker, **style})

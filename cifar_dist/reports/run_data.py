@@ -46,7 +46,8 @@ class RunData:
 
     @property
     def num_steps(self) -> int:
-        return int(max((points[-1][0] for points in self.curves.values() if points), default=0))
+        last = (points[-1][0] for points in self.curves.values() if points)
+        return int(max(last, default=self.figure("steps") or 0))
 
     @property
     def devices(self) -> str:

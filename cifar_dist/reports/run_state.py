@@ -120,9 +120,9 @@ def _state(files: RunFiles, living: Owner | None) -> RunState:
         files.directory, state, note,
         step=_whole(files.records[-1]["step"] if files.records else summary.get("steps")),
         total_steps=_whole(summary.get("steps")) or total_steps(files.config),
-        accuracy=_real(score[0]), accuracy_of=score[1], n=_whole(score[2]),
-        images_per_second=_real(summary.get("images_per_second", last.get("images_per_second"))),
-        seconds=_real(summary.get("train_seconds", last.get("seconds"))),
+        accuracy=real(score[0]), accuracy_of=score[1], n=_whole(score[2]),
+        images_per_second=real(summary.get("images_per_second", last.get("images_per_second"))),
+        seconds=real(summary.get("train_seconds", last.get("seconds"))),
         devices=_whole(summary.get("world_size", status.get("world_size"))),
         changed=files.changed,
     )  # fmt: skip
@@ -213,7 +213,8 @@ def _read_tail(path: Path) -> tuple[list[Record], float]:
     return records, changed
 
 
-def _real(value: Any) -> float | None:
+def real(value: Any) -> float | None:
+    """The value as a float; None if it is no number."""
     try:
         return number(value)
     except (TypeError, ValueError):

@@ -34,6 +34,9 @@ def classes(run: RunData) -> Html:
     """Accuracy of each class with its interval, as a table with bars."""
     rows = []
     for name, score in zip(CLASSES, scores.class_scores(_confusion(run)), strict=True):
+        if score.n == 0:  # of a trial with eval.test_subset
+            rows.append((name, "-", Html(), "-", "0", "-"))
+            continue
         accuracy = score.correct / score.n
         low, high = wilson(accuracy, score.n)
         bar = element(

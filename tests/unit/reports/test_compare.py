@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cifar_dist.reports import compare as module
 from cifar_dist.reports import curves_of_runs, side_by_side
 from cifar_dist.training import checkpoint
 from tests.support import runs
@@ -158,6 +159,30 @@ def test_an_unfinished_run_is_compared_as_far_as_it_goes(short_run: Path, tmp_pa
     with changed_checkpoint(tmp_path / "half", 40) as state:
         state["receipt"][1][2] += 1
     assert "data: before the checkpoints of step 40, other samples" in compare(short_run, tmp_path / "half", expected=1)
+
+
+def test_checkpoints_that_cannot_be_read_count_as_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> list[int]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoint, "all_steps", refuse)
+    assert list(module.differences(tmp_path, tmp_path)) == []
+
+
+def test_other_start_weights_are_a_cause(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps({"weights_sha256": name * 64}))
+    expected = [f"weights_sha256: {'a' * 45} and {'b' * 45}"]
+    assert list(module.other_causes(tmp_path / "a", tmp_path / "b")) == expected
+
+
+def test_plot_without_values_that_are_no_numbers(tmp_path: Path) -> None:
+    values: tuple[object, ...] = (2.5, "abc", {}, [1], None, "nan", 2.0, 10**400)
+    lines = [json.dumps({"step": k, "train/loss": value, "lr": value}) for k, value in enumerate(values, 1)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    curves_of_runs.draw({"run": tmp_path}, tmp_path / "curves.png")
+    assert colour_of(tmp_path / "curves.png", curves_of_runs.COLOURS[0]) > 20
 
 
 def test_a_run_without_a_line_yet(short_run: Path, tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from cifar_dist import report
 from cifar_dist.config import Config, to_yaml
 from cifar_dist.reports import run_data
 from cifar_dist.reports.comparison import groups_of, labels_of, page_of_runs
@@ -81,6 +83,47 @@ def test_groups_are_named_by_what_differs(three_seeds: list[RunData], tmp_path: 
         "3 seeds: optim.lr 0.05", "2 seeds: optim.lr 0.1", "mine",
     ]  # fmt: skip
     assert row(page_of_runs(runs), "optim.lr") == ["0.05"] * 3 + ["0.1"] * 2 + ["0.2"]
+
+
+def test_groups_have_labels_of_their_own(three_seeds: list[RunData]) -> None:
+    """Where the first three settings that differ do not tell groups apart, further ones do."""
+    names = ("model.width", "train.epochs", "data.subset", "optim.lr")
+    runs = [
+        replace(run, settings={**run.settings, **dict(zip(names, values, strict=True))})
+        for values in ("1111", "1112", "2222")
+        for run in three_seeds
+    ]
+    labels = [group.label for group in groups_of(runs, labels_of(runs))]
+    assert len(set(labels)) == 3
+    values = [sorted(re.findall(" ([12])(?:,|$)", label)) for label in labels]
+    assert values == [["1"] * 4, ["1", "1", "1", "2"], ["2"] * 4]
+
+
+@pytest.mark.parametrize("name", ["val_n", "steps", "params", "precision", "weights_sha256"])
+def test_seeds_that_did_not_do_the_same_are_no_group(name: str, three_seeds: list[RunData]) -> None:
+    """As `seeds` refuses them. A run that is not finished is one of the first."""
+    again = [replace(run, settings={**run.settings, "run.seed": str(k)}) for k, run in enumerate(three_seeds * 2)]
+    runs = [replace(run, summary={**run.summary, name: k // 3}) for k, run in enumerate(again)]
+    runs[1] = replace(runs[1], summary={})
+    groups = groups_of(runs, labels_of(runs))
+    assert [group.label for group in groups] == [f"3 seeds: {name} 0", f"3 seeds: {name} 1"]
+    assert groups[0].runs == runs[:3]
+
+
+def test_steps_of_a_run_without_metrics(three_seeds: list[RunData]) -> None:
+    runs = [replace(run, curves={}, summary={**run.summary, "steps": 2580}) for run in three_seeds]
+    assert "2,580" in row(page_of_runs(runs), "seed-0")
+
+
+def test_a_folder_without_results_costs_no_page(
+    three_seeds: list[RunData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "begun/checkpoints").mkdir(parents=True)
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path), "--out", str(tmp_path / "out.html")])
+    report.main()
+    missing = "neither metrics.jsonl, status.json nor summary.json is there"
+    assert f"left out, because {missing}: {tmp_path / 'begun'}\n" in capsys.readouterr().out
+    assert f"<h1>{len(three_seeds)} runs</h1>" in (tmp_path / "out.html").read_text()
 
 
 def test_equal_seeds_are_no_group(tmp_path: Path) -> None:

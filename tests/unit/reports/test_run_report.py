@@ -15,7 +15,7 @@ import pytest
 
 from cifar_dist.config import Config, to_yaml
 from cifar_dist.errors import UserError
-from cifar_dist.reports import run_data, run_report
+from cifar_dist.reports import run_data, run_report, score_sections
 from cifar_dist.reports.run_charts import charts_of_run
 from tests.support import runs
 from tests.support.report_files import change_summary, write_predictions
@@ -148,6 +148,14 @@ def test_impossible_values_in_the_summary(run_dir: Path, value: object) -> None:
     for name in figures:
         (run_dir / "summary.json").write_text(json.dumps(figures | {name: value}))
         assert "<h2>Receipts</h2>" in text_of(run_dir), name
+
+
+def test_a_class_without_test_images(tmp_path: Path) -> None:
+    """As with an eval.test_subset below 10."""
+    confusion = [[3] + 9 * [0], *(10 * [0] for _ in range(9))]
+    text = score_sections.classes(run_data.RunData(tmp_path, "x", {}, {}, {"test_confusion": confusion}))
+    assert '<th scope="row">airplane</th><td class="number">100.0</td>' in text
+    assert text.count('<td class="number">-</td><td class="text"></td><td class="number">-</td>') == 9
 
 
 def test_predictions_of_another_test_are_not_shown(run_dir: Path) -> None:
