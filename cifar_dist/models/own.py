@@ -41,7 +41,10 @@ def own_network(config: ModelConfig, num_classes: int) -> nn.Module:
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 _stop_averages(module, given)
-        _check_training(model.train(), images, num_classes, given)
+        torch.default_generator.manual_seed(1)
+        second: nn.Module = extension.create("model.name", config.name, nn.Module, config, num_classes)
+        second.load_state_dict(model.state_dict())
+        _check_training(model.train(), second.train(), images, num_classes, given)
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()  # dense, for `training.flat_network`
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -67,13 +70,13 @@ def _without_averages(kind: Any) -> type[_BatchNorm]:
     return type(kind.__name__, (WithoutAverages, kind), {})
 
 
-def _check_training(model: nn.Module, images: Tensor, num_classes: int, given: str) -> None:
-    """Refuse other outputs in a second pass with the same seed, and buffers that change."""
+def _check_training(model: nn.Module, second: nn.Module, images: Tensor, num_classes: int, given: str) -> None:
+    """Refuse buffers that change, and other outputs in a second pass with the same seed, or of its copy `second`."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     found = []
-    for _ in range(2):
+    for network in (model, model, second):
         torch.default_generator.manual_seed(0)
-        outputs = model(images)
+        outputs = network(images)
         logits, auxiliary = outputs if isinstance(outputs, Logits) else (outputs, ())
         for output in (logits, *auxiliary):
             _check_logits(output, num_classes, f"{given}: in training mode")
@@ -84,10 +87,16 @@ def _check_training(model: nn.Module, images: Tensor, num_classes: int, given: s
             f"{given}, whose buffer {changed[0]} changes in a forward pass in training mode, so results would depend "
             f"on the number of devices. Compute it from the parameters, or leave it as it is."
         )
-    if not torch.equal(*(logits.nan_to_num() for logits in found)):
+    first, again, copied = (logits.nan_to_num() for logits in found)
+    if not torch.equal(first, again):
         raise UserError(
             f"{given}, which gives other logits in a second pass with the same seed, so results would depend on the "
             f"number of devices. Draw random numbers by torch, from its global generator."
+        )
+    if not torch.allclose(first, copied, rtol=1e-4, atol=1e-5):
+        raise UserError(
+            f"{given}, which has random tensors that its state dict lacks, so a checkpoint would be of another "
+            f"network. Register them as buffers, without persistent=False."
         )
 
 

@@ -11,6 +11,7 @@ import io
 import pickle
 import re
 import struct
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cifar_dist.errors import CheckpointError
+from cifar_dist.errors import CheckpointError, UserError
 from cifar_dist.files import TEMPORARY, write_bytes_atomic, write_text_atomic
 
 FORMAT = 4  # 1 had SGD only; 2 had no `validation_due`; 3 had sums of losses as floats
@@ -38,11 +39,26 @@ def digest_path(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
+def target(path: Path) -> Path:
+    """`path`; of a link without a digest beside it the file it links to, which has its digest and run beside it."""
+    return path.resolve() if path.is_symlink() and not digest_path(path).exists() else path
+
+
 def encode(step: int, state: dict[str, Any]) -> bytes:
-    """The bytes of a checkpoint file."""
+    """The bytes of a checkpoint file.
+
+    Raises:
+        UserError: `decode` would refuse them.
+    """
     buffer = io.BytesIO()
     torch.save(state | {"format": FORMAT, "step": step}, buffer)
-    return buffer.getvalue()
+    data = buffer.getvalue()
+    if refused := torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data)):
+        raise UserError(
+            f"the state dict of an own network or optimizer (model.name, optim.name) holds "
+            f"{', '.join(sorted(refused))}, so no checkpoint of it could be loaded. Use tensors, numbers and strings."
+        )
+    return data
 
 
 def write(directory: Path, step: int, data: bytes) -> Path:
@@ -110,8 +126,8 @@ def decode(data: bytes, origin: str) -> dict[str, Any]:
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except NOT_LOADABLE as error:
-        detail = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise CheckpointError(f"{origin} is not a checkpoint that can be loaded safely: {detail}") from None
+        text = f"{origin} is not a checkpoint: it {why_not_loadable(data, error)}. Give runs/NAME or its step-*.pt."
+        raise CheckpointError(text) from None
     if not isinstance(state, dict) or not {"format", "step", "model", "config"} <= state.keys():
         raise CheckpointError(f"{origin} is not a checkpoint of cifar_dist: it lacks format, step, model or config.")
     if state["format"] != FORMAT:
@@ -120,6 +136,15 @@ def decode(data: bytes, origin: str) -> dict[str, Any]:
             f"the version of cifar_dist that wrote it, or start a new run."
         )
     return {"statistics": False, "weights_sha256": None} | state  # older files have neither
+
+
+def why_not_loadable(data: bytes, error: Exception) -> str:
+    """Why torch.load with weights_only=True raised `error`, whose text advises to load the file without it."""
+    if not zipfile.is_zipfile(io.BytesIO(data)):
+        return "is no file of PyTorch, or is cut short"
+    if isinstance(error, pickle.UnpicklingError):
+        return "holds other objects than tensors, numbers and strings, so it was not loaded"
+    return "is an export, or damaged"
 
 
 def retain(directory: Path, current: int, num_newest: int, also: Iterable[int]) -> None:

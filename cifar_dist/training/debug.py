@@ -1,4 +1,4 @@
-"""The checks of the debug mode, before training: shapes, parameters, and overfitting one batch."""
+"""Checks before training: of own code, and those of the debug mode (shapes, parameters, overfitting one batch)."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -7,11 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cifar_dist import extension
 from cifar_dist.config import Config
 from cifar_dist.data import augment
 from cifar_dist.errors import UserError
 from cifar_dist.models.layers import num_parameters
 from cifar_dist.models.network import without_auxiliary
+from cifar_dist.training import checkpoint
+from cifar_dist.training.schedule import LOW_RESOLUTIONS
 from cifar_dist.training.train_step import TrainStep
 from cifar_dist.training.trainer import Trainer
 
@@ -20,11 +23,13 @@ _MAX_LINES = 30  # of the table of parameters
 
 
 def check(config: Config, trainer: Trainer, log: Callable[[str], None]) -> None:
-    """Do what the section `debug` asks for. The state of the run does not change.
+    """Try own code, and do what the section `debug` asks for. The state of the run does not change.
 
     Raises:
-        UserError: the model cannot fit one micro-batch, so model, loss or data are wrong.
+        UserError: own code fails, or the model cannot fit one micro-batch, so model, loss or data are wrong.
     """
+    if any(name not in built_in for _, name, built_in in extension.names(config)):
+        try_own_code(config, trainer.train_step)
     torch.autograd.set_detect_anomaly(config.debug.anomaly, check_nan=True)
     if not (config.debug.inspect or config.debug.overfit_steps):
         return
@@ -39,6 +44,24 @@ def check(config: Config, trainer: Trainer, log: Callable[[str], None]) -> None:
         log(f"{num_parameters(model):,} parameters:\n{table(groups)}")
     if config.debug.overfit_steps:
         log(_overfit(train_step, images, batch.labels, config.debug.overfit_steps))
+
+
+def try_own_code(config: Config, train_step: TrainStep) -> None:
+    """Encode a checkpoint, and pass images of each low resolution that training will have.
+
+    Raises:
+        UserError: own code fails.
+    """
+    with extension.explained("a checkpoint of an own network or optimizer (model.name, optim.name)"):
+        checkpoint.encode(0, train_step.state())
+    extra, device = augment.own_augmentation(config.augment.extra), train_step.world.device
+    labels = torch.zeros(2, dtype=torch.int64, device=device)
+    for size in LOW_RESOLUTIONS if config.augment.low_resolution_share > 0 else ():
+        images = torch.zeros(2, 3, size, size, dtype=train_step.precision.inputs, device=device)
+        told = f"own code with images {tuple(images.shape)}, which augment.low_resolution_share 0 would not need,"
+        with extension.explained(told), torch.no_grad(), train_step.precision.autocast():
+            images = images if extra is None else extra(images, labels.new_zeros(2, extra.num_words))
+            F.cross_entropy(without_auxiliary(train_step.model)(images), labels)
 
 
 def grouped(tensors: Mapping[str, Tensor], most: int) -> dict[str, list[Tensor]]:

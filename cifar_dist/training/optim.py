@@ -2,6 +2,7 @@
 
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -52,6 +53,8 @@ def build_optimizer(
             f"as {missing[0]}. Give it all that require gradients."
         )
     for group in optimizer.param_groups:
+        # Numbers of Python, as `checkpoint.encode` refuses those of numpy.
+        group.update({key: value.item() for key, value in group.items() if isinstance(value, np.generic)})
         group.setdefault("peak_lr", float(group["lr"]))
     return optimizer
 

@@ -120,7 +120,7 @@ def find_start(config: Config, directory: Path, log: Callable[[str], None]) -> t
         return None
     if config.run.resume == "auto":
         return newest_valid(directory / "checkpoints", config, log)
-    path = config.run.resume
+    path = checkpoint.target(config.run.resume)
     data = checkpoint.read_verified(path, need_digest=False)
     state = _decode_own(data, config, path)
     if not path.is_relative_to(directory):
@@ -197,12 +197,12 @@ def find_checkpoint(path: Path, which: str | int = "last") -> Path:
 
 
 def _find_checkpoint(path: Path, which: str | int) -> Path:
+    if not path.exists():
+        raise UserError(f"{path} does not exist. Give a run directory, such as runs/NAME, or a step-*.pt file.")
     if not path.is_dir():
         if which != "last":
-            raise UserError(
-                f"--which {which} chooses a checkpoint of a run directory, but {path} is a file or missing."
-            )
-        return path
+            raise UserError(f"--which {which} chooses a checkpoint of a run directory, but {path} is a file.")
+        return checkpoint.target(path)
     directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     steps = checkpoint.all_steps(directory)
     if not steps:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cifar_dist.config import Config, ModelConfig
 from cifar_dist.distributed import World, broadcast_bytes, broadcast_from_main, run_and_sync_errors
-from cifar_dist.errors import CheckpointError, UserError, one_line
+from cifar_dist.errors import CheckpointError, UserError
 from cifar_dist.models.architectures import create_model
 from cifar_dist.models.network import main_weights, without_auxiliary
 from cifar_dist.training import checkpoint
@@ -21,7 +21,9 @@ from cifar_dist.training.run_directory import config_of, find_checkpoint
 
 # Settings model.* that decide which network weights belong to, and with which torchvision's and Cadene's fit.
 DECISIVE = ("name", "stem", "width", "norm", "branch5x5", "variant")
-METADATA = "cifar_dist"  # in files of safetensors: the values of DECISIVE
+METADATA = "cifar_dist"  # in files of safetensors: the values of DECISIVE, and which of VARIANTS they are
+VARIANTS = ("fold_batch_norm", "merge_1x1")
+ADVICE = "Give a run directory, a checkpoint, or a file of weights (.pt, .pth, .safetensors)."
 _TORCHVISION = {"name": "inception_v1", "stem": "imagenet", "branch5x5": "3x3", "variant": "torchvision"}
 _CADENE = {"name": "inception_v2", "stem": "imagenet", "variant": "cadene"}
 
@@ -47,7 +49,8 @@ def scored_network(state: Mapping[str, Any], config: Config, origin: str) -> nn.
             network = without_auxiliary(create_model(replace(config.model, auxiliary=False)))
         except UserError as error:
             raise UserError(f"{origin} needs its network: {error}") from None
-    network.to(next(tensor.dtype for tensor in state["model"].values() if tensor.is_floating_point()))
+    tensors = [value for value in state["model"].values() if isinstance(value, Tensor)]  # not those of get_extra_state
+    network.to(next(tensor.dtype for tensor in tensors if tensor.is_floating_point()))
     checkpoint.load_weights(network, _scored_weights(state, config), origin)
     return network
 
@@ -86,8 +89,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        advice = "Give a run directory, a checkpoint, or a file of weights (.pt, .pth, .safetensors)."
-        raise UserError(f"model.weights {path} cannot be read: {error.strerror}. {advice}") from None
+        raise UserError(f"model.weights {path} cannot be read: {error.strerror}. {ADVICE}") from None
 
 
 def decode(data: bytes, path: Path) -> StartWeights:
@@ -121,7 +123,7 @@ def decode(data: bytes, path: Path) -> StartWeights:
         raise UserError(f"model.weights {path}: {error}") from None
     if not tensors:
         raise UserError(f"model.weights {path} holds no weights; it has {', '.join(map(str, state)) or 'nothing'}.")
-    return StartWeights(tensors, _metadata(data) if path.suffix == ".safetensors" else {}, sha256)
+    return StartWeights(tensors, _metadata(data, path) if path.suffix == ".safetensors" else {}, sha256)
 
 
 def decisive(config: ModelConfig) -> dict[str, Any]:
@@ -129,14 +131,21 @@ def decisive(config: ModelConfig) -> dict[str, Any]:
     return {key: getattr(config, key) for key in DECISIVE}
 
 
-def _metadata(data: bytes) -> dict[str, Any]:
-    """`decisive` of the network whose export a valid file of safetensors is; empty if it is of another program."""
+def _metadata(data: bytes, path: Path) -> dict[str, Any]:
+    """`decisive` of the network whose export a valid file of safetensors is; empty if it is of another program.
+
+    Raises:
+        UserError: it is one of `VARIANTS`.
+    """
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     try:
         found = json.loads(header.get("__metadata__", {}).get(METADATA, "{}"))
     except ValueError:
         return {}
-    return {key: value for key, value in found.items() if key in DECISIVE} if isinstance(found, dict) else {}
+    found = found if isinstance(found, dict) else {}
+    if options := " and ".join(f"--{name}" for name in VARIANTS if found.get(name)):
+        raise UserError(f"model.weights {path} was exported with {options}. Export it without, or give the run.")
+    return {key: value for key, value in found.items() if key in DECISIVE}
 
 
 def _tensors(data: bytes, path: Path) -> dict[str, Any]:
@@ -152,7 +161,8 @@ def _tensors(data: bytes, path: Path) -> dict[str, Any]:
     except ImportError:
         raise UserError(f"model.weights {path} needs a package: pip install 'cifar_dist[export]'") from None
     except errors as error:
-        raise UserError(f"model.weights {path} cannot be loaded safely: {one_line(error)[:200]}") from None
+        why = "is damaged" if path.suffix == ".safetensors" else checkpoint.why_not_loadable(data, error)
+        raise UserError(f"model.weights {path} {why}. {ADVICE}") from None
     if not isinstance(state, dict):
         raise UserError(f"model.weights {path} holds a {type(state).__name__}, not the weights of a network by name.")
     return state
@@ -169,7 +179,8 @@ def copy_weights(model: nn.Module, weights: StartWeights, config: ModelConfig, p
     if other:
         needed = " ".join(f"--model.{key} {value}" for key, value in other.items())
         raise CheckpointError(f"the weights in {path} are of another network. They need {needed}")
-    own, given = model.state_dict(), dict(weights.tensors)
+    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    given = {name: value for name, value in weights.tensors.items() if isinstance(value, Tensor)}
     if not any(name.startswith("auxiliary.") for name in own):
         given = main_weights(given)
     new = [name for name in own if _is_head(name) and (name not in given or given[name].shape != own[name].shape)]

@@ -67,6 +67,23 @@ class Shaky(nn.Module):
         return x * random.random()
 
 
+class Unsaved(nn.Module):
+    noise: Tensor
+
+    def __init__(self, config: ModelConfig, _: int) -> None:
+        super().__init__()
+        self.layers = network()
+        noise = torch.rand(3, 1, 1)
+        if config.auxiliary:
+            self.noise = noise
+        else:
+            self.register_buffer("noise", noise, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.layers(x + self.noise)
+        return logits
+
+
 def seven_classes(*_: object) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(3072, 7))
 
@@ -116,6 +133,13 @@ def no_module(*_: object) -> object:
 def test_refused(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         create_model(ModelConfig(name=HERE + name))
+
+
+@pytest.mark.parametrize("auxiliary", [True, False])
+def test_random_tensors_that_a_checkpoint_lacks(auxiliary: bool) -> None:
+    """As an attribute, or as a buffer that is not saved."""
+    with pytest.raises(UserError, match=r"has random tensors that its state dict lacks.* Register them as buffers"):
+        create_model(ModelConfig(name=HERE + "Unsaved", auxiliary=auxiliary))
 
 
 def norms(model: nn.Module) -> Iterator[nn.modules.batchnorm._BatchNorm]:

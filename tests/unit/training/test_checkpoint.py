@@ -6,15 +6,17 @@ import errno
 import hashlib
 import os
 import subprocess
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from cifar_dist.config import Config
-from cifar_dist.errors import CheckpointError
+from cifar_dist.errors import CheckpointError, UserError
 from cifar_dist.files import write_bytes_atomic
 from cifar_dist.models.architectures import inception_v1
 from cifar_dist.training import checkpoint
@@ -145,8 +147,26 @@ def test_no_file_is_refused_with_another_error() -> None:
     """Whatever its first bytes are, such as those of a config.yaml."""
     texts = [bytes([first]) + b"n:\n  name: x\nabcdef\x00\x01\x02" for first in range(256)]
     for data in (*texts, b"", b"epoch,loss\n1,2.5\n"):
-        with pytest.raises(CheckpointError, match="it is not a checkpoint"):
+        with pytest.raises(CheckpointError, match=r"it is not a checkpoint: it is no file of PyTorch.* Give runs/NAME"):
             checkpoint.decode(data, "it")
+
+
+def test_files_that_are_not_loaded(tmp_path: Path) -> None:
+    """Torch's own text would advise to load them without care."""
+    path = tmp_path / "x.pt"
+    torch.save({"model": Path("y")}, path)
+    with pytest.raises(CheckpointError, match="holds other objects than tensors, numbers and strings, so it was not"):
+        checkpoint.decode(path.read_bytes(), "it")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/a.json", "{}")
+    with pytest.raises(CheckpointError, match=r"it is not a checkpoint: it is an export, or damaged\. Give runs/NAME"):
+        checkpoint.decode(path.read_bytes(), "it")
+
+
+def test_what_could_not_be_loaded_is_not_saved() -> None:
+    """Such as the state of an own optimizer after its first step."""
+    with pytest.raises(UserError, match=r"optimizer \(model\.name, optim\.name\) holds .*numpy\S*\.scalar.*, so no"):
+        checkpoint.encode(1, state(1.0) | {"optimizer": {"state": {0: {"mean": np.float64(1)}}}})
 
 
 def test_other_peoples_files(tmp_path: Path) -> None:

@@ -1,13 +1,23 @@
-"""The table of parameters of the debug mode."""
+"""The table of parameters of the debug mode, and own code that is refused before training."""
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
-from cifar_dist.config import ModelConfig
+from cifar_dist.config import AugmentConfig, Config, ModelConfig, OptimConfig, TrainConfig
+from cifar_dist.distributed import World
+from cifar_dist.errors import UserError
 from cifar_dist.models.architectures import create_model
-from cifar_dist.training.debug import grouped, table
+from cifar_dist.training.debug import grouped, table, try_own_code
+from cifar_dist.training.precision import Precision
+from cifar_dist.training.train_step import TrainStep
 
 
 @pytest.mark.parametrize("name", ["inception_v1", "inception_v2"])
@@ -48,3 +58,63 @@ def test_few_tensors() -> None:
     groups = grouped({"a.b.c": torch.zeros(2), "a.b.d": torch.tensor([True, False])}, 30)
     assert list(groups) == ["a.b.c", "a.b.d"]
     assert "(2,)               bool              2  cpu  from 0 to 1" in table(groups)
+
+
+class For32(nn.Module):
+    """A network, and an augmentation, that take images of 32 pixels only."""
+
+    num_words = 0
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)) if arguments else None
+
+    def forward(self, images: Tensor, words: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        return images.view(2, 3, 32, 32) if self.layers is None else self.layers(images)
+
+
+class Locked(nn.Linear):
+    def __init__(self, *_: object) -> None:
+        super().__init__(3072, 10)
+
+    def get_extra_state(self) -> object:
+        return threading.Lock()
+
+    def set_extra_state(self, state: object) -> None:
+        pass
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.flatten(1))
+
+
+def betas_of_numpy(model: nn.Module, *_: object) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), betas=(np.float64(0.9), 0.99))
+
+
+OWN = Config(
+    model=ModelConfig(stem="strided", width=0.0625), optim=OptimConfig(name="sgd"),
+    augment=AugmentConfig(low_resolution_share=0.2), train=TrainConfig(batch_size=4, micro_batch_size=2),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model": ModelConfig(name=f"{__name__}:For32")},
+            r"images \(2, 3, 20, 20\), which augment\.low_resolution_share",
+        ),
+        ({"augment": replace(OWN.augment, extra=f"{__name__}:For32")}, r"images \(2, 3, 20, 20\).*shape.*is invalid"),
+        ({"optim": OptimConfig(name=f"{__name__}:betas_of_numpy")}, r"holds .*numpy\S*\.scalar.*, so no checkpoint"),
+        ({"model": ModelConfig(name=f"{__name__}:Locked")}, r"a checkpoint .* failed: TypeError: cannot pickle"),
+    ],
+)
+def test_own_code_that_would_fail_later(changes: dict[str, Any], message: str) -> None:
+    config = replace(OWN, **changes)
+    with pytest.raises(UserError, match=message):
+        try_own_code(config, TrainStep(config, World(0, 1, 0, 1, torch.device("cpu")), Precision("fp32", "cpu")))
+
+
+def test_usable_own_code() -> None:
+    config = replace(OWN, model=ModelConfig(name=f"{__name__}:For32"), augment=AugmentConfig())
+    try_own_code(config, TrainStep(config, World(0, 1, 0, 1, torch.device("cpu")), Precision("fp32", "cpu")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from cifar_dist.config import OptimConfig
 from cifar_dist.errors import UserError
 from cifar_dist.models.architectures import inception_v1
-from cifar_dist.training import optim
+from cifar_dist.training import checkpoint, optim
 from cifar_dist.training.precision import Precision
 
 
@@ -100,6 +101,10 @@ def adamw(model: nn.Module, config: OptimConfig, batch_size: int) -> torch.optim
     return torch.optim.AdamW(groups, lr=1e-3)
 
 
+def of_numpy(model: nn.Module, *_: object) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1 * np.sqrt(2), momentum=np.exp(-0.1))
+
+
 def half(model: nn.Module, *_: object) -> torch.optim.Optimizer:
     return torch.optim.SGD(list(model.parameters())[:1], lr=0.1)
 
@@ -113,6 +118,12 @@ def test_own_optimizer() -> None:
         optim.build_optimizer(layer, OptimConfig(name=f"{__name__}:half"), 256)
     layer.bias.requires_grad_(False)  # type: ignore[union-attr]
     optim.build_optimizer(layer, OptimConfig(name=f"{__name__}:half"), 256)
+
+
+def test_numbers_of_numpy_can_be_saved() -> None:
+    optimizer = optim.build_optimizer(nn.Linear(2, 2), OptimConfig(name=f"{__name__}:of_numpy"), 128)
+    state = checkpoint.decode(checkpoint.encode(0, {"model": {}, "config": "", **optimizer.state_dict()}), "it")
+    assert state["param_groups"][0]["momentum"] == np.exp(-0.1)
 
 
 def test_learning_rates_are_logged_by_group() -> None:

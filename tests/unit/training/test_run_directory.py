@@ -39,6 +39,18 @@ def test_a_file_is_itself(run_dir: Path) -> None:
         find_checkpoint(path, "best")
 
 
+def test_a_link_is_what_it_links_to(run_dir: Path, tmp_path: Path) -> None:
+    """So its digest is checked. One with a digest of its own is itself."""
+    path, link = checkpoint.path_of(run_dir / "checkpoints", 5), tmp_path / "link.pt"
+    link.symlink_to(path)
+    assert find_checkpoint(link) == path
+    path.write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=r"5\.pt is damaged"):
+        find_start(replace(Config(), run=replace(Config().run, resume=link)), tmp_path / "new", print)
+    checkpoint.digest_path(link).touch()
+    assert find_checkpoint(link) == link
+
+
 def test_missing_ones_are_named(run_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no checkpoint of step 7\. It has those of the steps 5, 10, 15\."):
         find_checkpoint(run_dir, 7)
@@ -48,6 +60,9 @@ def test_missing_ones_are_named(run_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty holds no checkpoint\. Give a run directory"):
         find_checkpoint(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"typo does not exist\. Give a run directory") as caught:
+        find_checkpoint(tmp_path / "typo")
+    assert caught.value.exit_code == 2
 
 
 def test_what_cannot_be_read(tmp_path: Path) -> None:
