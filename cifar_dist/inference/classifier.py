@@ -138,7 +138,7 @@ class Origin:
     @property
     def directory(self) -> Path:
         """The run directory, or the folder of a checkpoint that lies in none."""
-        folder = self.path.parent
+        folder = self.path.absolute().parent
         return folder.parent if folder.name == "checkpoints" else folder
 
     @cached_property
@@ -188,7 +188,8 @@ def load(run_or_checkpoint: str | Path, which: str | int = "last", device: Devic
     network = scored_network(state, config, str(path))
     target = _device(device)
     origin = Origin(path, {key: state[key] for key in KEPT}, config, _model_sha256(path, state, config))
-    return Classifier(network, origin, choose_precision(config.train.precision, target), target)
+    precision = choose_precision(config.train.precision, target, state["precision"])
+    return Classifier(network, origin, precision, target)
 
 
 def _model_sha256(path: Path, state: dict[str, Any], config: Config) -> str:

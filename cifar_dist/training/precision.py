@@ -49,8 +49,11 @@ class Precision:
         return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
 
 
-def choose_precision(wanted: str, device: torch.device) -> Precision:
+def choose_precision(wanted: str, device: torch.device, trained: str = "auto") -> Precision:
     """The precision for `wanted`, as in train.precision; auto is resolved. Rank 0 warns of fp16 on a CPU.
+
+    Args:
+        trained: what auto meant in the run, and means again unless `device` lacks it or is slow in it; a note says so.
 
     Raises:
         UserError: bf16 on a GPU without it.
@@ -58,7 +61,11 @@ def choose_precision(wanted: str, device: torch.device) -> Precision:
     on_gpu = device.type == "cuda"
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else _cpu_has_bf16()
     if wanted == "auto":
-        return Precision("bf16" if has_bf16 else "fp16" if on_gpu else "fp32", device.type)
+        best = "bf16" if has_bf16 else "fp16" if on_gpu else "fp32"
+        wanted = trained if trained in ("fp32", "fp64", best) or (trained == "fp16" and on_gpu) else best
+        if trained not in ("auto", wanted) and is_main_process():
+            text = f"the run was trained in {trained}, which this device lacks or is slow in; computing in {wanted}"
+            print(f"note: {text}", file=sys.stderr, flush=True)
     if wanted == "bf16" and on_gpu and not has_bf16:
         raise UserError(
             f"precision is bf16, which {torch.cuda.get_device_name(device)} does not support. Use auto, fp16 or fp32."
@@ -68,13 +75,13 @@ def choose_precision(wanted: str, device: torch.device) -> Precision:
     return Precision(cast(PrecisionName, wanted), device.type)
 
 
-def common_precision(wanted: str, world: World) -> Precision:
+def common_precision(wanted: str, world: World, trained: str = "auto") -> Precision:
     """`choose_precision` on all ranks; a collective.
 
     Raises:
         UserError: on every rank; see there, or auto means different precisions on the ranks' devices.
     """
-    precision: Precision = run_and_sync_errors(world, lambda: choose_precision(wanted, world.device))
+    precision: Precision = run_and_sync_errors(world, lambda: choose_precision(wanted, world.device, trained))
     names = dict.fromkeys(all_gather_text(precision.name, world))
     if len(names) > 1:
         raise UserError(

@@ -59,8 +59,10 @@ def score_checkpoint(request: Request, world: World) -> dict[str, Any]:
     data_config = replace(config.data, dir=request.data_dir or config.data.dir, stage_dir=None)
     folder = prepared_folder(data_config, world, log)
     samples = read_split(config.data, folder, world)
-    wanted = request.precision or config.train.precision
-    precision = common_precision(wanted, world)
+    precision = common_precision(request.precision or config.train.precision, world, state["precision"])
+    if request.write_statistics and precision.name != state["precision"]:
+        text = f"--write-statistics computes in {state['precision']}, as the run did. Use a machine that supports it."
+        raise UserError(text, printed_elsewhere=True)
     set_backends(config.train, config.run.deterministic, world.device)
     network = run_and_sync_errors(world, lambda: scored_network(state, config, str(path)))
     network.to(world.device, precision.parameters)

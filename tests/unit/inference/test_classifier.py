@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import cifar_dist
 from cifar_dist.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig, to_yaml
@@ -17,6 +18,7 @@ from cifar_dist.models.architectures import create_model
 from cifar_dist.training import checkpoint
 from cifar_dist.training.optim import Ema
 from cifar_dist.training.summary import sha256_of_parameters
+from cifar_dist.training.weights import copy_weights, decode
 
 NOISE = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
 SMALL = Config(model=ModelConfig(width=0.0625, auxiliary=True), train=TrainConfig(device="cpu"))
@@ -64,6 +66,54 @@ def test_logits_do_not_depend_on_the_batch(
         torch.testing.assert_close(parts, whole, rtol=0, atol=tolerance)
     assert model(images[:0]).shape == (0, 10)
     assert model.predict([]) == []
+
+
+@pytest.mark.parametrize(("trained", "precision"), [("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "bf16")])
+def test_auto_means_what_it_meant_in_the_run(
+    tmp_path: Path, trained: str, precision: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless the device is slow in it, which is said."""
+    monkeypatch.setattr("cifar_dist.training.precision._cpu_has_bf16", lambda: True)
+    path, _ = saved(tmp_path, SMALL)
+    state = checkpoint.decode(path.read_bytes(), "")
+    checkpoint.write(tmp_path, 5, checkpoint.encode(5, state | {"precision": trained}))
+    assert cifar_dist.load(path, device="cpu").precision.name == precision
+    note = "note: the run was trained in fp16, which this device lacks or is slow in; computing in bf16\n"
+    assert capsys.readouterr().err == (note if trained == "fp16" else "")
+
+
+def test_the_run_of_a_checkpoint_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its name alone in its folder, and by a link elsewhere."""
+    path, _ = saved(tmp_path / "run/checkpoints", SMALL)
+    (tmp_path / "link.pt").symlink_to(path)
+    monkeypatch.chdir(path.parent)
+    for given in (path.name, tmp_path / "link.pt"):
+        assert cifar_dist.load(given, device="cpu").origin.directory == tmp_path / "run"
+
+
+class Extra(nn.Module):
+    def __init__(self, _: ModelConfig, num_classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3072, num_classes)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"classes": 10}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"classes": 10}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.linear(x.flatten(1))
+        return logits
+
+
+def test_a_state_dict_with_more_than_tensors(tmp_path: Path) -> None:
+    config = replace(SMALL, model=ModelConfig(name=f"{__name__}:Extra"))
+    path, expected = saved(tmp_path, config)
+    assert torch.equal(cifar_dist.load(path, device="cpu").network.linear.weight, expected["linear.weight"])  # type: ignore[arg-type, union-attr]
+    model = create_model(config.model)
+    assert copy_weights(model, decode(path.read_bytes(), path), config.model, path) == []
+    assert torch.equal(model.state_dict()["linear.weight"], expected["linear.weight"])
 
 
 def test_the_digest_of_a_run_in_fp64(tmp_path: Path) -> None:

@@ -56,6 +56,20 @@ def test_auto_must_mean_one_precision_on_all_ranks(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
+    ("trained", "device", "expected"),
+    [
+        ("auto", "cuda", "fp16"), ("bf16", "cuda", "fp16"), ("fp16", "cuda", "fp16"), ("fp32", "cuda", "fp32"),
+        ("bf16", "cpu", "bf16"), ("fp16", "cpu", "bf16"), ("fp64", "cpu", "fp64"),
+    ],
+)  # fmt: skip
+def test_auto_after_training(trained: str, device: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU without bf16, and on a CPU with it."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: True)
+    assert choose_precision("auto", torch.device(device), trained).name == expected
+
+
+@pytest.mark.parametrize(
     ("name", "device_type", "expected"),
     [
         ("bf16", "cuda", torch.bfloat16),
