@@ -1,7 +1,7 @@
 """Export a trained model: `python -m cifar_dist.export runs/NAME`.
 
-The exit code is 0 if all files were written, 1 if a format could not be written or failed its check, and 2 if the
-arguments are wrong.
+The exit code is 0 if all files were written, 1 if a format could not be written or failed its check, 2 if the
+arguments are wrong, and 4 if the checkpoint is damaged.
 """
 
 import sys
@@ -32,7 +32,7 @@ class ExportArguments:
     which: Literal["last", "best"] | int = "last"
     """Which checkpoint of a run directory: last, best (by validation) or a step."""
     fold_batch_norm: bool = False
-    """Compute batch norm as a part of the convolutions."""
+    """Compute batch norm as a part of the convolutions. model.weights takes only files without this and the next."""
     merge_1x1: bool = False
     """Compute the 1x1 convolutions on the input of an Inception module as one."""
     uint8_input: bool = False

@@ -1,6 +1,7 @@
 """Classify pictures with a trained model: `python -m cifar_dist.predict runs/NAME picture.jpg`.
 
-The exit code is 0 if all files were read, 1 if some were not, and 2 if nothing could be done.
+The exit code is 0 if all files were read, 1 if some were not, 2 if nothing could be done, and 4 if the
+checkpoint is damaged.
 """
 
 import os

@@ -193,7 +193,7 @@ def _training(model: Classifier, settings: dict[str, Any]) -> str:
             "",
             "To measure the scores of the run directory RUN again, in the run's precision and in that of these files:",
             "",
-            f"    {score}\n    {score} --precision fp32",
+            f"    {score}\n    {score} --precision fp32 --device cpu",
         ]
     )
 

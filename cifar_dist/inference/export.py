@@ -1,6 +1,5 @@
 """Writes a trained network as files that need no cifar_dist, and checks them: `python -m cifar_dist.export`."""
 
-import copy
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cifar_dist import extension
 from cifar_dist.data import augment, cifar10
 from cifar_dist.data.prepare.beton import read_arrays
 from cifar_dist.errors import UserError, explain_os_error, one_line
@@ -73,19 +73,20 @@ def export(request: Request, log: Callable[[str], None]) -> list[str]:
     formats.require_packages(request.formats)
     model = load(request.run, request.which, "cpu")
     out = request.out or model.origin.directory / "export"
-    network = copy.deepcopy(model.network).float().to(memory_format=torch.contiguous_format)
+    network = model.network.float().to(memory_format=torch.contiguous_format)
     settings = _settings(model, network, request.options)
     with explain_os_error(f"the folder {out} cannot be written", "Choose another --out."):
         earlier = _earlier(out)
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
-    try:
-        plain = partial(prepare, network, request.options.fold_batch_norm, request.options.merge_1x1)
-        exported = FromUint8(plain(), augment.MEAN, augment.STD) if request.options.uint8_input else plain()
-    except ValueError as error:
-        raise UserError(one_line(error)) from None
-    samples = _samples(request.data_dir or model.config.data.dir)
-    accuracy = _accuracy(exported, samples, request.options.uint8_input, log)
+    samples = _samples(request.data_dir, model.config.data.dir, log)
+    plain = partial(prepare, network, request.options.fold_batch_norm, request.options.merge_1x1)
+    with extension.explained("the network to export"):
+        try:
+            exported = FromUint8(plain(), augment.MEAN, augment.STD) if request.options.uint8_input else plain()
+        except ValueError as error:
+            raise UserError(one_line(error)) from None
+        accuracy = _accuracy(exported, samples, request.options.uint8_input, log)
     checks, failures, new = dict[str, str](), list[str](), dict[str, Path]()
     temporary = explain_os_error("temporary files cannot be written", "Set TMPDIR to another folder.")
     with temporary, tempfile.TemporaryDirectory(prefix="cifar_dist-export-") as name:
@@ -171,14 +172,24 @@ def _settings(model: Classifier, network: nn.Module, options: Options) -> dict[s
     }
 
 
-def _samples(data_dir: Path) -> Samples:
-    """The test images, if they are in `data_dir`; else random ones."""
-    path = data_dir / cifar10.TEST
-    if path.is_file() and sha256_of_file(path) == cifar10.BETON_FILES[cifar10.TEST].sha256:
-        images, labels = read_arrays(path)
-        return Samples(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels), "test images")
+def _samples(given: Path | None, of_run: Path, log: Callable[[str], None]) -> Samples:
+    """The test images, if they are in the folder `given`, or else `of_run`; else random ones.
+
+    Raises:
+        UserError: those in `given` cannot be read.
+    """
+    path, why = (given or of_run) / cifar10.TEST, "is missing or not CIFAR-10"
+    try:
+        if path.is_file() and sha256_of_file(path) == cifar10.BETON_FILES[cifar10.TEST].sha256:
+            images, labels = read_arrays(path)
+            return Samples(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels), "test images")
+    except OSError as error:
+        why = f"cannot be read ({error.strerror})"
+        if given is not None:
+            raise UserError(f"{path} {why}. Choose another --data_dir.") from None
+    log(f"checking with random images, as {path} {why}")
     random = torch.randint(0, 256, (NUM_CHECKED, 3, 32, 32), generator=torch.Generator().manual_seed(0))
-    return Samples(random.to(torch.uint8), None, f"random images, as {path} is missing or not CIFAR-10")
+    return Samples(random.to(torch.uint8), None, "random images")
 
 
 @torch.inference_mode()

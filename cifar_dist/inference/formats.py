@@ -16,7 +16,7 @@ from cifar_dist.errors import UserError
 from cifar_dist.files import to_json
 from cifar_dist.inference import standalone, variants
 from cifar_dist.models import inception, layers, network, stems
-from cifar_dist.training.weights import METADATA
+from cifar_dist.training.weights import METADATA, VARIANTS
 
 Settings = dict[str, Any]
 FILES = {
@@ -58,8 +58,8 @@ def _write_safetensors(folder: Path, model: nn.Module, settings: Settings) -> No
     inner = model.network if isinstance(model, variants.FromUint8) else model
     # Copies, as safetensors refuses tensors that share memory.
     weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in inner.state_dict().items()}
-    metadata = {"format": "pt", METADATA: json.dumps(settings["model"])}
-    save_file(weights, folder / "model.safetensors", metadata=metadata)
+    about = settings["model"] | {name: settings[name] for name in VARIANTS}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt", METADATA: json.dumps(about)})
     if "rows" in settings:
         (folder / "model.py").write_text(source(), encoding="utf-8")
 

@@ -2,9 +2,10 @@
 
 import os
 import stat
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -121,7 +122,10 @@ def fit(image: Image.Image) -> Image.Image:
     Raises:
         ImageError: its values have no known range.
     """
-    rgb = _to_rgb(ImageOps.exif_transpose(image))
+    image.load()  # so that what is suppressed comes from the EXIF
+    with suppress(SyntaxError, struct.error, ValueError, LookupError, TypeError):
+        image = ImageOps.exif_transpose(image)
+    rgb = _to_rgb(image)
     return ImageOps.fit(rgb, (SIZE, SIZE), Image.Resampling.BICUBIC)  # a picture of 32 x 32 is copied
 
 

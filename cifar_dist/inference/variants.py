@@ -74,7 +74,9 @@ def prepare(network: nn.Module, fold_batch_norm: bool, merge_1x1: bool) -> nn.Mo
 def _folded(network: nn.Module) -> nn.Module:
     if not _norms(network):
         raise ValueError("fold_batch_norm is for networks with batch norm, which this one has not")
-    for layers in [module for module in network.modules() if isinstance(module, nn.Sequential)]:
+    plain = (nn.Sequential.forward, ConvNormAct.forward)  # another forward may use its layers by number
+    for layers in [module for module in network.modules() if type(module).forward in plain]:
+        assert isinstance(layers, nn.Sequential)
         for k in reversed(range(len(layers) - 1)):
             conv, norm = layers[k], layers[k + 1]
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,12 @@ class Own(nn.Module):
 class NotTraceable(Own):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if x.sum() < 1e9 else x.flatten(1)[:, :10]
+
+
+class Locked(Own):
+    def __init__(self, config: ModelConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.lock = threading.Lock()
 
 
 OWN = ModelConfig(name=f"{__name__}:Own")
@@ -153,6 +160,12 @@ def test_nothing_to_merge(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="merge_1x1 is for networks of Inception modules"):
         exported(path, tmp_path / "export", QUICK, Options(merge_1x1=True))
     assert names(tmp_path / "export") == set()
+
+
+def test_a_network_that_cannot_be_copied(tmp_path: Path) -> None:
+    path, _ = saved(tmp_path, ModelConfig(name=f"{__name__}:Locked"))
+    with pytest.raises(UserError, match=r"the network to export failed: TypeError: cannot pickle '_thread\.lock'"):
+        exported(path, tmp_path / "export", QUICK)
 
 
 def test_a_full_disk_leaves_files_of_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from cifar_dist.inference import export, formats
 from cifar_dist.inference.variants import FromUint8, prepare
 from cifar_dist.models.architectures import V1, V2, inception_v1, inception_v2
 from cifar_dist.models.layers import DEFAULT, TORCHVISION, Variant
+from cifar_dist.training.weights import decode
 from tests.unit.inference.test_variants import trained
 
 PLAIN = {"fold_batch_norm": False, "merge_1x1": False, "uint8_input": False}
@@ -92,9 +94,30 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         formats.require_packages(["safetensors", "onnx"])
 
 
-def test_random_images_where_there_is_no_dataset(tmp_path: Path) -> None:
+def test_random_images_where_there_is_no_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log says why; the card, which is published, names no folder."""
     (tmp_path / "test.beton").write_bytes(b"something else")
-    samples = export._samples(tmp_path)
+    lines = list[str]()
+    samples = export._samples(None, tmp_path, lines.append)
     assert samples.images.shape == (1000, 3, 32, 32)
     assert samples.labels is None
-    assert samples.told == f"random images, as {tmp_path}/test.beton is missing or not CIFAR-10"
+    assert samples.told == "random images"
+
+    def refuse(_: Path) -> str:  # root may read every file
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(export, "sha256_of_file", refuse)
+    assert export._samples(None, tmp_path, lines.append).labels is None
+    reasons = ("is missing or not CIFAR-10", "cannot be read (Permission denied)")
+    assert lines == [f"checking with random images, as {tmp_path}/test.beton {why}" for why in reasons]
+    with pytest.raises(UserError, match=r"test\.beton cannot be read \(Permission denied\)\. Choose another"):
+        export._samples(tmp_path, tmp_path / "other", lines.append)
+
+
+def test_weights_of_a_variant_are_no_start(tmp_path: Path) -> None:
+    write("safetensors", tmp_path, V1_WHITEN, {**PLAIN, "fold_batch_norm": True})
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(UserError, match=r"was exported with --fold_batch_norm\. Export it without, or give the run"):
+        decode(path.read_bytes(), path)
+    write("safetensors", tmp_path, V1_WHITEN, PLAIN)
+    assert decode(path.read_bytes(), path).tensors

@@ -106,6 +106,12 @@ def test_cmyk_and_orientation(tmp_path: Path) -> None:
     assert (pixels(Image.fromarray(NOISE), tmp_path, exif=exif) == np.rot90(NOISE, -1)).all()
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.jpg"])
+def test_broken_exif_of_an_intact_picture(tmp_path: Path, name: str) -> None:
+    grey = Image.new("RGB", (32, 32), (9, 9, 9))
+    assert (pixels(grey, tmp_path, name, exif=b"Exif\0\0garbagegarbage") == 9).all()
+
+
 def test_first_frame(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (32, 32), color) for color in ("red", "lime", "blue")]
     for name in ("a.gif", "a.png", "a.webp", "a.tiff"):

@@ -90,6 +90,13 @@ class Foreign(nn.Module):
         return logits
 
 
+class Layers(nn.Sequential):
+    """With a forward pass of its own, which names its layers by number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self[1](self[0](x)))
+
+
 def foreign(config: ModelConfig, num_classes: int) -> nn.Module:  # noqa: ARG001 - as model.name wants it
     return Foreign()
 
@@ -101,6 +108,9 @@ def test_foreign_networks() -> None:
     folded = prepare(network, True, False)
     torch.testing.assert_close(folded(images), network(images), atol=1e-5, rtol=1e-5)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    layers = trained(nn.Sequential(Layers(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), nn.Conv2d(8, 8, 3)))
+    folded = prepare(layers, True, False)
+    torch.testing.assert_close(folded(images), layers(images), atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="merge_1x1 is for networks of Inception modules"):
         prepare(network, False, True)
     with pytest.raises(ValueError, match=r"fold_batch_norm: torch\.fx cannot trace the network"):
