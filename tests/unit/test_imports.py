@@ -49,7 +49,7 @@ EXCEPTIONS = {
 MAX_LINES, MIN_CORE_LINES = 300, 60
 CONSTANTS = {"cifar_dist.data.cifar10"}  # may be shorter
 # Ceilings in lines; an issue that adds to the core may raise one, with the reason in its commit.
-MAX_PACKAGE, MAX_CORE, MAX_TRAINER_MODULES, MAX_TRAINER_LINES = 19_700, 4_920, 33, 4_790
+MAX_PACKAGE, MAX_CORE, MAX_TRAINER_MODULES, MAX_TRAINER_LINES = 19_860, 4_960, 33, 4_830
 # Calls that change or query the process or the machine; an import must not make them.
 UNDOES_FFCV = "torch.set_num_threads"  # importing ffcv sets torch to one thread
 NOT_AT_IMPORT = (
