@@ -45,24 +45,22 @@ FIRST = (
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect what needs a GPU where there is none, and give each file to one worker, as its tests share fixtures.
 
-    Tests that measure seconds are one group, "clock", so that two of them never run at a time.
+    Tests that measure seconds are one group, "clock", so that two of them never run at a time. The slow ones of a group
+    are a group of their own, after all default tests.
     """
     if not list(Path("/dev").glob("nvidia[0-9]*")):
         without = [item for item in items if item.get_closest_marker("gpu")]
         items[:] = [item for item in items if item not in without]
         config.hook.pytest_deselected(items=without)
+    ranks = dict[pytest.Item, tuple[bool, int, bool]]()
     for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-    def rank(item: pytest.Item) -> int:
         marker = item.get_closest_marker("xdist_group")
-        assert marker is not None
-        if marker.args[0] in FIRST:
-            return FIRST.index(marker.args[0])
-        return len(FIRST) + (item.get_closest_marker("run") is None)
-
-    items.sort(key=rank)
+        group: str = marker.args[0] if marker else item.path.stem
+        slow = item.get_closest_marker("slow") is not None
+        item.add_marker(pytest.mark.xdist_group(group + "-slow" * slow), append=False)
+        place = FIRST.index(group) if group in FIRST else len(FIRST)
+        ranks[item] = slow, place, item.get_closest_marker("run") is None
+    items.sort(key=ranks.__getitem__)
 
 
 @pytest.hookimpl(tryfirst=True)

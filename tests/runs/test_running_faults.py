@@ -128,7 +128,12 @@ GONE_S = 20.0  # for all ranks, from the moment of the fault; some 6 s where no 
 
 
 @pytest.mark.parametrize(
-    ("fault", "last_step"), [("lose_behind_kernel", 8), ("lose_behind_device", 8), ("lose_in_evaluation", 12)]
+    ("fault", "last_step"),
+    [
+        ("lose_behind_kernel", 8),
+        pytest.param("lose_behind_device", 8, marks=pytest.mark.slow),
+        ("lose_in_evaluation", 12),
+    ],
 )
 def test_lost_rank_while_the_others_wait_for_their_devices(
     fault: str, last_step: int, data_dir: Path, tmp_path: Path

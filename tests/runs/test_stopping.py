@@ -141,8 +141,8 @@ def test_stopped_where_a_validation_is_due(data_dir: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "number",
     [
-        signal.SIGUSR1, signal.SIGTERM, signal.SIGINT,
-        pytest.param(signal.SIGHUP, marks=pytest.mark.slow), pytest.param(signal.SIGQUIT, marks=pytest.mark.slow),
+        signal.SIGUSR1, signal.SIGINT,
+        *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)),
     ],
 )  # fmt: skip
 def test_before_the_first_step(number: signal.Signals, data_dir: Path, tmp_path: Path) -> None:
