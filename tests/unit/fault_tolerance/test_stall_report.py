@@ -264,6 +264,8 @@ def test_one_rank_of_a_node_prints_that_another_is_lost(
     watches = {rank: watchdog.Watchdog(worlds[rank], 300) for rank in (first, 2 - first)}
     for watch in watches.values():
         watch._heartbeats.start()
+    while not all(heartbeat.number for watch in watches.values() for heartbeat in watch._heartbeats.seen.values()):
+        time.sleep(0.05)
     for watch in watches.values():
         if watch.world.rank == first or second_notices:
             watch._abort_without("its process has ended")
