@@ -97,7 +97,7 @@ def _read_run(directory: Path) -> FinishedRun:
                 f"{directory} holds no finished run: no summary.json. Resume the run with --run.resume auto."
             )
     with explain_os_error(f"{path} cannot be read"):
-        path.read_bytes()  # `read_json` takes a file that cannot be read for a damaged one
+        path.open("rb").close()  # `read_json` takes a file that cannot be read for a damaged one
     config, values = cli.read_yaml(directory / "config.yaml"), read_json(path)
     problems = list(_problems(values, config))
     if problems:

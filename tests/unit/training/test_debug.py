@@ -15,6 +15,7 @@ from cifar_dist.config import AugmentConfig, Config, ModelConfig, OptimConfig, T
 from cifar_dist.distributed import World
 from cifar_dist.errors import UserError
 from cifar_dist.models.architectures import create_model
+from cifar_dist.training import checkpoint
 from cifar_dist.training.debug import grouped, table, try_own_code
 from cifar_dist.training.precision import Precision
 from cifar_dist.training.train_step import TrainStep
@@ -115,6 +116,10 @@ def test_own_code_that_would_fail_later(changes: dict[str, Any], message: str) -
         try_own_code(config, TrainStep(config, World(0, 1, 0, 1, torch.device("cpu")), Precision("fp32", "cpu")))
 
 
-def test_usable_own_code() -> None:
+def test_usable_own_code_is_left_as_it_is() -> None:
+    """A network for 32 pixels only, in a run without low resolution."""
     config = replace(OWN, model=ModelConfig(name=f"{__name__}:For32"), augment=AugmentConfig())
-    try_own_code(config, TrainStep(config, World(0, 1, 0, 1, torch.device("cpu")), Precision("fp32", "cpu")))
+    train_step = TrainStep(config, World(0, 1, 0, 1, torch.device("cpu")), Precision("fp32", "cpu"))
+    before = checkpoint.encode(0, train_step.state())
+    try_own_code(config, train_step)
+    assert checkpoint.encode(0, train_step.state()) == before
